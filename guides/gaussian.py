@@ -1,0 +1,100 @@
+r"""VAE: one Gaussian with diagonal covariance, in one pass of an encoder."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+from pyro.distributions import TorchDistribution
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+
+from pyro_gpvae.elbo import Objective
+from pyro_gpvae.model import DATA_PLATE
+from pyro_gpvae.networks import build_encoder, feature_dim
+from pyro_gpvae.program import Program
+
+__all__ = ["GaussianGuide"]
+
+
+class GaussianGuide(Program):
+    r"""The amortised Gaussian of the VAE.
+
+    .. math:: q(z|x) = N(z; m(x), \mathrm{diag}\, s(x)^2),
+        \qquad (m, \log s) = \mathrm{Linear}(\phi(x))
+
+    Trained with the analytic KL (``TraceMeanField_ELBO``). Other guides extend this class: they
+    replace :meth:`posterior`, and keep the encoder.
+
+    References:
+        Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014.
+        https://arxiv.org/abs/1312.6114
+
+    Arguments:
+        model: The model, which tells the image shape and the dimension p of z.
+        encoder: A module from images (B, C, H, W) to features (B, d). By default that of the
+            paper's Tables 1-3.
+        warm_start: A trained guide of this family, whose encoder is copied instead.
+
+    Raises:
+        ValueError: If both an encoder and a warm start are given, or they do not fit.
+
+    Example:
+        >>> import torch
+        >>> from pyro_gpvae import ImageModel
+        >>> guide = GaussianGuide(ImageModel((1, 28, 28), latent_dim=10))
+        >>> q = guide.posterior(torch.zeros(5, 1, 28, 28))
+        >>> q.batch_shape, q.event_shape
+        (torch.Size([5]), torch.Size([10]))
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        encoder: nn.Module | None = None,
+        *,
+        warm_start: GaussianGuide | None = None,
+    ) -> None:
+        super().__init__()
+        if warm_start is not None:
+            if encoder is not None:
+                raise ValueError("give either an encoder or a warm start, which brings its own")
+            if not isinstance(warm_start, GaussianGuide):
+                raise ValueError(
+                    "a warm start must be a trained guide with the VAE's encoder, "
+                    f"got {type(warm_start).__name__}"
+                )
+            encoder = copy.deepcopy(warm_start.encoder)
+        self.latent_dim: int = model.latent_dim
+        self.encoder: nn.Module = build_encoder(model.image_shape) if encoder is None else encoder
+        self.feature_dim = feature_dim(self.encoder, model.image_shape)
+        if warm_start is None:
+            self.head = nn.Linear(self.feature_dim, 2 * self.latent_dim)
+        elif warm_start.latent_dim == self.latent_dim:
+            self.head = copy.deepcopy(warm_start.head)
+        else:
+            raise ValueError(
+                f"the warm start has {warm_start.latent_dim} latent dimensions, "
+                f"the model {self.latent_dim}"
+            )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the features φ (B, d), the mean m (B, p) and log s (B, p) of images x."""
+        features: Tensor = self.encoder(x)
+        loc, log_scale = self.head(features).chunk(2, dim=-1)
+        return features, loc, log_scale
+
+    def posterior(self, x: Tensor) -> TorchDistribution:
+        """Returns q(z|x): batch shape (B,), event shape (p,)."""
+        _, loc, log_scale = self.encode(x)
+        return dist.Normal(loc, log_scale.exp()).to_event(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with pyro.plate(DATA_PLATE, len(x), dim=-1):
+            z: Tensor = pyro.sample("z", self.posterior(x))
+        return z
+
+    def elbo(self) -> Objective:
+        return TraceMeanField_ELBO()

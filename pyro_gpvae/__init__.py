@@ -1,0 +1,37 @@
+r"""How well a variational autoencoder infers: models, guides and measurements in Pyro."""
+
+from pyro_gpvae.data import ImageData, load_data
+from pyro_gpvae.distributions import MarginalPosterior
+from pyro_gpvae.elbo import PerImage, elbo_terms
+from pyro_gpvae.guide import available_guides, load_guide, make_guide
+from pyro_gpvae.importance import Evidence, evidence_curve, log_evidence, log_weights
+from pyro_gpvae.model import ImageModel, initial_sigma
+from pyro_gpvae.networks import build_decoder, build_encoder
+from pyro_gpvae.program import Program
+from pyro_gpvae.training import Block, History, NonFiniteError, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Block",
+    "Evidence",
+    "History",
+    "ImageData",
+    "ImageModel",
+    "MarginalPosterior",
+    "NonFiniteError",
+    "PerImage",
+    "Program",
+    "available_guides",
+    "build_decoder",
+    "build_encoder",
+    "elbo_terms",
+    "evidence_curve",
+    "fit",
+    "initial_sigma",
+    "load_data",
+    "load_guide",
+    "log_evidence",
+    "log_weights",
+    "make_guide",
+]

@@ -1,0 +1,598 @@
+r"""Image data sets, their splits, and the checks between a file and a tensor."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import os
+import shutil
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pyro_gpvae._torchvision import import_torchvision
+
+__all__ = [
+    "ImageData",
+    "available_data",
+    "check_images",
+    "load_data",
+    "split_validation",
+    "to_float",
+]
+
+_Array = npt.NDArray[Any]
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    r"""Checks that images are a non-empty uint8 tensor of shape (B, C, H, W).
+
+    Arguments:
+        images: what should be images.
+        name: what error messages call them.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another dtype or shape, or no image at all.
+
+    Example:
+        >>> check_images(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    """
+    if not isinstance(images, Tensor):
+        kind = type(images).__name__
+        raise TypeError(f"{name}: expected a torch.Tensor, got {kind}; try torch.from_numpy")
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"{name}: expected uint8 values 0 to 255, got {images.dtype}. If they are floats in "
+            f"[0, 1], multiply by 255 and convert: (255 * images).round().to(torch.uint8)."
+        )
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        hint = "; add the channel with images.unsqueeze(1)" if images.ndim == 3 else ""
+        raise ValueError(f"{name}: expected shape (B, C, H, W), got {shape}{hint}")
+    if images.numel() == 0:
+        raise ValueError(f"{name}: expected at least one image, got shape {shape}")
+    # A network would be built for 32 channels without a word of protest.
+    if shape[1] > 4 >= shape[3]:
+        raise ValueError(
+            f"{name}: expected shape (B, C, H, W), got {shape}, which looks like (B, H, W, C); "
+            f"move the channels with images.movedim(-1, 1)"
+        )
+
+
+def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    r"""Returns images as floats in [0, 1], \( x / 255 \) for uint8 values \( x \).
+
+    Arguments:
+        images: (B, C, H, W), uint8, or floats that are in [0, 1] already.
+        dtype: the floating-point type to return.
+
+    Raises:
+        ValueError: another rank or dtype, or a float that is NaN or outside [0, 1].
+
+    Example:
+        >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)).flatten()
+        tensor([0.0000, 0.2000, 1.0000])
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    if images.dtype == torch.uint8:
+        return images.to(dtype) / 255
+    if not images.dtype.is_floating_point:
+        raise ValueError(
+            f"images: expected uint8 values or floats in [0, 1], got {images.dtype}; "
+            f"values 0 to 255 of another type need .to(torch.uint8)"
+        )
+    inside = (images >= 0) & (images <= 1)  # False for NaN
+    if not inside.all():
+        value = images[~inside][0].item()
+        raise ValueError(
+            f"images: expected floats in [0, 1], found {value}; divide values 0 to 255 by 255, "
+            f"or pass them as uint8"
+        )
+    return images.to(dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageData:
+    r"""Training and test images.
+
+    Arguments:
+        name: what to call the data in tables.
+        train: training images, (N, C, H, W), uint8.
+        test: test images, (M, C, H, W), uint8.
+        train_labels: classes of the training images, (N,), int64, if known.
+        test_labels: classes of the test images, (M,), int64, if known.
+        note: how far scores on these images compare with published ones.
+
+    Raises:
+        TypeError: images or labels that are not tensors.
+        ValueError: a wrong dtype or shape, or training and test images of different shapes.
+
+    Example:
+        >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+        >>> ImageData("blank", train=images, test=images[:1])
+        ImageData('blank', train=(3, 1, 8, 8), test=(1, 1, 8, 8))
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        check_images(self.train, "train")
+        check_images(self.test, "test")
+        if self.test.shape[1:] != self.train.shape[1:]:
+            raise ValueError(
+                f"test: expected images of shape {self.image_shape} as in train, "
+                f"got {tuple(self.test.shape[1:])}"
+            )
+        _check_labels(self.train_labels, len(self.train), "train_labels")
+        _check_labels(self.test_labels, len(self.test), "test_labels")
+
+    def __repr__(self) -> str:
+        train, test = tuple(self.train.shape), tuple(self.test.shape)
+        return f"ImageData({self.name!r}, train={train}, test={test})"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        r"""The shape (C, H, W) of one image."""
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_train(self) -> int:
+        r"""The number N of training images."""
+        return len(self.train)
+
+    def binarized(self, seed: int = 0) -> ImageData:
+        r"""Returns the images with each pixel drawn once: 255 with probability \( x / 255 \), or 0.
+
+        The draw is fixed by `seed`, and the first images are drawn alike however many follow.
+
+        References:
+            R. Salakhutdinov and I. Murray. On the quantitative analysis of deep belief networks.
+            ICML 2008. https://doi.org/10.1145/1390156.1390266
+        """
+        return replace(
+            self,
+            name=f"{self.name}-binarized",
+            train=_binarize(self.train, [seed, 0]),
+            test=_binarize(self.test, [seed, 1]),
+            note=f"{self.note} Binarised once with seed {seed}: scores compare only with others "
+            f"on binarised images, and exactly only on the same draw.".lstrip(),
+        )
+
+    def take(self, train: int | None = None, test: int | None = None) -> ImageData:
+        r"""Returns the first `train` training and the first `test` test images (None: all).
+
+        Raises:
+            ValueError: fewer than 1 image, or more than there are.
+        """
+        counts: list[int] = []
+        for part, count, images in (("train", train, self.train), ("test", test, self.test)):
+            counts.append(len(images) if count is None else count)
+            if not 1 <= counts[-1] <= len(images):
+                raise ValueError(f"{part}: expected 1 to {len(images)} images, got {count}")
+        n, m = counts
+        if (n, m) == (len(self.train), len(self.test)):
+            return self
+        return replace(
+            self,
+            train=self.train[:n],
+            test=self.test[:m],
+            train_labels=None if self.train_labels is None else self.train_labels[:n],
+            test_labels=None if self.test_labels is None else self.test_labels[:m],
+            note=f"{self.note} Only the first {n:,} of {len(self.train):,} training and "
+            f"{m:,} of {len(self.test):,} test images.".lstrip(),
+        )
+
+
+def _check_labels(labels: Tensor | None, count: int, name: str) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (count,):
+        raise ValueError(
+            f"{name}: expected one int64 label for each image, shape ({count},), "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+
+
+def _binarize(images: Tensor, seed: list[int]) -> Tensor:
+    # Exact: a uniform integer in 0..254 is below x with probability x / 255.
+    uniform = np.random.default_rng(seed).integers(255, size=images.shape, dtype=np.uint8)
+    return (images > torch.from_numpy(uniform).to(images.device)).to(torch.uint8) * 255
+
+
+def split_validation(images: Tensor, num_validation: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Splits images at random into (train, validation), without overlap and fixed by `seed`.
+
+    Arguments:
+        images: (N, ...).
+        num_validation: how many to hold out, at least 1 and fewer than N.
+        seed: seed of a generator of its own; the global random state is neither read nor changed.
+
+    Raises:
+        ValueError: nothing would be held out, or nothing left to train on.
+
+    Example:
+        >>> train, validation = split_validation(load_data("mnist5k").train, 500)
+        >>> len(train), len(validation)
+        (3500, 500)
+    """
+    if not 1 <= num_validation < len(images):
+        raise ValueError(
+            f"num_validation: expected between 1 and {len(images) - 1} of the {len(images)} "
+            f"images, got {num_validation}"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = order.to(images.device)
+    return images[order[num_validation:]], images[order[:num_validation]]
+
+
+# Readers: each returns train, test and, where known, their labels.
+
+_Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+_FORMAT = (
+    "Expected an .npz file with uint8 arrays 'train' and 'test' of shape (N, H, W) or (N, H, W, C) "
+    "and, if known, integer arrays 'train_labels' and 'test_labels', as written by "
+    "numpy.savez_compressed(file, train=..., test=...)."
+)
+
+
+def _images(array: _Array, name: str) -> Tensor:
+    if array.dtype != np.uint8:
+        raise ValueError(f"{name} has dtype {array.dtype} instead of uint8 (values 0 to 255)")
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or not 1 <= array.shape[3] <= 4:
+        raise ValueError(f"{name} has shape {array.shape} instead of (N, H, W) or (N, H, W, C)")
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, 3, 1)))
+
+
+def _labels(array: _Array | None, name: str) -> Tensor | None:
+    if array is None:
+        return None
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"{name} has dtype {array.dtype} and shape {array.shape} instead of (N,)")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _read_npz(file: IO[bytes]) -> _Parts:
+    start = file.read(4)
+    if start[:2] != b"PK":  # numpy would take anything else for a pickle, and advise to trust it
+        raise ValueError(f"it begins with {start!r}, so it is not an .npz file")
+    file.seek(0)
+    keys = ("train", "test", "train_labels", "test_labels")
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in keys if key in archive}
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise ValueError("it holds pickled objects, which are never loaded") from error
+        raise
+    for key in ("train", "test"):
+        if key not in arrays:
+            raise ValueError(f"it has no array {key!r}")
+    return (
+        _images(arrays["train"], "train"),
+        _images(arrays["test"], "test"),
+        _labels(arrays.get("train_labels"), "train_labels"),
+        _labels(arrays.get("test_labels"), "test_labels"),
+    )
+
+
+def _verify(path: Path, md5: str) -> None:
+    # torchvision compares checksums as well, but does not say which file is at fault
+    if not import_torchvision().datasets.utils.check_integrity(path, md5):
+        raise ValueError(f"{path} does not have the published checksum")
+
+
+def _read_idx(dataset: str, root: Path, download: bool) -> _Parts:
+    kind = getattr(import_torchvision().datasets, dataset)
+    if not download:  # with it, torchvision checks and unpacks; without, it wants unpacked files
+        for file, md5 in kind.resources:
+            packed = root / dataset / "raw" / file
+            unpacked = packed.with_suffix("")
+            if not unpacked.exists():
+                _verify(packed, md5)
+                with gzip.open(packed, "rb") as stream:
+                    _write(unpacked, stream)
+    train, test = (kind(root, train=part, download=download) for part in (True, False))
+    return train.data.unsqueeze(1), test.data.unsqueeze(1), train.targets, test.targets
+
+
+def _read_cifar10(root: Path, download: bool) -> _Parts:
+    cifar10 = import_torchvision().datasets.CIFAR10
+    if not download:  # the batches are pickles: none is opened before its checksum was compared
+        meta = (cifar10.meta["filename"], cifar10.meta["md5"])
+        for file, md5 in (*cifar10.train_list, *cifar10.test_list, meta):
+            _verify(root / cifar10.base_folder / file, md5)
+    train, test = (cifar10(root, train=part, download=download) for part in (True, False))
+    labels = torch.tensor(train.targets), torch.tensor(test.targets)
+    return _images(train.data, "train"), _images(test.data, "test"), labels[0], labels[1]
+
+
+def _read_svhn(root: Path, download: bool) -> _Parts:
+    svhn = import_torchvision().datasets.SVHN
+    if not download:
+        for part in ("train", "test"):
+            _, file, md5 = svhn.split_list[part]
+            _verify(root / file, md5)
+    train, test = (svhn(root, split=part, download=download) for part in ("train", "test"))
+    images = [torch.from_numpy(np.ascontiguousarray(part.data)) for part in (train, test)]
+    return images[0], images[1], _labels(train.labels, "train"), _labels(test.labels, "test")
+
+
+def _read_celeba(root: Path, download: bool) -> _Parts:
+    from PIL import Image
+
+    celeba = import_torchvision().datasets.CelebA
+    if not download:
+        for _, md5, file in celeba.file_list:
+            if file.endswith(".txt"):  # the archive may be deleted once unpacked
+                _verify(root / celeba.base_folder / file, md5)
+    parts: list[Tensor] = []
+    for split in ("train", "test"):
+        dataset = celeba(root, split=split, target_type=[], download=download)
+        # 2 GB as uint8 for all training images: filled one by one, never held twice
+        images = torch.empty(len(dataset), 3, 64, 64, dtype=torch.uint8)
+        for index in range(len(dataset)):
+            with dataset[index][0] as image:
+                if image.size != (178, 218):
+                    raise ValueError(f"an image of size {image.size} instead of (178, 218)")
+                face = image.convert("RGB").crop((15, 35, 163, 183))  # the central 148 x 148
+                face = face.resize((64, 64), Image.Resampling.BICUBIC)  # antialiased in Pillow
+            images[index] = torch.from_numpy(np.array(face)).movedim(2, 0)
+        parts.append(images)
+    return parts[0], parts[1], None, None
+
+
+_CHARDATA_URL = (
+    "https://raw.githubusercontent.com/yburda/iwae/master/datasets/OMNIGLOT/chardata.mat"
+)
+
+
+def _read_omniglot(root: Path, download: bool) -> _Parts:
+    from scipy.io import loadmat
+
+    file = root / "chardata.mat"
+    if download and not file.exists():
+        with urllib.request.urlopen(_CHARDATA_URL, timeout=60) as stream:
+            _write(file, stream)
+    arrays = loadmat(file, variable_names=["data", "testdata"])
+    parts: list[Tensor] = []
+    for key in ("data", "testdata"):
+        if key not in arrays:
+            raise ValueError(f"it has no array {key!r}")
+        array = arrays[key]
+        if array.ndim != 2 or array.shape[0] != 784:
+            raise ValueError(f"{key!r} has shape {array.shape} instead of (784, N)")
+        if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"{key!r} does not hold floats in [0, 1]")
+        # MATLAB stores columns one after the other: (N, W, H)
+        pixels = np.rint(255 * array.T).astype(np.uint8).reshape(-1, 28, 28)
+        parts.append(_images(pixels.transpose(0, 2, 1), key))
+    return parts[0], parts[1], None, None
+
+
+def _write(path: Path, stream: IO[bytes]) -> None:
+    # Under another name first, so that what an interruption leaves is never taken for the file.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        shutil.copyfileobj(stream, file)
+    part.replace(path)
+
+
+class _Source(NamedTuple):
+    read: Callable[[Path, bool], _Parts]
+    files: tuple[str, ...]  # below the root, as published
+    sizes: tuple[int, int]  # of the published training and test sets
+    note: str
+
+
+def _idx_source(dataset: str) -> _Source:
+    files = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    return _Source(
+        partial(_read_idx, dataset),
+        tuple(f"{dataset}/raw/{file}-ubyte" for file in files),
+        (60_000, 10_000),
+        "The official training and test sets, complete.",
+    )
+
+
+_SOURCES: dict[str, _Source] = {
+    "mnist": _idx_source("MNIST"),
+    "fashion_mnist": _idx_source("FashionMNIST"),
+    "omniglot": _Source(
+        _read_omniglot,
+        ("chardata.mat",),
+        (24_345, 8_070),
+        "Omniglot, 28x28, in the split of Burda et al. (2016), complete.",
+    ),
+    "cifar10": _Source(
+        _read_cifar10,
+        tuple(
+            f"cifar-10-batches-py/{batch}"
+            for batch in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+        ),
+        (50_000, 10_000),
+        "The official training and test sets, complete.",
+    ),
+    "svhn": _Source(
+        _read_svhn,
+        ("train_32x32.mat", "test_32x32.mat"),
+        (73_257, 26_032),
+        "The official training and test sets without the extra images, complete.",
+    ),
+    "celeba": _Source(
+        _read_celeba,
+        (
+            "celeba/img_align_celeba",
+            "celeba/list_eval_partition.txt",
+            "celeba/identity_CelebA.txt",
+            "celeba/list_attr_celeba.txt",
+            "celeba/list_bbox_celeba.txt",
+            "celeba/list_landmarks_align_celeba.txt",
+        ),
+        (162_770, 19_962),
+        "The official training and test sets, complete: central 148x148 pixels, resized to 64x64.",
+    ),
+}
+
+_MNIST5K_NOTE = (
+    "4,000 training and 1,000 test digits, all of them from MNIST's official training set: "
+    "scores do not compare with published MNIST scores."
+)
+
+
+def available_data() -> tuple[str, ...]:
+    r"""Returns the names that `load_data` knows.
+
+    Example:
+        >>> available_data()
+        ('mnist5k', 'mnist', 'fashion_mnist', 'omniglot', 'cifar10', 'svhn', 'celeba')
+    """
+    return ("mnist5k", *_SOURCES)
+
+
+def load_data(
+    name_or_path: str | Path, root: str | Path | None = None, download: bool = False
+) -> ImageData:
+    r"""Loads a data set by name, or your own images from an `.npz` file.
+
+    `mnist5k` ships with the package. Any other name is looked up below `root`: first as
+    `<name>.npz`, the quickest way, then as the files that its authors publish, in the folders
+    where torchvision keeps them (`chardata.mat` of Burda et al. for `omniglot`).
+
+    An `.npz` file holds uint8 arrays `train` and `test` of shape (N, H, W) or (N, H, W, C) and,
+    if known, integer arrays `train_labels` and `test_labels`. All faces of `celeba` take minutes
+    to read; `numpy.savez(root / "celeba.npz", train=data.train.movedim(1, -1),
+    test=data.test.movedim(1, -1))` keeps them for next time.
+
+    Arguments:
+        name_or_path: one of `available_data()`, or the path of an `.npz` file.
+        root: the folder of the files; by default the environment variable `PYRO_GPVAE_DATA`, or
+            `~/.cache/pyro-gpvae`.
+        download: fetch missing files. Without it, no network is used. Published checksums are
+            compared, except for `chardata.mat`, which has none; `celeba` needs `gdown`.
+
+    Returns:
+        The images (N, C, H, W); `note` says how far scores compare with published ones.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message says where it was looked for.
+        ValueError: an unknown name, or a file that is damaged or holds something else.
+
+    References:
+        MNIST: Y. LeCun et al. Gradient-based learning applied to document recognition. 1998.
+        Fashion-MNIST: H. Xiao et al. 2017. https://arxiv.org/abs/1708.07747
+        Omniglot: B. Lake et al. 2015. https://doi.org/10.1126/science.aab3050
+        its split: Y. Burda et al. 2016. https://arxiv.org/abs/1509.00519
+        CIFAR-10: A. Krizhevsky. Learning multiple layers of features from tiny images. 2009.
+        SVHN: Y. Netzer et al. 2011. http://ufldl.stanford.edu/housenumbers
+        CelebA: Z. Liu et al. 2015. https://arxiv.org/abs/1411.7766
+
+    Example:
+        >>> load_data("mnist5k")
+        ImageData('mnist5k', train=(4000, 1, 28, 28), test=(1000, 1, 28, 28))
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or name.endswith(".npz") or Path(name).name != name:
+        return _load_npz(Path(name_or_path).expanduser())
+    if name == "mnist5k":
+        file = resources.files("pyro_gpvae.datasets") / "mnist5k.npz"
+        with file.open("rb") as stream:
+            return ImageData(name, *_read_npz(stream), note=_MNIST5K_NOTE)
+    if name not in _SOURCES:
+        near = difflib.get_close_matches(name.lower(), available_data(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown data set {name!r}.{hint} Expected one of {', '.join(available_data())}, "
+            f"or the path of an .npz file."
+        )
+    folder = Path(root or os.environ.get("PYRO_GPVAE_DATA") or "~/.cache/pyro-gpvae").expanduser()
+    if (folder / f"{name}.npz").exists():
+        return _load_npz(folder / f"{name}.npz")
+    return _load_published(name, folder, download)
+
+
+def _load_npz(path: Path) -> ImageData:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. {_FORMAT}")
+    try:
+        with path.open("rb") as stream:
+            parts = _read_npz(stream)
+        return ImageData(path.stem, *parts, note=_note(path.stem, parts, path.name))
+    except Exception as error:  # zipfile, zlib, lzma and numpy each have their own
+        raise ValueError(f"{path} could not be read: {_cause(error)}. {_FORMAT}") from error
+
+
+def _load_published(name: str, root: Path, download: bool) -> ImageData:
+    source = _SOURCES[name]
+    missing = [
+        file
+        for file in source.files
+        if not (root / file).exists() and not (root / f"{file}.gz").exists()
+    ]
+    if missing and not download:
+        raise FileNotFoundError(
+            f"{name}: found neither {root / name}.npz nor, below {root}, {', '.join(missing)}. "
+            f"Fetch it with download=True (--download), or name the folder that has it with root "
+            f"or the environment variable PYRO_GPVAE_DATA. {_FORMAT}"
+        )
+    try:
+        parts = source.read(root, download)
+        return ImageData(name, *parts, note=_note(name, parts))
+    except ImportError:
+        raise
+    except Exception as error:  # torchvision, scipy, Pillow and the network each have their own
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
+            f"{name} could not be read from {root}: {_cause(error)}. Expected the published files "
+            f"{', '.join(source.files)}. Delete what is damaged or incomplete, then fetch it "
+            f"with download=True (--download)."
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    text, kind = str(error).rstrip("."), type(error).__name__
+    if not text:
+        return kind
+    return text if type(error) is ValueError else f"{kind}: {text}"
+
+
+def _note(name: str, parts: _Parts, file: str | None = None) -> str:
+    source, sizes = _SOURCES.get(name), (len(parts[0]), len(parts[1]))
+    if source is None:
+        return f"Images from {file}: scores compare only among methods run on them."
+    if sizes != source.sizes:
+        return (
+            f"{sizes[0]:,} training and {sizes[1]:,} test images, published are "
+            f"{source.sizes[0]:,} and {source.sizes[1]:,}: not the published split, so scores "
+            f"compare among methods run on these images, and with published ones at most roughly."
+        )
+    if file is None:
+        return source.note
+    return (
+        f"Images from {file}, as many as published: scores compare with published ones if the "
+        f"file holds the published images in the published split."
+    )

@@ -1,0 +1,1 @@
+"""Images that ship inside the package; `README.md` beside them states their provenance."""

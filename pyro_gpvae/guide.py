@@ -1,0 +1,133 @@
+r"""The guide contract, and loading guides by name.
+
+A guide is any Pyro callable ``guide(x)`` that samples the site ``"z"`` inside
+``plate("data", len(x))`` for images x (B, C, H, W). Such a guide trains with
+:class:`pyro.infer.SVI` or :func:`pyro_gpvae.fit`, and is evaluated by
+:func:`pyro_gpvae.log_evidence`. Everything else is optional, and discovered by presence:
+
+``posterior(x) -> Distribution``
+    q(z|x), batch shape (B,), event shape (p,), with an exact normalised ``log_prob``. With it,
+    evaluation is tight; without it, evaluation replays the callable.
+``global_prior() -> dict[str, Distribution]``
+    The guide's global random weights, which it samples outside the plate, and their priors.
+``elbo() -> Objective``
+    The objective it wants to be trained with, such as a :class:`pyro.infer.ELBO`, if
+    ``Trace_ELBO`` is not it.
+``blocks(model) -> list[Block]``
+    Objectives that are optimised in turn on every minibatch, each over its own parameters, if
+    one objective over all parameters is not it. See :class:`pyro_gpvae.training.Block`.
+``diagnostics(x) -> dict[str, Tensor]``
+    Scalars that :func:`pyro_gpvae.fit` logs after each epoch.
+``uncertainty(x) -> Tensor``
+    A score (B,) that is high where the guide is unsure of its own inference.
+
+To be found by name a guide is a class whose constructor takes the model first, as in
+``MyGuide(model, **options)``, and is either registered as an entry point of the group
+``pyro_gpvae.guides``, or named as ``module:Class``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+__all__ = ["available_guides", "load_guide", "make_guide"]
+
+_GROUP = "pyro_gpvae.guides"
+
+
+def available_guides() -> dict[str, EntryPoint]:
+    """Returns the registered guides by name, sorted."""
+    return dict(sorted((point.name, point) for point in entry_points(group=_GROUP)))
+
+
+def load_guide(name: str) -> Callable[..., Any]:
+    """Returns the guide class of a registered name, or of ``module:Class``.
+
+    Raises:
+        ValueError: If there is no such guide; the message suggests the nearest name.
+
+    Example:
+        >>> load_guide("gp").__name__
+        'GPGuide'
+    """
+    registered = available_guides()
+    if name in registered:
+        guide: Callable[..., Any] = registered[name].load()
+        return guide
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        near = difflib.get_close_matches(name, registered, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown guide {name!r}: {hint}Registered guides are {', '.join(registered)}; "
+            "a guide of your own is named 'module:Class'."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"cannot load the guide {name!r}: {error}. Expected 'module:Class' where the module "
+            "can be imported from the current directory or is installed."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"the guide {name!r} is {found!r}, expected a class or a function")
+    return found
+
+
+def make_guide(spec: str, model: Any, **defaults: Any) -> Any:
+    """Builds a guide for a model from a line of text.
+
+    Arguments:
+        spec: ``NAME``, ``NAME:OPTIONS``, ``MODULE:CLASS`` or ``MODULE:CLASS:OPTIONS``. Options
+            are separated by commas: values in the constructor's order, then ``key=value``.
+        model: The model, passed to the constructor first.
+        defaults: Further keyword arguments, such as ``warm_start``, which the text overrides.
+
+    Raises:
+        ValueError: If there is no such guide, or it refuses the options.
+
+    Example:
+        >>> from pyro_gpvae import ImageModel
+        >>> guide = make_guide("gp:covariance=full,num_nodes=32", ImageModel((1, 28, 28), 2))
+        >>> guide.num_nodes
+        32
+    """
+    name, _, options = spec.partition(":")
+    if name not in available_guides() and options:
+        attribute, _, options = options.partition(":")
+        name = f"{name}:{attribute}"
+    factory = load_guide(name)
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if equals:
+            kwargs[key.strip()] = _literal(value)
+        elif kwargs:
+            raise ValueError(f"in {spec!r}, the value {option!r} follows a key=value option")
+        else:
+            args.append(_literal(option))
+    kwargs = defaults | kwargs
+    try:
+        signature = inspect.signature(factory)
+        signature.bind(model, *args, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"the guide {name!r} does not take these options ({error}); it is built by "
+            f"{name}{signature}"
+        ) from error
+    return factory(model, *args, **kwargs)
+
+
+def _literal(text: str) -> Any:
+    """A Python number, boolean or None; any other text as it stands."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()

@@ -1,0 +1,256 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+from toy import exact_evidence, exact_posterior, images, linear_encoder, linear_model
+
+from guides import GaussianGuide, GPGuide
+from pyro_gpvae import Evidence, ImageModel, evidence_curve, log_evidence, log_weights
+
+
+class ExactGuide(nn.Module):
+    """The true posterior of the linear model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._model = (model,)
+
+    def posterior(self, x):
+        return exact_posterior(self._model[0], x)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", self.posterior(x))
+
+
+class ReplayedGuide(nn.Module):
+    """A guide without ``posterior``."""
+
+    def __init__(self, guide):
+        super().__init__()
+        self.guide = guide
+
+    def forward(self, x):
+        return self.guide(x)
+
+
+def gaussian(model, seed=2):
+    torch.manual_seed(seed)
+    return GaussianGuide(model, linear_encoder()).double()
+
+
+@pytest.mark.parametrize("num_samples", [1, 7])
+@pytest.mark.parametrize("wrap", [lambda guide: guide, ReplayedGuide], ids=["posterior", "replay"])
+def test_the_exact_posterior_gives_the_exact_evidence(num_samples, wrap):
+    model, x = linear_model(), images(5)
+    result = log_evidence(model, wrap(ExactGuide(model)), x, num_samples)
+    torch.testing.assert_close(result.log_evidence, exact_evidence(model, x), rtol=0, atol=1e-8)
+    torch.testing.assert_close(result.effective_sample_size, torch.full((5,), num_samples).double())
+    if num_samples > 1:
+        assert float(result.standard_error.max()) < 1e-7
+
+
+class NoisyGuide(PyroModule):
+    """Auxiliary variables, and global weights that it really uses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoder = linear_encoder()
+        self.head = nn.Linear(3, model.latent_dim)
+
+    def forward(self, x):
+        W = pyro.sample("W", dist.Normal(torch.zeros(2, 3).double(), 0.3).to_event(2))
+        phi = self.encoder(x)
+        shift = phi @ W.mT
+        with pyro.plate("data", len(x)):
+            loc = self.head(phi) + (shift if W.dim() == 2 else shift.squeeze(-3))
+            u = pyro.sample("u", dist.Normal(loc, 0.2).to_event(1), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(u, 0.7).to_event(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        gaussian,
+        lambda model: ReplayedGuide(gaussian(model)),
+        lambda model: GPGuide(model, linear_encoder(), initial_scale=0.3).double(),
+        lambda model: ReplayedGuide(
+            GPGuide(model, linear_encoder(), initial_scale=0.3, estimator="weights").double()
+        ),
+        lambda model: NoisyGuide(model).double(),
+    ],
+    ids=["gaussian", "gaussian replayed", "gp", "gp replayed", "auxiliary variables"],
+)
+def test_weights_are_unbiased_and_the_bound_rises_with_the_samples(make):
+    model, x = linear_model(sigma=1.0), images(4)  # a posterior that a wrong guide still covers
+    torch.manual_seed(0)
+    guide = make(model)
+    weights = log_weights(model, guide, x, 40_000, chunk_size=40_000)
+    ratio = (weights - exact_evidence(model, x)).exp()
+    z_score = (ratio.mean(0) - 1) / (ratio.std(0) / len(ratio) ** 0.5)
+    assert float(z_score.abs().max()) < 4
+    curve = evidence_curve(weights, [1, 4, 16, 64, 256, 1024])
+    means = torch.stack([value.mean() for value in curve.values()])
+    assert bool((means.diff() > 0).all())
+    assert bool((means < exact_evidence(model, x).mean() + 0.01).all())
+
+
+class FixedNoise:
+    """A guide whose noise is a table: row k of image n, whatever the chunks or the order."""
+
+    def __init__(self, guide, x, num_samples):
+        torch.manual_seed(0)
+        self.guide, self.x = guide, x
+        self.noise = torch.randn(num_samples, len(x), guide.latent_dim).double()
+
+    def posterior(self, x):
+        which = [next(n for n, y in enumerate(self.x) if torch.equal(y, image)) for image in x]
+        noise = iter(self.noise[:, which])
+
+        class Table(dist.Normal):
+            def rsample(self, sample_shape=()):
+                rows = [next(noise) for _ in range(self.loc.numel() // noise_size)]
+                return self.loc + self.scale * torch.stack(rows).reshape(self.loc.shape)
+
+            def expand(self, batch_shape, _instance=None):
+                return Table(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
+
+        noise_size = len(x) * self.guide.latent_dim
+        base = self.guide.posterior(x).base_dist
+        return Table(base.loc, base.scale).to_event(1)
+
+    def __call__(self, x):
+        raise AssertionError("a guide with a posterior is not replayed")
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7, 20, 35, 1000])
+def test_any_chunks_and_any_order_give_the_same_weights(chunk_size):
+    model, x = linear_model(), images(5)
+    guide = FixedNoise(gaussian(model), x, 7)
+    expected = torch.cat([log_weights(model, guide, image[None], 7) for image in x], dim=1)
+    close = {"rtol": 0, "atol": 1e-10}
+    torch.testing.assert_close(
+        log_weights(model, guide, x, 7, chunk_size=chunk_size), expected, **close
+    )
+    order = [3, 1, 4, 0, 2]
+    permuted = log_weights(model, guide, x[order], 7, chunk_size=chunk_size)
+    torch.testing.assert_close(permuted, expected[:, order], **close)
+
+
+class UnusedWeights(nn.Module):
+    """Thousands of random weights that do nothing."""
+
+    def __init__(self, guide):
+        super().__init__()
+        self.guide = guide
+
+    def global_prior(self):
+        zero = torch.zeros(3000).double()
+        return {**self.guide.global_prior(), "V": dist.Normal(zero, 1.0).to_event(1)}
+
+    def forward(self, x):
+        z = self.guide(x)
+        pyro.sample("V", dist.Normal(torch.ones(3000).double(), 0.1).to_event(1))
+        return z
+
+
+@pytest.mark.parametrize("estimator", ["functions", "weights", "marginal"])
+def test_unused_random_weights_do_not_change_the_evidence(estimator):
+    model, x = linear_model(), images(5)
+    guide = GPGuide(model, linear_encoder(), estimator=estimator).double()
+    results = []
+    for g in (ReplayedGuide(guide), UnusedWeights(guide)):
+        model.pair(g)
+        results.append(log_evidence(model, g, x, 10, seed=0, chunk_size=1000).log_evidence)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    # nor do the weights of the GP itself: only q(z|x) matters
+    model.pair(guide)
+    paired = log_evidence(model, guide, x, 10, seed=0).log_evidence
+    model.pair(None)
+    torch.testing.assert_close(log_evidence(model, guide, x, 10, seed=0).log_evidence, paired)
+
+
+def test_the_marginal_is_tighter_than_replaying_the_weights():
+    model, x = linear_model(), images(50)
+    torch.manual_seed(0)
+    guide = GPGuide(model, linear_encoder(), initial_scale=0.5, estimator="weights").double()
+    tight = log_evidence(model, guide, x, 100, seed=0).mean
+    loose = log_evidence(model, ReplayedGuide(guide), x, 100, seed=0).mean
+    assert tight > loose
+
+
+def test_same_seed_same_numbers_and_the_global_state_is_untouched():
+    model, x = linear_model(), images(5)
+    guide = gaussian(model)
+    state = torch.random.get_rng_state()
+    first = log_evidence(model, guide, x, 10, seed=3).log_evidence
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(10)
+    assert torch.equal(log_evidence(model, guide, x, 10, seed=3).log_evidence, first)
+    assert not torch.equal(log_evidence(model, guide, x, 10, seed=4).log_evidence, first)
+
+
+def test_summary_of_weights():
+    torch.manual_seed(0)
+    weights = torch.randn(10_000, 3).double()
+    result = Evidence.from_log_weights(weights)
+    mean, sd = weights.exp().mean(0), weights.exp().std(0)
+    torch.testing.assert_close(result.log_evidence, mean.log())
+    torch.testing.assert_close(result.standard_error, sd / (100 * mean))
+    torch.testing.assert_close(result.elbo, weights.mean(0))
+    torch.testing.assert_close(
+        result.effective_sample_size, weights.exp().sum(0) ** 2 / weights.exp().square().sum(0)
+    )
+    expected = (result.standard_error**2).sum().sqrt() / 3
+    assert result.monte_carlo_error == pytest.approx(float(expected))
+    # huge and tiny weights neither overflow nor underflow
+    shifted = Evidence.from_log_weights(weights - 5000)
+    torch.testing.assert_close(shifted.log_evidence, result.log_evidence - 5000)
+    torch.testing.assert_close(shifted.standard_error, result.standard_error)
+
+
+def test_one_sample_has_no_standard_error():
+    result = Evidence.from_log_weights(torch.zeros(1, 4))
+    assert bool(result.standard_error.isnan().all())
+    assert bool((result.effective_sample_size == 1).all())
+
+
+def test_curve_uses_disjoint_groups():
+    weights = torch.randn(10, 2).double()
+    curve = evidence_curve(weights, [1, 3, 10])
+    torch.testing.assert_close(curve[1], weights.mean(0))
+    torch.testing.assert_close(curve[10], weights.exp().mean(0).log())
+    groups = [weights[i : i + 3].exp().mean(0).log() for i in (0, 3, 6)]
+    torch.testing.assert_close(curve[3], torch.stack(groups).mean(0))
+    with pytest.raises(ValueError, match="between 1 and 10, got 11"):
+        evidence_curve(weights, [11])
+
+
+def test_uint8_images_are_scaled():
+    model = ImageModel((1, 8, 8), 2)
+    guide = GaussianGuide(model)
+    x = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    a = log_evidence(model, guide, x, 5, seed=0).log_evidence
+    b = log_evidence(model, guide, x.float() / 255, 5, seed=0).log_evidence
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (images(2), {"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        (images(2), {"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        (images(2) * 255, {}, "255|range|0, 1"),
+        (images(2) * math.nan, {}, "(?i)nan"),
+        (images(2)[0], {}, r"expects images \(B, 1, 2, 3\), got \(1, 2, 3\)"),
+        (torch.rand(2, 1, 5, 5), {}, r"expects images \(B, 1, 2, 3\), got \(2, 1, 5, 5\)"),
+    ],
+)
+def test_bad_input(x, options, message):
+    model = linear_model()
+    with pytest.raises(ValueError, match=message):
+        log_evidence(model, gaussian(model), x, **({"num_samples": 2} | options))

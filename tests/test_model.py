@@ -1,0 +1,103 @@
+import copy
+import math
+
+import pyro
+import pyro.poutine as poutine
+import pytest
+import torch
+from torch import nn
+
+from guides import GaussianGuide, GPGuide
+from pyro_gpvae import ImageModel, initial_sigma
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_trace_and_log_joint_agree(likelihood):
+    model = ImageModel((1, 28, 28), 3, likelihood=likelihood, sigma=0.2).double()
+    x = torch.rand(4, 1, 28, 28).double().round()
+    trace = poutine.trace(model).get_trace(x)
+    trace.compute_log_prob()
+    z = trace.nodes["z"]["value"]
+    assert z.shape == (4, 3)
+    expected = trace.nodes["z"]["log_prob"] + trace.nodes["x"]["log_prob"]
+    torch.testing.assert_close(model.log_joint(x, z), expected, rtol=0, atol=1e-10)
+
+
+def test_gaussian_likelihood_is_the_density_of_pixels_in_the_unit_interval():
+    decoder = nn.Sequential(nn.Linear(2, 4), nn.Unflatten(1, (1, 2, 2)))
+    model = ImageModel((1, 2, 2), 2, decoder, sigma=0.1)
+    x, z = torch.rand(3, 1, 2, 2), torch.randn(3, 2)
+    square = (x - decoder(z)).square().flatten(1).sum(1)
+    expected = -0.5 * square / 0.1**2 - 4 * (math.log(0.1) + 0.5 * math.log(2 * math.pi))
+    torch.testing.assert_close(model.likelihood(z).log_prob(x), expected)
+
+
+def test_decodes_any_leading_shape():
+    model = ImageModel((3, 32, 32), 2)
+    z = torch.randn(7, 1, 5, 2)
+    likelihood = model.likelihood(z)
+    assert likelihood.batch_shape == (7, 1, 5)
+    assert likelihood.event_shape == (3, 32, 32)
+    torch.testing.assert_close(
+        likelihood.mean[3, 0, 1], model.decoder(z[3, 0, 1:2])[0], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_priors_of_global_weights_appear_exactly_when_the_guide_has_them():
+    model = ImageModel((1, 28, 28), 2)
+    x = torch.rand(3, 1, 28, 28)
+
+    def sites(program):
+        return set(poutine.trace(program).get_trace(x).stochastic_nodes)
+
+    for guide, expected in (
+        (GPGuide(model), {"W", "U"}),
+        (GPGuide(model, covariance="full"), {"W", "U"}),
+        (GPGuide(model, covariance="point"), set()),
+        (GaussianGuide(model), set()),
+    ):
+        model.pair(guide)
+        assert sites(model) - {"z", "data"} == expected
+        assert sites(guide) - {"z", "data", "f", "log_h"} == expected
+    model.pair(GPGuide(model))
+    priors = poutine.trace(model).get_trace(x)
+    for name in "WU":
+        prior = priors.nodes[name]["fn"]
+        assert prior.event_shape == (2, 257)
+        assert bool((prior.mean == 0).all())
+        assert bool((prior.variance == 1).all())
+
+
+def test_initial_sigma_is_the_deviation_from_the_mean_image():
+    images = torch.randint(0, 256, (5000, 1, 3, 4), dtype=torch.uint8)
+    expected = (images.double() / 255).var(0, correction=0).mean().sqrt()
+    assert initial_sigma(images) == pytest.approx(float(expected), rel=1e-12)
+    assert initial_sigma(images[:1].repeat(3, 1, 1, 1)) == pytest.approx(0.5 / 255)
+
+
+def test_two_models_do_not_share_parameters():
+    first, second = ImageModel((1, 8, 8), 2), ImageModel((1, 8, 8), 2)
+    before = copy.deepcopy(second.state_dict())
+    x = torch.rand(2, 1, 8, 8)
+    first(x), second(x)
+    assert all(torch.equal(before[name], value) for name, value in second.state_dict().items())
+    assert not pyro.get_param_store().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
+        ({"sigma": 0.0}, "sigma must be positive and finite, got 0.0"),
+        ({"sigma": math.nan}, "got nan"),
+        ({"likelihood": "poisson"}, "'gaussian' or 'bernoulli', got 'poisson'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageModel((1, 28, 28), **({"latent_dim": 2} | options))
+
+
+def test_wrong_image_shape():
+    with pytest.raises(ValueError, match=r"expects images \(B, 1, 28, 28\), got \(2, 1, 32, 32\)"):
+        ImageModel((1, 28, 28), 2)(torch.rand(2, 1, 32, 32))

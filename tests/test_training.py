@@ -1,0 +1,197 @@
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+from toy import images, linear_encoder, linear_model
+
+from guides import GaussianGuide, GPGuide
+from pyro_gpvae import Block, ImageModel, NonFiniteError, fit, initial_sigma, load_data
+from pyro_gpvae.data import split_validation
+
+
+def uint8(count):
+    return (images(count) * 255).to(torch.uint8)
+
+
+def pair(kind=GaussianGuide):
+    torch.manual_seed(0)
+    model = linear_model().float()
+    return model, kind(model, linear_encoder())
+
+
+@pytest.mark.parametrize("kind", [GaussianGuide, GPGuide])
+def test_same_seed_same_run_and_the_global_state_is_untouched(kind):
+    runs = []
+    for seed in (0, 0, 1):
+        model, guide = pair(kind)
+        torch.manual_seed(len(runs))
+        state = torch.random.get_rng_state()
+        history = fit(
+            model, guide, uint8(30), epochs=3, batch_size=8, seed=seed, progress=False
+        ).frame()
+        assert torch.equal(torch.random.get_rng_state(), state)
+        runs.append((history.drop(columns="seconds"), [*model.parameters(), *guide.parameters()]))
+    assert runs[0][0].equals(runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    assert not runs[0][0].equals(runs[2][0])
+
+
+def test_every_epoch_visits_each_image_once_in_a_new_order():
+    seen = []
+
+    class Watching(GaussianGuide):
+        def forward(self, x):
+            if self.training and torch.is_grad_enabled():
+                seen.append(x)
+            return super().forward(x)
+
+    model = linear_model().float()
+    data = uint8(21)
+    fit(model, Watching(model, linear_encoder()), data, epochs=2, batch_size=8, progress=False)
+    assert [len(batch) for batch in seen] == [8, 8, 5] * 2
+    epochs = [torch.cat(seen[:3]), torch.cat(seen[3:])]
+    assert not torch.equal(*epochs)
+    for epoch in epochs:
+        rows = {tuple(image.flatten().tolist()) for image in epoch}
+        assert rows == {tuple(image.flatten().tolist()) for image in data.float() / 255}
+
+
+def test_learns_and_logs_on_real_digits():
+    data = load_data("mnist5k").take(train=512, test=10)
+    torch.manual_seed(0)
+    model = ImageModel(data.image_shape, 5, sigma=initial_sigma(data.train))
+    guide = GaussianGuide(model)
+    train, validation = split_validation(data.train, 64)
+    frame = fit(
+        model, guide, train, epochs=5, learning_rate=2e-3, validation=validation, progress=False
+    ).frame()
+    assert list(frame["epoch"]) == [1, 2, 3, 4, 5]
+    assert list(frame["step"]) == [4, 8, 12, 16, 20]
+    assert frame["loss"].iloc[-1] < frame["loss"].iloc[0] - 50
+    assert frame["validation_elbo"].iloc[-1] > frame["validation_elbo"].iloc[0]
+    bound = frame["log_likelihood"] - frame["kl_z"] - frame["kl_global"]
+    assert abs(bound.iloc[-1] + frame["loss"].iloc[-1]) < 30
+    assert not guide.training
+    assert not model.training
+
+
+def test_objective_comes_from_the_argument_or_the_guide_or_is_trace_elbo():
+    losses = {}
+    for name, objective in (
+        ("guide's", None),
+        ("trace", Trace_ELBO()),
+        ("mf", TraceMeanField_ELBO()),
+    ):
+        model, guide = pair()
+        frame = fit(model, guide, uint8(10), epochs=1, elbo=objective, progress=False).frame()
+        losses[name] = frame["loss"].iloc[0]
+    assert losses["guide's"] == losses["mf"]
+    assert losses["guide's"] != losses["trace"]
+
+
+def test_blocks_train_their_own_parameters_in_turn():
+    class Blocks(GaussianGuide):
+        def blocks(self, model):
+            return [
+                Block(Trace_ELBO(), list(self.encoder.parameters())),
+                Block(TraceMeanField_ELBO(), list(model.parameters())),
+            ]
+
+    model, guide = pair(Blocks)
+    before = [copy.deepcopy(m.state_dict()) for m in (guide.encoder, guide.head, model)]
+    fit(model, guide, uint8(10), epochs=1, progress=False)
+    changed = [
+        any(not value.equal(old[name]) for name, value in m.state_dict().items())
+        for m, old in zip((guide.encoder, guide.head, model), before, strict=True)
+    ]
+    assert changed == [True, False, True]
+
+
+def test_a_guide_made_of_pyro_params_trains():
+    model = linear_model().float()
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    with pyro.get_param_store().scope():
+        fit(model, guide, uint8(20), epochs=3, batch_size=5, progress=False)
+        assert not torch.equal(pyro.param("loc"), torch.zeros(2))
+        assert not torch.equal(pyro.param("scale"), torch.ones(2))
+
+
+def test_float64_and_one_image():
+    model = linear_model()
+    guide = GaussianGuide(model, linear_encoder()).double()
+    frame = fit(model, guide, uint8(1), epochs=2, progress=False).frame()
+    assert len(frame) == 2
+    assert next(guide.parameters()).dtype == torch.float64
+
+
+def test_not_finite_stops_at_the_step_and_names_the_term():
+    class Breaks(GaussianGuide):
+        steps = 0
+
+        def posterior(self, x):
+            q = super().posterior(x)
+            self.steps += torch.is_grad_enabled()
+            if self.steps < 3:
+                return q
+            return dist.Normal(q.mean, q.stddev * float("nan"), validate_args=False).to_event(1)
+
+    model, guide = pair(Breaks)
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteError) as caught:
+        fit(model, guide, uint8(20), epochs=5, batch_size=5, progress=False)
+    assert "step 3" in str(caught.value)
+    assert "'z'" in str(caught.value)
+
+
+def test_broken_parameters_are_named_as_such():
+    model, guide = pair()
+    with torch.no_grad():
+        guide.head.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"step 1: 1 of \d+ parameter tensors"):
+        fit(model, guide, uint8(5), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (images(5), {}, "uint8"),
+        (uint8(5)[0], {}, r"\(1, 2, 3\)"),
+        (uint8(5)[:0], {}, "(?i)empty|at least one|no image"),
+        (torch.zeros(3, 1, 9, 9, dtype=torch.uint8), {}, r"expects images \(B, 1, 2, 3\)"),
+        (uint8(5), {"epochs": 0}, "epochs must be at least 1, got 0"),
+        (uint8(5), {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (uint8(5), {"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+    ],
+)
+def test_bad_input(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(*pair(), data, **({"epochs": 1, "progress": False} | options))
+
+
+def test_nothing_to_train():
+    model = linear_model().float().requires_grad_(False)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="no parameter to train"):
+        fit(model, guide, uint8(5), epochs=1, progress=False)
+
+
+def test_module_without_parameters_of_its_own_dtype():
+    class Prior(nn.Module):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+
+    fit(linear_model(), Prior(), uint8(5), epochs=1, progress=False)
