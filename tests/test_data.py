@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from pyro_gpvae import data as module
+from pyro_gpvae import readers as module
 from pyro_gpvae._torchvision import import_torchvision
 from pyro_gpvae.data import (
     ImageData,
@@ -221,7 +221,7 @@ def test_a_missing_file_is_named_and_not_fetched(name, tmp_path):
         load_data(name, root=tmp_path)
     message = str(caught.value)
     assert f"{tmp_path / name}.npz" in message
-    assert all(file in message for file in module._SOURCES[name].files)
+    assert all(file in message for file in module.SOURCES[name].files)
     assert "download=True" in message
     assert "PYRO_GPVAE_DATA" in message
     assert list(tmp_path.iterdir()) == []
@@ -376,9 +376,9 @@ def test_npz_in_the_root_comes_first(tmp_path, monkeypatch):
 
 
 def test_an_npz_of_the_published_size_is_not_taken_for_the_published_file(tmp_path, monkeypatch):
-    monkeypatch.setitem(module._SOURCES, "mnist", module._SOURCES["mnist"]._replace(sizes=(5, 3)))
+    monkeypatch.setitem(module.SOURCES, "mnist", module.SOURCES["mnist"]._replace(sizes=(5, 3)))
     expected = write_idx(tmp_path, monkeypatch)
-    assert load_data("mnist", root=tmp_path).note == module._SOURCES["mnist"].note
+    assert load_data("mnist", root=tmp_path).note == module.SOURCES["mnist"].note
     np.savez(tmp_path / "mnist.npz", train=expected[0][:, 0], test=expected[1][:, 0])
     assert "if the file holds the published images" in load_data("mnist", root=tmp_path).note
 
