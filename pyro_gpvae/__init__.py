@@ -1,5 +1,6 @@
 r"""How well a variational autoencoder infers: models, guides and measurements in Pyro."""
 
+from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data
 from pyro_gpvae.distributions import MarginalPosterior
 from pyro_gpvae.elbo import PerImage, elbo_terms
@@ -8,6 +9,7 @@ from pyro_gpvae.importance import Evidence, evidence_curve, log_evidence, log_we
 from pyro_gpvae.model import ImageModel, initial_sigma
 from pyro_gpvae.networks import build_decoder, build_encoder
 from pyro_gpvae.program import Program
+from pyro_gpvae.runs import Run, evaluate_run, load_run, train_run
 from pyro_gpvae.training import Block, History, NonFiniteError, fit
 
 __version__ = "0.1.0"
@@ -22,16 +24,21 @@ __all__ = [
     "NonFiniteError",
     "PerImage",
     "Program",
+    "Run",
+    "RunConfig",
     "available_guides",
     "build_decoder",
     "build_encoder",
     "elbo_terms",
+    "evaluate_run",
     "evidence_curve",
     "fit",
     "initial_sigma",
     "load_data",
     "load_guide",
+    "load_run",
     "log_evidence",
     "log_weights",
     "make_guide",
+    "train_run",
 ]

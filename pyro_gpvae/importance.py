@@ -17,7 +17,7 @@ from pyro_gpvae.data import to_float
 from pyro_gpvae.elbo import in_data_plate
 from pyro_gpvae.model import DATA_PLATE
 
-__all__ = ["Evidence", "evidence_curve", "log_evidence", "log_weights"]
+__all__ = ["Evidence", "default_chunk_size", "evidence_curve", "log_evidence", "log_weights"]
 
 Program = Callable[[Tensor], Any]
 
@@ -56,7 +56,7 @@ def log_weights(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     device, dtype = _device_and_dtype(model, x)
     if chunk_size is None:
-        chunk_size = _DEFAULT_CHUNK[device.type == "cuda"]
+        chunk_size = default_chunk_size(device)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if hasattr(model, "check_shape"):  # before the guide's encoder stumbles over it
@@ -183,8 +183,12 @@ def evidence_curve(log_weights: Tensor, num_samples: Sequence[int]) -> dict[int,
     return curve
 
 
-# latent vectors decoded at once: a CPU is fastest while activations fit its cache
-_DEFAULT_CHUNK = {False: 640, True: 65_536}
+def default_chunk_size(device: torch.device) -> int:
+    """How many latent vectors to decode at once on a device, if nobody says."""
+    # a CPU is fastest while the activations fit its cache
+    return 65_536 if device.type == "cuda" else 640
+
+
 # images refined or encoded at once by guides that do much work per image
 _MAX_IMAGES = 512
 

@@ -79,6 +79,7 @@ class ImageModel(Program):
             nn.Parameter(torch.tensor(math.log(sigma))) if likelihood == "gaussian" else None
         )
         # a buffer, so that the prior follows the model to its device and dtype
+        self._zero: Tensor
         self.register_buffer("_zero", torch.zeros(latent_dim), persistent=False)
         #: The priors of the guide's global weights, when it has any: ``guide.global_prior``.
         self.global_prior: GlobalPrior | None = None

@@ -1,0 +1,244 @@
+"""Every guide on the same images: how much of the amortisation gap it closes, at what cost.
+
+    python experiments/compare.py --data mnist5k --epochs 20
+
+For each seed this trains a VAE, then every family twice: end to end from scratch, and over the
+VAE's decoder, which stays as it is. Families that need no training of their own (SA, VLAE) are put
+on that decoder as they are. For every decoder the instance-wise optimum of a full Gaussian is the
+reference:
+
+    gap(q) = ELBO[optimum] - ELBO[q],    share closed = 1 - gap(q) / gap(VAE's encoder)
+
+0 is the VAE's encoder, 1 the optimum on the same decoder. Runs that exist are not repeated. The
+records, ``compare.json``, ``compare.md``, ``compare.csv`` and ``compare.png`` are written to --out;
+``--render`` makes the last three again from ``compare.json``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import tyro
+
+from pyro_gpvae.checkpoint import read_json, write_json, write_text
+from pyro_gpvae.config import RunConfig
+from pyro_gpvae.data import to_float
+from pyro_gpvae.plots import gap_against_time
+from pyro_gpvae.runs import Run, evaluate_run, load_run, train_run, warm_guide
+
+#: Trained end to end, and again over the VAE's decoder.
+AMORTISED = ("vae", "gp", "full", "lowrank:4", "iaf:2", "hf:4", "me:2", "rme:2", "iterative:2")
+#: Trained end to end, and put on the VAE's decoder without any training.
+REFINING = ("sa:1", "vlae:1")
+#: Only put on the VAE's decoder: end to end they cost too much on a CPU.
+REFINING_ONLY = ("sa:2", "sa:4", "sa:8", "vlae:0", "vlae:2", "vlae:4")
+BATCH = 128
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options of the comparison.
+
+    Attributes:
+        data: Name of a data set or path of an .npz file.
+        root: Folder of data sets.
+        epochs: Passes over the training images: of every run, and again over a fixed decoder.
+        seeds: How many seeds, from 0 on.
+        latent_dim: Dimension p of z.
+        train_images: Use only the first so many training images; None is all.
+        test_images: Evaluate the first so many test images.
+        num_samples: Importance samples K per image.
+        guides: Only these guides, beside the VAE; none is all.
+        device: "cpu" or "cuda"; None is CUDA if there is one.
+        out: Folder of runs and results.
+        render: Only make table and figure again from compare.json.
+    """
+
+    data: str = "mnist5k"
+    root: str | None = None
+    epochs: int = 20
+    seeds: int = 1
+    latent_dim: int = 10
+    train_images: int | None = None
+    test_images: int = 200
+    num_samples: int = 100
+    guides: tuple[str, ...] = ()
+    device: str | None = None
+    out: Path = Path("runs/compare")
+    render: bool = False
+
+
+def main(options: Options) -> None:
+    if not options.render:
+        write_json(options.out / "compare.json", collect(options))
+    record = read_json(options.out / "compare.json")
+    table = summarise(record)
+    write_text(options.out / "compare.csv", table.to_csv(index=False))
+    write_text(options.out / "compare.md", markdown(table, caption(record)))
+    gap_against_time(table, caption(record)).savefig(options.out / "compare.png", dpi=150)
+    print(markdown(table, caption(record)))
+
+
+def collect(options: Options) -> dict[str, Any]:
+    """Trains and evaluates what is missing; returns a row for each seed, guide and decoder."""
+    rows: list[dict[str, Any]] = []
+    environment: dict[str, Any] = {}
+    for seed in range(options.seeds):
+        config = RunConfig(
+            data=options.data,
+            root=options.root,
+            epochs=options.epochs,
+            latent_dim=options.latent_dim,
+            train_images=options.train_images,
+            test_images=options.test_images,
+            num_samples=options.num_samples,
+            seed=seed,
+            device=options.device,
+        )
+        folder = options.out / f"seed-{seed}"
+        wanted = [
+            g
+            for g in (*AMORTISED, *REFINING, *REFINING_ONLY)
+            if g == "vae" or not options.guides or g in options.guides
+        ]
+        vae = _train(replace(config, guide="vae"), folder / "vae")
+        candidates: list[tuple[str, str, Run, str | None]] = []
+        for guide in wanted:
+            name = guide.replace(":", "-")
+            if guide not in REFINING_ONLY:
+                run = _train(replace(config, guide=guide), folder / name)
+                candidates.append((guide, "end to end", run, None))
+            if guide in AMORTISED:
+                fixed = replace(
+                    config, guide=guide, warm_start=str(vae.folder), freeze_decoder=True
+                )
+                run = _train(fixed, folder / f"{name}-fixed")
+                candidates.append((guide, "VAE's decoder", run, None))
+            else:
+                candidates.append((guide, "VAE's decoder", vae, guide))
+        times = _times([_posterior(run, guide) for _, _, run, guide in candidates], vae)
+        for (guide, decoder, run, other), row in zip(candidates, times, strict=True):
+            scores = run.record["scores"]
+            if other is not None:
+                print(f"{guide} over the decoder of {run.folder}", flush=True)
+                scores = evaluate_run(run.folder, other)["scores"]
+            row |= {"seed": seed, "guide": guide, "decoder": decoder}
+            row |= {name: scores[name] for name in ("elbo", "log_evidence", "monte_carlo_error")}
+            row["optimum"] = _optimum(vae if decoder == "VAE's decoder" else run)
+            row["training_seconds"] = 0.0 if other else run.record["seconds"]["training"]
+            rows.append(row)
+        environment = {
+            name: vae.record[name] for name in ("versions", "commit", "device", "threads", "data")
+        }
+    return {
+        "options": {k: v for k, v in vars(options).items() if k not in ("out", "render", "root")},
+        **environment,
+        "rows": rows,
+    }
+
+
+def _train(config: RunConfig, folder: Path) -> Run:
+    if not (folder / "record.json").exists():
+        print(f"training {folder}", flush=True)
+        train_run(config, folder)
+    return load_run(folder)
+
+
+def _optimum(run: Run) -> float:
+    """The mean ELBO of the instance-wise optimum on a run's decoder, computed once."""
+    folder = run.folder.with_name(f"{run.folder.name}-optimum")
+    if not (folder / "record.json").exists():
+        print(f"instance-wise optimum on the decoder of {run.folder}", flush=True)
+        evaluate_run(run.folder, "instance:full", out=folder)
+    return float(read_json(folder / "record.json")["scores"]["elbo"])
+
+
+def _posterior(run: Run, other: str | None) -> Callable[[], Any]:
+    """One inference for a batch of test images: the posterior and a draw from it."""
+    guide = run.guide if other is None else warm_guide(other, run.model, run.guide)
+    device = next(run.model.parameters()).device
+    guide.to(device).eval()
+    x = to_float(run.data.test[:BATCH].to(device))
+    return lambda: guide.posterior(x).sample()
+
+
+def _times(programs: list[Callable[[], Any]], vae: Run, repeats: int = 15) -> list[dict[str, Any]]:
+    """Milliseconds of each program, interleaved; medians, quartiles, ratios to a decoder pass."""
+    device = next(vae.model.parameters()).device
+    z = torch.zeros(BATCH, vae.model.latent_dim, device=device)
+    everything = [*programs, lambda: vae.model.decoder(z)]
+    samples: list[list[float]] = [[] for _ in everything]
+    with torch.no_grad():
+        for repeat in range(repeats + 2):
+            for program, times in zip(everything, samples, strict=True):
+                seconds = _seconds(program, device)
+                if repeat >= 2:  # after a warm-up
+                    times.append(1000 * seconds)
+    decoder = statistics.median(samples[-1])
+    rows = []
+    for times in samples[:-1]:
+        low, median, high = statistics.quantiles(times, n=4)
+        rows.append(
+            {"ms": median, "ms_low": low, "ms_high": high, "decoder_passes": median / decoder}
+        )
+    return rows
+
+
+def _seconds(program: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    program()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def summarise(record: dict[str, Any]) -> pd.DataFrame:
+    """One row for each guide and decoder: means over seeds, and the share of the gap closed."""
+    rows = pd.DataFrame(record["rows"])
+    rows["gap"] = rows["optimum"] - rows["elbo"]
+    reference = rows[(rows["guide"] == "vae") & (rows["decoder"] == "end to end")]
+    rows = rows.merge(reference[["seed", "gap"]], on="seed", suffixes=("", "_vae"))
+    rows["share"] = 1 - rows["gap"] / rows["gap_vae"]
+    groups = rows.groupby(["guide", "decoder"], sort=False)
+    names = ["elbo", "log_evidence", "optimum", "share", "ms", "ms_low", "ms_high"]
+    table = groups[[*names, "decoder_passes", "training_seconds"]].mean()
+    table["share_sd"] = groups["share"].std()
+    table["seeds"] = groups.size()
+    return table.reset_index()
+
+
+def caption(record: dict[str, Any]) -> str:
+    options, data = record["options"], record["data"]
+    return (
+        f"{options['data']}: {data['train_images']} training and {data['test_images']} test "
+        f"images, p = {options['latent_dim']}, networks of Table 1-3, {options['epochs']} epochs "
+        f"(the paper: 2000), K = {options['num_samples']}, {options['seeds']} seed(s); "
+        f"times for {BATCH} images on {record['device']}, {record['threads']} threads."
+    )
+
+
+def markdown(table: pd.DataFrame, caption: str) -> str:
+    lines = [
+        "| guide | decoder | ELBO | IWAE | optimum's ELBO | gap closed | ms / 128 images "
+        "| decoder passes | training s |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in table.itertuples():
+        spread = "" if row.seeds == 1 else f" ± {100 * row.share_sd:.0f}"
+        lines.append(
+            f"| `{row.guide}` | {row.decoder} | {row.elbo:.1f} | {row.log_evidence:.1f} "
+            f"| {row.optimum:.1f} | {100 * row.share:.0f}{spread} % | {row.ms:.1f} "
+            f"| {row.decoder_passes:.1f} | {row.training_seconds:.0f} |"
+        )
+    return "\n".join([*lines, "", caption, ""])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,115 @@
+r"""HF: a full covariance from Householder reflections of the VAE's Gaussian."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.transforms import ConditionalHouseholder
+from torch import Tensor, nn
+
+from guides.gaussian import GaussianGuide
+from guides.iaf import FlowPosterior
+
+__all__ = ["HouseholderGuide"]
+
+
+class HouseholderGuide(GaussianGuide):
+    r"""A Gaussian turned by T reflections that depend on the image.
+
+    .. math::
+        z_0 \sim N(m(x), \mathrm{diag}\, s(x)^2), \qquad
+        z_t = z_{t-1} - 2 v_t \frac{v_t^\top z_{t-1}}{\|v_t\|^2}, \qquad
+        v_1 = \mathrm{Linear}(\phi(x)), \quad v_{t+1} = \mathrm{Linear}(v_t)
+
+    so that :math:`q(z|x) = N(z; Hm, H\, \mathrm{diag}(s^2)\, H^\top)` with the orthogonal
+    matrix :math:`H = H_T \cdots H_1`; the log-determinant is 0. T = 0 is the VAE.
+
+    A warm start copies the VAE's encoder, but the reflections, which start at random, then turn
+    its mean as well: train some epochs before comparing.
+
+    References:
+        Tomczak and Welling, *Improving Variational Auto-Encoders using Householder Flow*, 2016.
+        https://arxiv.org/abs/1611.09630
+
+    Arguments:
+        model: The model, which tells the image shape and the dimension p of z.
+        num_reflections: The number T of reflections. Any orthogonal matrix is a product of p
+            of them; with more there is a warning.
+        encoder: A module from images (B, C, H, W) to features (B, d).
+        warm_start: A trained VAE guide whose encoder is copied.
+
+    Raises:
+        ValueError: If T is negative.
+
+    Example:
+        >>> import torch
+        >>> from pyro_gpvae import ImageModel
+        >>> guide = HouseholderGuide(ImageModel((1, 28, 28), latent_dim=10), num_reflections=2)
+        >>> q = guide.posterior(torch.zeros(5, 1, 28, 28))
+        >>> q.batch_shape, q.event_shape
+        (torch.Size([5]), torch.Size([10]))
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        num_reflections: int = 1,
+        encoder: nn.Module | None = None,
+        *,
+        warm_start: GaussianGuide | None = None,
+    ) -> None:
+        if not isinstance(num_reflections, int) or num_reflections < 0:
+            raise ValueError(
+                f"num_reflections must be an integer of at least 0, got {num_reflections!r}"
+            )
+        if num_reflections > model.latent_dim:
+            warnings.warn(
+                f"num_reflections = {num_reflections} is more than latent_dim = "
+                f"{model.latent_dim}, which already gives every orthogonal matrix",
+                stacklevel=2,
+            )
+        # the Gaussian first: under a seed it then starts where the VAE starts
+        super().__init__(model, encoder, warm_start=warm_start)
+        self.num_reflections = num_reflections
+        self.flow: ConditionalHouseholder | None = None
+        if num_reflections > 0:
+            vectors = _Vectors(self.feature_dim, self.latent_dim, num_reflections)
+            with warnings.catch_warnings():
+                # Pyro warns as well where there are more reflections than dimensions
+                warnings.filterwarnings("ignore", "Number of Householder transforms")
+                self.flow = ConditionalHouseholder(self.latent_dim, vectors, num_reflections)
+
+    def posterior(self, x: Tensor) -> TorchDistribution:
+        """Returns q(z|x): batch shape (B,), event shape (p,)."""
+        if self.flow is None:
+            return super().posterior(x)
+        features, loc, log_scale = self.encode(x)
+        base = dist.Normal(loc, log_scale.exp()).to_event(1)
+        return FlowPosterior(base, [self.flow], features)
+
+
+class _Vectors(nn.Module):
+    """The normals of T mirrors, from features (..., d): T tensors (..., p), or one if T = 1."""
+
+    def __init__(self, feature_dim: int, latent_dim: int, count: int) -> None:
+        super().__init__()
+        widths = [feature_dim] + [latent_dim] * count
+        self.layers = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
+
+    def forward(self, features: Tensor) -> Tensor | tuple[Tensor, ...]:
+        vectors, v = [], features
+        for layer in self.layers:
+            v = layer(v)
+            vectors.append(_nonzero(v))
+        return tuple(vectors) if len(vectors) > 1 else vectors[0]
+
+
+def _nonzero(v: Tensor) -> Tensor:
+    """v, or the first unit vector where v is zero: Pyro divides by the norm as it stands."""
+    first = torch.zeros_like(v)
+    first[..., 0] = 1
+    return torch.where(v.norm(dim=-1, keepdim=True) > torch.finfo(v.dtype).eps, v, first)

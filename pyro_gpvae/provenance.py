@@ -1,0 +1,64 @@
+r"""What a number depends on beside its options: versions, commit, device, data."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["environment", "sha256"]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and device: what the numbers may depend on beside the options."""
+    versions = {"python": platform.python_version()}
+    for package in ("pyro-gpvae", "torch", "pyro-ppl", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            versions[package] = "unknown"
+    cuda = device.type == "cuda"
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name; on Linux Python itself knows the architecture only."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this package's checkout, with "+" if files changed since; None elsewhere."""
+    here = Path(__file__).resolve()
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(here.parent), *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # not merely inside another repository
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def sha256(images: Tensor) -> str:
+    """The SHA-256 of the pixels of uint8 images, as hexadecimal digits."""
+    return hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest()

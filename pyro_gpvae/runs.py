@@ -1,0 +1,431 @@
+r"""Runs: train a guide, evaluate it, and keep both in a folder that reproduces the score.
+
+A run folder holds ``config.json`` (every option), ``record.json`` (options, versions, commit,
+device, seconds, scores), ``history.csv`` (a row an epoch), ``scores.csv`` (a row a test image)
+and ``weights.safetensors``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_gpvae.checkpoint import (
+    load_weights,
+    new_folder,
+    read_json,
+    save_weights,
+    write_json,
+    write_text,
+)
+from pyro_gpvae.config import RunConfig
+from pyro_gpvae.data import ImageData, load_data, split_validation, to_float
+from pyro_gpvae.guide import available_guides, load_guide, make_guide
+from pyro_gpvae.importance import Evidence, default_chunk_size, log_evidence
+from pyro_gpvae.model import ImageModel, initial_sigma
+from pyro_gpvae.networks import ImageShape, build_decoder
+from pyro_gpvae.provenance import environment, sha256
+from pyro_gpvae.training import fit
+
+__all__ = ["RUN_FILES", "Run", "evaluate_run", "load_run", "train_into", "train_run", "warm_guide"]
+
+RUN_FILES = ("config.json", "history.csv", "record.json", "scores.csv", "weights.safetensors")
+
+
+@dataclass
+class Run:
+    """A finished run, read back from its folder.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its options.
+        record: The content of ``record.json``.
+        model: The trained model.
+        guide: The trained guide.
+    """
+
+    folder: Path
+    config: RunConfig
+    record: dict[str, Any]
+    model: ImageModel
+    guide: Any
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The images that the run was trained and evaluated on, read at first use.
+
+        Raises:
+            ValueError: If they are not the same images as in the run.
+        """
+        data = _load(self.config)
+        for part, images in (("train", data.train), ("test", data.test)):
+            if sha256(images) != self.record["data"][f"{part}_sha256"]:
+                raise ValueError(
+                    f"the {part} images of {self.config.data!r} are not those of the run "
+                    f"{self.folder}: its scores cannot be reproduced. Point --data or --root to "
+                    "the files it was trained on."
+                )
+        return data
+
+
+def train_run(
+    config: RunConfig, out: str | Path, *, overwrite: bool = False, progress: bool | str = True
+) -> dict[str, Any]:
+    """Trains a guide and a model, evaluates them on the test images, and writes a run folder.
+
+    The same configuration gives the same numbers on the same device with the same number of
+    threads. The global random state is left as it was.
+
+    Arguments:
+        config: The options.
+        out: The run folder. It appears when the run is finished; until then, and if the run
+            fails, what was there stays.
+        overwrite: Whether to replace an earlier run in that folder.
+        progress: Whether to show a progress bar; a text is its label.
+
+    Returns:
+        The content of ``record.json``.
+
+    Raises:
+        ValueError: If an option is wrong, or the warm start does not fit.
+        FileExistsError: If the folder is not empty (see :func:`pyro_gpvae.checkpoint.new_folder`).
+        FileNotFoundError: If data or the warm start are missing.
+        NonFiniteError: If training diverges.
+    """
+    config.check()
+    with new_folder(out, overwrite=overwrite, files=RUN_FILES) as folder:
+        start = None if config.warm_start is None else load_run(config.warm_start)
+        return train_into(folder, config, start, progress=progress)
+
+
+def train_into(
+    folder: Path, config: RunConfig, start: Run | None = None, *, progress: bool | str = True
+) -> dict[str, Any]:
+    """Does the work of :func:`train_run` in an existing folder, from a run that is at hand."""
+    config.check()
+    device = _device(config.device)
+    config = dataclasses.replace(
+        config,
+        device=str(device),
+        chunk_size=config.chunk_size or default_chunk_size(device),
+    )
+    data = _load(config)
+    train, validation = data.train, None
+    if config.validation:
+        train, validation = split_validation(data.train, config.validation)
+    _check_start(config, data.image_shape, start)
+    with _seeded(config.seed, device):
+        model = _build_model(config, data.image_shape, initial_sigma(train))
+        if start is None:
+            guide = make_guide(config.guide, model)
+        else:
+            model.load_state_dict(start.model.state_dict())
+            guide = warm_guide(config.guide, model, start.guide)
+    model.requires_grad_(not config.freeze_decoder)
+    if not isinstance(guide, torch.nn.Module):
+        raise ValueError(
+            f"the guide {config.guide!r} is a {type(guide).__name__}, expected a torch.nn.Module "
+            "or PyroModule: only a module's weights can be saved"
+        )
+
+    begin = time.monotonic()
+    history = fit(
+        model,
+        guide,
+        train,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        validation=validation,
+        seed=config.seed,
+        device=device,
+        progress=progress if isinstance(progress, str) or not progress else config.guide,
+    ).frame()
+    trained = time.monotonic()
+    scores, table = _evaluate(model, guide, data.test, config)
+    evaluated = time.monotonic()
+
+    record: dict[str, Any] = {
+        "format": 1,
+        "config": dataclasses.asdict(config),
+        "data": {
+            "name": data.name,
+            "note": data.note,
+            "image_shape": list(data.image_shape),
+            "train_images": len(train),
+            "validation_images": config.validation,
+            "test_images": len(data.test),
+            "train_sha256": sha256(data.train),
+            "test_sha256": sha256(data.test),
+        },
+        **environment(device),
+        "steps": int(history["step"].iloc[-1]),
+        "seconds": {"training": trained - begin, "evaluation": evaluated - trained},
+        "scores": scores,
+        "sigma": None if model.log_sigma is None else float(model.log_sigma.detach().exp()),
+        "diagnostics": _diagnostics(guide, data.test, device, len(train)),
+    }
+    save_weights(folder / "weights.safetensors", model, guide)
+    write_text(folder / "history.csv", history.to_csv(index=False))
+    write_text(folder / "scores.csv", table.to_csv(index=False))
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    write_json(folder / "record.json", record)
+    return record
+
+
+def load_run(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    root: str | None = None,
+    device: str | None = None,
+) -> Run:
+    """Reads a run folder back: configuration, record, trained model and guide.
+
+    Arguments:
+        folder: The run folder.
+        data: Where the data lie now, if not where the configuration says.
+        root: Likewise, the folder of data sets.
+        device: Where to put model and guide; by default the device of the run.
+
+    Raises:
+        FileNotFoundError: If the folder or one of its files is missing.
+        ValueError: If a file is damaged, or the files do not fit each other.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no run folder {folder}: expected one that train wrote")
+    source = folder / "config.json"
+    config = RunConfig.from_json(read_json(source), source)
+    config = dataclasses.replace(
+        config,
+        data=data or config.data,
+        root=root or config.root,
+        device=device or config.device,
+    )
+    record = read_json(folder / "record.json")
+    try:
+        channels, height, width = (int(size) for size in record["data"]["image_shape"])
+        [record["data"][f"{part}_sha256"] for part in ("train", "test")]
+        record["scores"]["log_evidence"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'record.json'} is not the record of a run: {error!r}"
+        ) from error
+    target = _device(config.device)
+    with _seeded(config.seed, torch.device("cpu")), torch.no_grad():
+        model = _build_model(config, (channels, height, width), sigma=1.0)
+        guide = make_guide(config.guide, model).eval()
+        guide(torch.zeros(1, *model.image_shape))  # Pyro makes some parameters at first use
+    load_weights(folder / "weights.safetensors", model, guide)
+    model.to(target).pair(guide).eval()
+    guide.to(target)
+    return Run(folder, config, record, model, guide)
+
+
+def evaluate_run(
+    folder: str | Path,
+    guide: str | None = None,
+    *,
+    num_samples: int | None = None,
+    seed: int | None = None,
+    test_images: int | None = None,
+    chunk_size: int | None = None,
+    data: str | None = None,
+    root: str | None = None,
+    device: str | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a finished run again; as it stands, with exactly the recorded score.
+
+    "Exactly" holds on the same device with the same number of threads, and versions of the
+    libraries. Every argument but the first changes something: see :class:`RunConfig`.
+
+    Arguments:
+        folder: The run folder.
+        guide: Another guide over the run's decoder, such as "vlae:2"; it starts from the run's
+            encoder if it takes a ``warm_start``, and from random weights otherwise. It is not
+            trained.
+        out: A folder to write ``record.json`` and ``scores.csv`` to.
+        overwrite: Whether to replace an earlier evaluation there.
+
+    Returns:
+        ``run``, ``guide``, ``config``, ``scores``, ``recorded`` (the scores of the run),
+        ``diagnostics``, ``seconds``, and versions, commit, device and threads.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`load_run`; or if an option is wrong.
+        FileExistsError: If ``out`` is not empty.
+    """
+    run = load_run(folder, data=data, root=root, device=device)
+    config = dataclasses.replace(
+        run.config,
+        guide=guide or run.config.guide,
+        num_samples=run.config.num_samples if num_samples is None else num_samples,
+        seed=run.config.seed if seed is None else seed,
+        chunk_size=run.config.chunk_size if chunk_size is None else chunk_size,
+    )
+    config.check()
+    target = _device(config.device)
+    program = run.guide
+    if guide is not None:
+        with _seeded(config.seed, target):
+            program = warm_guide(guide, run.model, run.guide)
+        if isinstance(program, torch.nn.Module):
+            program.to(target).eval()
+    images = run.data.take(test=test_images).test
+
+    files = ("record.json", "scores.csv")
+    with (
+        nullcontext()
+        if out is None
+        else new_folder(out, overwrite=overwrite, files=files) as target_folder
+    ):
+        begin = time.monotonic()
+        scores, table = _evaluate(run.model, program, images, config)
+        result = {
+            "run": str(folder),
+            "guide": config.guide,
+            "config": dataclasses.asdict(config),
+            **environment(target),
+            "seconds": {"evaluation": time.monotonic() - begin},
+            "scores": scores,
+            "recorded": run.record["scores"],
+            "diagnostics": _diagnostics(
+                program, images, target, run.record["data"]["train_images"]
+            ),
+        }
+        if target_folder is not None:
+            write_text(target_folder / "scores.csv", table.to_csv(index=False))
+            write_json(target_folder / "record.json", result)
+    return result
+
+
+def _load(config: RunConfig) -> ImageData:
+    """The images of a configuration: cut down and binarised as it says."""
+    data = load_data(config.data, root=config.root, download=config.download)
+    data = data.take(config.train_images, config.test_images)
+    return data.binarized() if config.likelihood == "bernoulli" else data
+
+
+def _check_start(config: RunConfig, image_shape: ImageShape, start: Run | None) -> None:
+    if start is None:
+        return
+    for name in ("latent_dim", "decoder", "likelihood"):
+        ours, theirs = getattr(config, name), getattr(start.config, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name} is {ours!r}, but the warm start {start.folder} has {theirs!r}: "
+                "the model starts from its weights, so they must agree"
+            )
+    if tuple(image_shape) != start.model.image_shape:
+        raise ValueError(
+            f"the images of {config.data!r} have shape {tuple(image_shape)}, but the warm start "
+            f"{start.folder} was trained on {start.model.image_shape}"
+        )
+
+
+def _build_model(config: RunConfig, image_shape: ImageShape, sigma: float) -> ImageModel:
+    decoder = build_decoder(image_shape, config.latent_dim, config.decoder)
+    return ImageModel(
+        image_shape, config.latent_dim, decoder, likelihood=config.likelihood, sigma=sigma
+    )
+
+
+def warm_guide(spec: str, model: ImageModel, trained: Any) -> Any:
+    """Builds a guide as :func:`pyro_gpvae.make_guide` does, from a trained one where it can:
+    if its constructor takes a ``warm_start``."""
+    name, _, options = spec.partition(":")
+    if name not in available_guides() and options:
+        name = ":".join(spec.split(":")[:2])
+    if "warm_start" in inspect.signature(load_guide(name)).parameters:
+        return make_guide(spec, model, warm_start=trained)
+    return make_guide(spec, model)
+
+
+def _evaluate(
+    model: ImageModel, guide: Any, images: Tensor, config: RunConfig
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The scores of a record, and a table with a row for each image."""
+    evidence = log_evidence(
+        model, guide, images, config.num_samples, chunk_size=config.chunk_size, seed=config.seed
+    )
+    table = _table(evidence)
+    if hasattr(guide, "uncertainty"):
+        table["uncertainty"] = _uncertainty(guide, images, _device(config.device)).numpy()
+    scores = {
+        "elbo": float(evidence.elbo.mean()),
+        "log_evidence": evidence.mean,
+        "monte_carlo_error": evidence.monte_carlo_error,
+        "sampling_error": evidence.sampling_error if len(images) > 1 else None,
+        "median_log_evidence": float(evidence.log_evidence.median()),
+        "mean_effective_sample_size": float(evidence.effective_sample_size.mean()),
+        "num_images": len(images),
+        "num_samples": config.num_samples,
+        "seed": config.seed,
+        "chunk_size": config.chunk_size,
+    }
+    return scores, table
+
+
+def _table(evidence: Evidence) -> pd.DataFrame:
+    names = ("log_evidence", "standard_error", "effective_sample_size", "elbo")
+    table = pd.DataFrame({name: getattr(evidence, name).cpu().numpy() for name in names})
+    table.insert(0, "image", range(len(table)))
+    return table
+
+
+@torch.no_grad()
+def _uncertainty(guide: Any, images: Tensor, device: torch.device) -> Tensor:
+    """The inference uncertainty of uint8 images (N, C, H, W): shape (N,), on the CPU."""
+    chunks = [guide.uncertainty(to_float(x.to(device))).cpu() for x in images.split(512)]
+    return torch.cat(chunks)
+
+
+@torch.no_grad()
+def _diagnostics(
+    guide: Any, images: Tensor, device: torch.device, num_train: int
+) -> dict[str, float]:
+    """What the guide reports on up to 512 test images, and KL(q(W, U) ‖ p)/N in nats."""
+    if not hasattr(guide, "diagnostics"):
+        return {}
+    found = guide.diagnostics(to_float(images[:512].to(device)))
+    values = {name: float(value) for name, value in found.items()}
+    if "kl_weights" in values:
+        values["kl_weights_per_image"] = values["kl_weights"] / num_train
+    return values
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:INDEX") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"the device {name!r} is not there: {torch.cuda.device_count()} CUDA devices are "
+            "visible; use --device cpu"
+        )
+    return device
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch inside the block, and restores its random state afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

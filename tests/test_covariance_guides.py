@@ -1,0 +1,223 @@
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from torch.distributions import kl_divergence
+from toy import (
+    exact_evidence,
+    exact_posterior,
+    images,
+    linear_encoder,
+    linear_model,
+)
+
+from guides import GaussianGuide
+from guides.covariance import FullCovarianceGuide, LowRankGuide
+from pyro_gpvae import fit, log_weights
+
+FAMILIES = {
+    "full": FullCovarianceGuide,
+    "rank1": lambda model, *args, **kwargs: LowRankGuide(model, 1, *args, **kwargs),
+    "rank2": lambda model, *args, **kwargs: LowRankGuide(model, 2, *args, **kwargs),
+    "rank5": lambda model, *args, **kwargs: LowRankGuide(model, 5, *args, **kwargs),
+}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def build(model, name, seed=2):
+    torch.manual_seed(seed)
+    guide = FAMILIES[name](model, linear_encoder()).double()
+    with torch.no_grad():
+        for parameter in guide.parameters():  # the full covariance starts at a diagonal one
+            parameter += 0.3 * torch.randn_like(parameter)
+    return guide
+
+
+def close(actual, expected, tolerance=1e-10):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def by_hand(guide, x):
+    """Mean and covariance, element by element from the formulas."""
+    features, loc, log_scale = guide.encode(x)
+    p = loc.shape[-1]
+    covariance = []
+    for i in range(len(x)):
+        if isinstance(guide, FullCovarianceGuide):
+            elements = iter(guide.lower(features[i]))
+            lower = torch.zeros(p, p).double()
+            for row in range(p):
+                for column in range(row):
+                    lower[row, column] = next(elements)
+                lower[row, row] = log_scale[i, row].exp()
+            covariance.append(lower @ lower.mT)
+        else:
+            scale = log_scale[i].exp().diag()
+            factor = scale @ guide.factor(features[i]).reshape(p, guide.rank)
+            covariance.append(scale @ scale + factor @ factor.mT)
+    return loc, torch.stack(covariance)
+
+
+def same_as_vae(build_guide, model):
+    x = images(4)
+    torch.manual_seed(2)
+    vae = GaussianGuide(model, linear_encoder()).double()
+    torch.manual_seed(2)
+    guide = build_guide().double()
+    assert guide.state_dict().keys() == vae.state_dict().keys()
+    results = []
+    for g in (vae, guide):
+        torch.manual_seed(3)
+        z = g(x)
+        results.append((z, g.posterior(x).log_prob(z), g.elbo().differentiable_loss(model, g, x)))
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_rank_zero_is_the_vae():
+    model = linear_model()
+    assert same_as_vae(lambda: LowRankGuide(model, 0, linear_encoder()), model)
+
+
+def test_one_dimension_has_no_correlations():
+    model = linear_model(1)
+    assert same_as_vae(lambda: FullCovarianceGuide(model, linear_encoder()), model)
+
+
+def test_full_covariance_starts_as_the_vae():
+    model, x = linear_model(3), images(4)
+    vae = GaussianGuide(model, linear_encoder()).double()
+    for option in ({"warm_start": vae}, {"encoder": linear_encoder()}):
+        guide = FullCovarianceGuide(model, **option).double()
+        _, loc, log_scale = guide.encode(x)
+        z = torch.randn(5, 4, 3).double()
+        expected = dist.Normal(loc, log_scale.exp()).to_event(1)
+        close(guide.posterior(x).log_prob(z), expected.log_prob(z))
+    close(FullCovarianceGuide(model, warm_start=vae).double().encode(x)[1], vae.encode(x)[1])
+
+
+@every_family
+def test_it_starts_from_the_encoder_of_the_vae(name):
+    model = linear_model()
+    torch.manual_seed(2)
+    vae = GaussianGuide(model, linear_encoder()).double()
+    torch.manual_seed(2)
+    state = FAMILIES[name](model, linear_encoder()).double().state_dict()
+    assert all(torch.equal(state[k], v) for k, v in vae.state_dict().items())
+
+
+@every_family
+def test_density_and_samples_are_those_of_the_formula(name):
+    model, x = linear_model(3), images(4)
+    guide = build(model, name)
+    q, (mean, covariance) = guide.posterior(x), by_hand(guide, x)
+    assert (q.batch_shape, q.event_shape) == ((4,), (3,))
+    assert not torch.allclose(covariance, covariance.diagonal(0, 1, 2).diag_embed())
+    z = torch.randn(7, 4, 3).double()
+    expected = dist.MultivariateNormal(mean, covariance).log_prob(z)
+    close(q.log_prob(z), expected)
+    close(q.expand((7, 4)).log_prob(z), expected)
+    torch.manual_seed(0)
+    white = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(covariance),
+        (q.sample((20_000,)) - mean).permute(1, 2, 0),
+        upper=False,
+    )
+    # second moments of white noise: standard errors 1/√n off the diagonal, √(2/n) on it
+    moments = white @ white.mT / 20_000
+    error = 5 * math.sqrt(2 / 20_000)
+    close(moments, torch.eye(3).double().expand(4, 3, 3), error)
+    close(white.mean(-1), torch.zeros(4, 3).double(), error)
+
+
+@every_family
+def test_kl_is_analytic(name):
+    model, x = linear_model(3), images(4)
+    guide = build(model, name)
+    q, (mean, covariance) = guide.posterior(x), by_hand(guide, x)
+    dense = dist.MultivariateNormal(mean, covariance)
+    loc, scale = torch.randn(3).double(), torch.rand(3).double() + 0.5
+    for prior in (model.prior(), dist.Normal(loc, scale).to_event(1)):
+        independent = prior.expand((4,))
+        same = dist.MultivariateNormal(prior.mean, prior.variance.diag())
+        close(kl_divergence(q, independent), kl_divergence(dense, same))
+    for other in (dist.Laplace(loc, scale).to_event(1), dist.Normal(mean, 1.0).to_event(2)):
+        with pytest.raises(NotImplementedError):
+            kl_divergence(q, other)
+    # and the objective uses it: what remains random is the likelihood
+    torch.manual_seed(5)
+    loss = guide.elbo().differentiable_loss(model, guide, x)
+    torch.manual_seed(5)
+    log_likelihood = model.likelihood(guide(x)).log_prob(x)
+    kl = kl_divergence(q, model.prior().expand((4,)))
+    close(loss, (kl - log_likelihood).sum())
+
+
+@every_family
+def test_an_image_does_not_depend_on_its_batch(name):
+    model, x = linear_model(3), images(5)
+    guide = build(model, name)
+    z = torch.randn(2, 5, 3).double()
+    alone = [guide.posterior(x[i : i + 1]).log_prob(z[:, i : i + 1]) for i in range(5)]
+    close(guide.posterior(x).log_prob(z), torch.cat(alone, dim=1))
+
+
+@pytest.mark.parametrize("name", ["full", "rank2"])
+def test_the_exact_posterior_is_in_the_family(name):
+    # a correlated Gaussian posterior: then every weight is p(x)
+    model, x = linear_model(), images(5)
+    layer, exact = model.decoder[0], exact_posterior(model, x)
+    covariance = exact.covariance_matrix[0]
+    gain = covariance @ layer.weight.mT / model.log_sigma.exp() ** 2
+    guide = FAMILIES[name](model, nn.Flatten()).double()
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.zero_()
+        guide.head.weight[:2] = gain
+        guide.head.bias[:2] = -gain @ layer.bias
+        if name == "full":
+            lower = torch.linalg.cholesky(covariance)
+            guide.head.bias[2:] = lower.diagonal().log()
+            guide.lower.bias[0] = lower[1, 0]
+        else:
+            values, vectors = torch.linalg.eigh(covariance)
+            noise = values[0] / 2
+            guide.head.bias[2:] = noise.log() / 2
+            guide.factor.bias.copy_((vectors * (values / noise - 1).sqrt()).flatten())
+    weights = log_weights(model, guide, x, 10)
+    close(weights, exact_evidence(model, x).expand(10, 5), 1e-8)
+
+
+@every_family
+def test_fit_trains_every_parameter(name):
+    model = linear_model(sigma=1.0)
+    torch.manual_seed(2)
+    guide = FAMILIES[name](model, linear_encoder()).double()
+    data = (images(64) * 255).to(torch.uint8)
+    before = {k: p.detach().clone() for k, p in guide.named_parameters()}
+    history = fit(
+        model, guide, data, epochs=10, batch_size=16, learning_rate=1e-2, progress=False
+    ).frame()
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    for key, parameter in guide.named_parameters():
+        assert parameter.grad.isfinite().all(), key
+        assert not torch.equal(parameter, before[key]), key
+
+
+@every_family
+def test_state_survives_saving(name, tmp_path):
+    model, x = linear_model(3), images(4)
+    guide, other = build(model, name), build(model, name, seed=9)
+    torch.save(guide.state_dict(), tmp_path / "guide.pt")
+    z = torch.randn(4, 3).double()
+    expected = guide.posterior(x).log_prob(z)
+    assert not torch.allclose(other.posterior(x).log_prob(z), expected)
+    other.load_state_dict(torch.load(tmp_path / "guide.pt"))
+    assert torch.equal(other.posterior(x).log_prob(z), expected)
+
+
+@pytest.mark.parametrize("rank", [-1, 1.5])
+def test_bad_rank(rank):
+    with pytest.raises(ValueError, match=f"rank must be an integer of at least 0, got {rank}"):
+        LowRankGuide(linear_model(), rank)

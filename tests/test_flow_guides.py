@@ -1,0 +1,422 @@
+import gc
+import math
+import weakref
+
+import pyro.distributions as dist
+import pytest
+import scipy.stats
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch.autograd.functional import jacobian
+from toy import exact_evidence, images, linear_encoder, linear_model
+
+from guides import GaussianGuide
+from guides.householder import HouseholderGuide
+from guides.iaf import IAFGuide
+from pyro_gpvae import fit, log_weights
+
+FLOWS = {
+    "iaf1": (IAFGuide, 1, {}),
+    "iaf3": (IAFGuide, 3, {"hidden_dim": 16}),
+    "iaf2-compressed": (IAFGuide, 2, {"hidden_dim": 16, "context_dim": 2}),
+    "hf1": (HouseholderGuide, 1, {}),
+    "hf2": (HouseholderGuide, 2, {}),
+}
+every_flow = pytest.mark.parametrize("name", FLOWS)
+
+
+def build(model, name, seed=2):
+    cls, count, options = FLOWS[name]
+    torch.manual_seed(seed)
+    return cls(model, count, linear_encoder(), **options).double()
+
+
+def context_of(guide, x):
+    features = guide.encode(x)[0]
+    return guide.compress(features) if getattr(guide, "compress", None) else features
+
+
+def by_hand(guide, x, z):
+    """z_T from z_0, straight from the formulas."""
+    context = context_of(guide, x)
+    if isinstance(guide, IAFGuide):
+        for step in guide.steps:
+            mean, logit = step.nn(z, context=context)
+            gate = torch.sigmoid(logit + 2)
+            z = gate * z + (1 - gate) * mean
+        return z
+    v = context
+    for layer in guide.flow.nn.layers:
+        v = layer(v)
+        z = z - 2 * v * (v * z).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)
+    return z
+
+
+def by_pyro(guide, x):
+    """The same distribution by Pyro's own class, with caches that nobody has filled."""
+    _, loc, log_scale = guide.encode(x)
+    steps = guide.steps if isinstance(guide, IAFGuide) else [guide.flow]
+    return dist.ConditionalTransformedDistribution(
+        dist.Normal(loc, log_scale.exp()).to_event(1), list(steps)
+    ).condition(context_of(guide, x))
+
+
+def close(actual, expected, tolerance=1e-8):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("cls", [IAFGuide, HouseholderGuide])
+def test_without_steps_it_is_the_vae(cls):
+    model, x = linear_model(), images(4)
+    torch.manual_seed(2)
+    vae = GaussianGuide(model, linear_encoder()).double()
+    torch.manual_seed(2)
+    guide = cls(model, 0, linear_encoder()).double()
+    assert guide.state_dict().keys() == vae.state_dict().keys()
+    assert all(torch.equal(vae.state_dict()[k], v) for k, v in guide.state_dict().items())
+    results = []
+    for g in (vae, guide):
+        torch.manual_seed(3)
+        z = g(x)
+        results.append((z, g.posterior(x).log_prob(z), g.elbo().differentiable_loss(model, g, x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@every_flow
+def test_it_starts_from_the_encoder_of_the_vae(name):
+    model = linear_model()
+    torch.manual_seed(2)
+    vae = GaussianGuide(model, linear_encoder()).double()
+    state = build(model, name).state_dict()
+    assert all(torch.equal(state[k], v) for k, v in vae.state_dict().items())
+
+
+@every_flow
+def test_warm_start_copies_encoder_and_head(name):
+    model = linear_model()
+    vae = GaussianGuide(model, linear_encoder()).double()
+    cls, count, options = FLOWS[name]
+    guide = cls(model, count, warm_start=vae, **options).double()
+    state = guide.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in vae.state_dict().items())
+
+
+@every_flow
+def test_density_is_that_of_autograd(name):
+    # the log-determinant by differentiating the formulas, in three dimensions
+    model, x = linear_model(3), images(4)
+    guide = build(model, name)
+    q = guide.posterior(x)
+    z = q.rsample()
+    _, loc, log_scale = guide.encode(x)
+    base = dist.Normal(loc, log_scale.exp()).to_event(1)
+    steps = by_pyro(guide, x).transforms
+    z_0 = z
+    for step in reversed(steps):
+        z_0 = step.inv(z_0)
+    close(by_hand(guide, x, z_0), z)  # inverse, then forward
+    for i in range(len(x)):
+        one = x[i : i + 1]
+        jac = jacobian(lambda v, one=one: by_hand(guide, one, v[None])[0], z_0[i].detach())
+        expected = base.log_prob(z_0)[i] - torch.linalg.slogdet(jac).logabsdet
+        close(q.log_prob(z)[i], expected)
+        close(q.log_prob(z.clone())[i], expected)
+
+
+@every_flow
+def test_arbitrary_points_are_scored_as_by_pyro(name):
+    model, x = linear_model(3), images(4)
+    guide = build(model, name)
+    q, expected = guide.posterior(x), by_pyro(guide, x)
+    z = 2 * torch.randn(7, 4, 3).double()
+    close(q.log_prob(z), expected.log_prob(z))
+    close(q.expand((7, 4)).log_prob(z), expected.log_prob(z))
+    grid = z[:, :1]  # points that all images share, which Pyro's transforms do not broadcast
+    close(q.log_prob(grid), expected.log_prob(grid.expand(7, 4, 3)))
+    close(q.log_prob(grid[0, 0]), expected.log_prob(grid[0].expand(4, 3)))
+
+
+@every_flow
+def test_particles_broadcast(name):
+    model, x = linear_model(3), images(4)
+    guide = build(model, name)
+    q = guide.posterior(x)
+    assert (q.batch_shape, q.event_shape) == ((4,), (3,))
+    results = []
+    for proposal, shape in ((q, (5,)), (q.expand((5, 4)), ())):
+        torch.manual_seed(0)
+        z = proposal.sample(shape)
+        assert z.shape == (5, 4, 3)
+        assert proposal.log_prob(z).shape == (5, 4)
+        close(proposal.log_prob(z), q.log_prob(z.clone()))
+        results.append(z)
+    assert torch.equal(*results)
+    torch.manual_seed(0)
+    z = q.rsample((5,))
+    torch.manual_seed(0)
+    _, loc, log_scale = guide.encode(x)
+    z_0 = loc + log_scale.exp() * torch.randn(5, 4, 3, dtype=torch.float64)
+    close(z, by_hand(guide, x, z_0))
+
+
+@every_flow
+def test_context_reaches_every_component(name):
+    model, x = linear_model(3), images(2).requires_grad_()
+    guide = build(model, name)
+    with torch.no_grad():
+        guide.head.weight.zero_()  # what remains comes through the flow
+        guide.head.bias.normal_()
+    z = guide.posterior(x).rsample()
+    for j in range(3):
+        (grad,) = torch.autograd.grad(z[:, j].sum(), x, retain_graph=True)
+        assert (grad.flatten(1).norm(dim=1) > 1e-4).all()
+
+
+def test_every_step_reads_the_context_and_the_order_alternates():
+    model = linear_model(3)
+    guide = build(model, "iaf3")
+    z, context = torch.randn(3).double(), torch.randn(3).double()
+    for step, lower in zip(guide.steps, (True, False, True), strict=True):
+        for output in (0, 1):
+            by_context = jacobian(lambda c, s=step, o=output: s.nn(z, context=c)[o], context)
+            assert (by_context.norm(dim=1) > 1e-4).all()
+            by_z = jacobian(lambda v, s=step, o=output: s.nn(v, context=context)[o], z)
+            assert torch.equal(by_z, by_z.tril(-1) if lower else by_z.triu(1))
+            assert by_z.norm() > 1e-4
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_reflections_are_orthogonal_and_give_the_closed_form(count):
+    model, x = linear_model(4), images(3)
+    torch.manual_seed(2)
+    guide = HouseholderGuide(model, count, linear_encoder()).double()
+    features, loc, log_scale = guide.encode(x)
+    eye = torch.eye(4).double()
+    # the images of the unit vectors are the columns
+    h = guide.flow.condition(features)(eye.unsqueeze(1).expand(4, 3, 4)).permute(1, 2, 0)
+    close(h.mT @ h, eye.expand(3, 4, 4), 1e-10)
+    close(torch.linalg.det(h), torch.full((3,), (-1.0) ** count).double(), 1e-10)
+    mean = (h @ loc.unsqueeze(-1)).squeeze(-1)
+    expected = dist.MultivariateNormal(mean, h @ (2 * log_scale).exp().diag_embed() @ h.mT)
+    z = torch.randn(6, 3, 4).double()
+    close(guide.posterior(x).log_prob(z), expected.log_prob(z))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_zero_vector_still_reflects(count):
+    model, x = linear_model(3), images(4)
+    torch.manual_seed(2)
+    guide = HouseholderGuide(model, count, linear_encoder()).double()
+    with torch.no_grad():
+        for parameter in guide.flow.parameters():
+            parameter.zero_()
+    z = guide.posterior(x).rsample()
+    torch.manual_seed(3)
+    guide.elbo().differentiable_loss(model, guide, x).backward()
+    assert z.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in guide.parameters())
+
+
+@every_flow
+def test_density_is_normalised_and_fits_the_samples(name):
+    model, x = linear_model(), images(1)
+    guide = build(model, name)
+    q = guide.posterior(x)
+    # cells of a grid in z, each integrated by the midpoints of 12 × 12 smaller ones
+    cells, fine = 12, 12
+    with torch.no_grad():
+        samples = q.sample((50_000,))[:, 0]
+        centre, width = samples.mean(0), 6 * samples.std(0)
+        step = 2 * width / (cells * fine)
+        ticks = torch.arange(cells * fine).double() + 0.5
+        grid = torch.cartesian_prod(ticks, ticks) * step + centre - width
+        mass = q.log_prob(grid.unsqueeze(1))[:, 0].exp() * step.prod()
+    assert abs(mass.sum().item() - 1) < 1e-4
+    mass = mass.reshape(cells, fine, cells, fine).sum((1, 3)).flatten()
+    index = ((samples - centre + width) / (step * fine)).floor().long()
+    inside = ((index >= 0) & (index < cells)).all(-1)
+    counts = torch.bincount((index[:, 0] * cells + index[:, 1])[inside], minlength=cells**2)
+    kept = mass * len(samples) > 10
+    observed = [*counts[kept].tolist(), len(samples) - int(counts[kept].sum())]
+    expected = [*(mass[kept] * len(samples)).tolist()]
+    expected.append(len(samples) - sum(expected))
+    assert kept.sum() > 10
+    assert scipy.stats.chisquare(observed, expected).pvalue > 2e-5
+
+
+@every_flow
+def test_an_image_does_not_depend_on_its_batch(name):
+    model, x = linear_model(3), images(5)
+    guide = build(model, name)
+    z = torch.randn(2, 5, 3).double()
+    together = guide.posterior(x).log_prob(z)
+    alone = [guide.posterior(x[i : i + 1]).log_prob(z[:, i : i + 1]) for i in range(5)]
+    close(together, torch.cat(alone, dim=1), 1e-10)
+
+
+@every_flow
+def test_weights_are_unbiased(name):
+    model, x = linear_model(sigma=1.0), images(3)
+    guide = build(model, name)
+    with torch.no_grad():
+        guide.head.bias[2:] += 0.5  # wider than the posterior, so that weights have a variance
+    torch.manual_seed(0)
+    ratio = (log_weights(model, guide, x, 20_000) - exact_evidence(model, x)).exp()
+    score = (ratio.mean(0) - 1) / (ratio.std(0) / math.sqrt(len(ratio)))
+    assert score.abs().max() < 4
+
+
+@every_flow
+def test_elbo_is_sampled_where_no_kl_is_known(name):
+    model, x = linear_model(), images(4)
+    guide = build(model, name)
+    losses = []
+    for elbo in (guide.elbo(), Trace_ELBO()):
+        torch.manual_seed(5)
+        losses.append(elbo.differentiable_loss(model, guide, x))
+    assert isinstance(guide.elbo(), TraceMeanField_ELBO)
+    close(*losses)
+    # and both are E[log p(x, z) - log q(z|x)], here of the one sample
+    torch.manual_seed(5)
+    z = guide(x)
+    close(-losses[0], (model.log_joint(x, z) - guide.posterior(x).log_prob(z)).sum())
+
+
+@every_flow
+def test_gradients_are_those_of_the_whole_computation(name):
+    model, x = linear_model(), images(4)
+    guide = build(model, name)
+    q = guide.posterior(x)
+    z = q.rsample((3,))
+    parameters = list(guide.parameters())
+
+    def gradients(log_q):
+        return torch.autograd.grad(
+            log_q.square().sum(), parameters, retain_graph=True, materialize_grads=True
+        )
+
+    # another tensor with the same graph: scored by the inverse, differentiated through z
+    for a, b in zip(gradients(q.log_prob(z)), gradients(q.log_prob(z * 1)), strict=True):
+        close(a, b)
+
+
+@every_flow
+def test_fit_trains_every_parameter(name):
+    model = linear_model(sigma=1.0)
+    guide = build(model, name)
+    data = (images(64) * 255).to(torch.uint8)
+    before = {k: p.detach().clone() for k, p in guide.named_parameters()}
+    history = fit(
+        model, guide, data, epochs=10, batch_size=16, learning_rate=1e-2, progress=False
+    ).frame()
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    for key, parameter in guide.named_parameters():
+        assert parameter.isfinite().all(), key
+        assert parameter.grad.isfinite().all(), key
+        assert not torch.equal(parameter, before[key]), key
+
+
+@every_flow
+def test_state_survives_saving(name, tmp_path):
+    model, x = linear_model(3), images(4)
+    guide = build(model, name)
+    torch.save(guide.state_dict(), tmp_path / "guide.pt")
+    other = build(model, name, seed=9)
+    z = torch.randn(4, 3).double()
+    expected = guide.posterior(x).log_prob(z)
+    assert not torch.allclose(other.posterior(x).log_prob(z), expected)
+    other.load_state_dict(torch.load(tmp_path / "guide.pt"))
+    assert torch.equal(other.posterior(x).log_prob(z), expected)
+
+
+@every_flow
+def test_samples_are_freed_without_the_garbage_collector(name):
+    model, x = linear_model(), images(4)
+    guide = build(model, name)
+    gc.collect()
+    gc.disable()
+    try:
+        q = guide.posterior(x)
+        z = q.rsample((3,))
+        q.log_prob(z)
+        q.log_prob(z.clone())
+        alive = [weakref.ref(z), weakref.ref(q), weakref.ref(q.context)]
+        first = alive[0]
+        del z
+        assert first() is None  # even while the posterior lives
+        del q
+        assert [r() for r in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@every_flow
+def test_only_the_very_tensor_is_remembered(name):
+    model, x = linear_model(), images(4)
+    guide = build(model, name)
+    q, reference = guide.posterior(x), by_pyro(guide, x)
+    first = q.rsample()
+    second = q.rsample()
+    for z in (first, second, first.clone(), second + 1e-3, second.flip(0)):
+        close(q.log_prob(z), reference.log_prob(z.clone()))
+    with torch.no_grad():
+        z = q.sample()
+        z += 1  # the same object, no longer what was drawn
+        close(q.log_prob(z), reference.log_prob(z.clone()))
+    with torch.inference_mode():
+        z = q.sample()
+        close(q.log_prob(z), reference.log_prob(z.clone()))
+
+
+def test_training_and_evaluation_never_invert():
+    model, x = linear_model(3), images(4)
+    guide = build(model, "iaf3")
+    passes = []
+    for step in guide.steps:
+        step.nn.register_forward_hook(lambda *_: passes.append(1))
+    guide.elbo().differentiable_loss(model, guide, x)
+    assert len(passes) == 3
+    log_weights(model, guide, x, 8, chunk_size=8)  # four times two particles
+    assert len(passes) == 3 + 4 * 3
+
+
+@every_flow
+def test_a_sample_without_graph_is_scored_with_one(name):
+    model, x = linear_model(), images(4)
+    guide = build(model, name)
+    q = guide.posterior(x)
+    z = q.sample()
+    parameters = list(guide.parameters())
+    actual = torch.autograd.grad(q.log_prob(z).sum(), parameters, retain_graph=True)
+    expected = torch.autograd.grad(q.log_prob(z.clone()).sum(), parameters)
+    for a, b in zip(actual, expected, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("cls", [IAFGuide, HouseholderGuide])
+def test_one_dimension(cls):
+    model, x = linear_model(1), images(4)
+    torch.manual_seed(2)
+    guide = cls(model, 1, linear_encoder()).double()
+    z = torch.linspace(-30, 30, 20_001).double()
+    density = guide.posterior(x).log_prob(z[:, None, None]).exp()
+    close(torch.trapezoid(density, z, dim=0), torch.ones(4).double(), 1e-6)
+
+
+def test_bad_input():
+    model = linear_model(3)
+    with pytest.raises(ValueError, match=r"num_steps must be .* got -1"):
+        IAFGuide(model, -1)
+    with pytest.raises(ValueError, match=r"num_steps must be .* got 1.5"):
+        IAFGuide(model, 1.5)
+    with pytest.raises(ValueError, match=r"hidden_dim must be at least .* 3, .* got 2"):
+        IAFGuide(model, 1, linear_encoder(), hidden_dim=2)
+    with pytest.raises(ValueError, match="context_dim must be at least 1, got 0"):
+        IAFGuide(model, 1, linear_encoder(), context_dim=0)
+    with pytest.raises(ValueError, match=r"num_reflections must be .* got -1"):
+        HouseholderGuide(model, -1)
+    with pytest.warns(UserWarning, match="num_reflections = 4 is more than latent_dim = 3"):
+        HouseholderGuide(model, 4, linear_encoder())
+    q = IAFGuide(model, 1, linear_encoder()).double().posterior(images(4))
+    with pytest.raises(ValueError, match=r"batch_shape|size"):
+        q.log_prob(torch.zeros(5, 3).double())

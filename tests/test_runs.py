@@ -1,0 +1,322 @@
+import json
+import shutil
+import textwrap
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from guides import GaussianGuide, GPGuide
+from pyro_gpvae import ImageModel
+from pyro_gpvae.checkpoint import load_weights, new_folder, read_json, save_weights, write_json
+from pyro_gpvae.config import RunConfig
+from pyro_gpvae.runs import RUN_FILES, evaluate_run, load_run, train_run
+
+TINY = {
+    "latent_dim": 2,
+    "epochs": 1,
+    "batch_size": 48,
+    "train_images": 64,
+    "test_images": 10,
+    "num_samples": 5,
+    "device": "cpu",
+}
+
+
+def tiny(**changes):
+    return RunConfig(**(TINY | changes))
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """A finished VAE run and its record."""
+    folder = tmp_path_factory.mktemp("runs") / "vae"
+    return folder, train_run(tiny(guide="vae"), folder, progress=False)
+
+
+@pytest.fixture(scope="module")
+def gp(tmp_path_factory, vae):
+    """A finished GPVAE run that started from the VAE."""
+    folder = tmp_path_factory.mktemp("runs") / "gp"
+    config = tiny(guide="gp", warm_start=str(vae[0]), validation=8)
+    return folder, train_run(config, folder, progress=False)
+
+
+def test_a_run_writes_what_it_promises(gp):
+    folder, record = gp
+    assert sorted(path.name for path in folder.iterdir()) == sorted(RUN_FILES)
+    assert json.loads((folder / "record.json").read_text()) == record
+    assert json.loads((folder / "config.json").read_text()) == record["config"]
+    assert record["config"]["chunk_size"] >= 1, "None is resolved"
+    assert record["versions"]["torch"] == version("torch")
+    assert record["threads"] == torch.get_num_threads()
+    assert record["data"]["train_images"] == 56
+    assert record["data"]["validation_images"] == 8
+    assert record["seconds"]["training"] > 0
+    assert record["seconds"]["evaluation"] > 0
+    diagnostics = record["diagnostics"]
+    assert diagnostics["kl_weights_per_image"] == pytest.approx(diagnostics["kl_weights"] / 56)
+    assert {"v_over_h2", "r"} < diagnostics.keys()
+    history = pd.read_csv(folder / "history.csv")
+    assert len(history) == 1
+    assert np.isfinite(history["validation_elbo"]).all()
+
+
+def test_scores_are_the_means_of_the_table(gp):
+    folder, record = gp
+    table = pd.read_csv(folder / "scores.csv")
+    scores = record["scores"]
+    assert len(table) == scores["num_images"] == 10
+    assert (table["log_evidence"] >= table["elbo"]).all()
+    assert scores["log_evidence"] == pytest.approx(table["log_evidence"].mean(), rel=1e-5)
+    assert scores["elbo"] == pytest.approx(table["elbo"].mean(), rel=1e-5)
+    guide = load_run(folder).guide
+    x = load_run(folder).data.test / 255
+    torch.testing.assert_close(
+        torch.tensor(table["uncertainty"].to_numpy(np.float32)), guide.uncertainty(x).detach()
+    )
+
+
+@pytest.mark.parametrize("run", ["vae", "gp"])
+def test_evaluation_after_reload_equals_the_recorded_score(run, request):
+    folder, record = request.getfixturevalue(run)
+    assert evaluate_run(folder)["scores"] == record["scores"]
+    assert evaluate_run(folder, seed=1)["scores"]["elbo"] != record["scores"]["elbo"]
+
+
+def test_same_seed_same_numbers(vae, tmp_path):
+    folder, record = vae
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again = train_run(tiny(guide="vae"), tmp_path / "again", progress=False)
+    other = train_run(tiny(guide="vae", seed=1), tmp_path / "other", progress=False)
+    assert torch.equal(torch.get_rng_state(), state), "the global random state is left alone"
+    assert again["scores"] == record["scores"]
+    assert other["scores"]["elbo"] != record["scores"]["elbo"]
+    ours, theirs = (load_file(run / "weights.safetensors") for run in (folder, tmp_path / "again"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_warm_start_takes_over_model_and_encoder(vae, tmp_path):
+    # with a learning rate of 1e-12 the weights stay where they started
+    config = tiny(guide="gp", warm_start=str(vae[0]), learning_rate=1e-12, seed=7)
+    train_run(config, tmp_path / "gp", progress=False)
+    start, run = load_run(vae[0]), load_run(tmp_path / "gp")
+    for name in ("model", "guide"):
+        expected = getattr(start, name).state_dict()
+        found = getattr(run, name).state_dict()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_dim": 3}, "latent_dim is 3, but the warm start .* has 2"),
+        ({"likelihood": "bernoulli"}, "likelihood is 'bernoulli', but .* has 'gaussian'"),
+        ({"decoder": "fc"}, "decoder is 'fc', but the warm start .* has 'conv'"),
+    ],
+)
+def test_a_warm_start_must_fit(vae, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_run(tiny(warm_start=str(vae[0]), **changes), tmp_path / "run", progress=False)
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def test_another_guide_over_the_trained_decoder(vae, tmp_path):
+    # a point mass at zero that starts from the VAE's encoder is the VAE
+    result = evaluate_run(vae[0], guide="gp:covariance=point", out=tmp_path / "evaluation")
+    assert result["scores"] == vae[1]["scores"]
+    assert read_json(tmp_path / "evaluation" / "record.json")["scores"] == result["scores"]
+    assert len(pd.read_csv(tmp_path / "evaluation" / "scores.csv")) == 10
+    smaller = evaluate_run(vae[0], num_samples=1, test_images=3)["scores"]
+    assert (smaller["num_images"], smaller["num_samples"]) == (3, 1)
+
+
+def test_a_guide_without_warm_start_and_with_lazy_parameters(vae, tmp_path, monkeypatch):
+    (tmp_path / "lazy_guides.py").write_text(
+        textwrap.dedent("""
+        import pyro, torch
+        import pyro.distributions as dist
+        from pyro.nn import PyroModule, PyroParam
+
+        class Lazy(PyroModule):
+            def __init__(self, model):
+                super().__init__()
+                self.p = model.latent_dim
+
+            @PyroParam(constraint=dist.constraints.positive)
+            def scale(self):  # exists only after first use
+                return torch.ones(self.p)
+
+            def forward(self, x):
+                with pyro.plate("data", len(x)):
+                    pyro.sample("z", dist.Normal(torch.zeros(self.p), self.scale).to_event(1))
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    record = train_run(tiny(guide="lazy_guides:Lazy"), tmp_path / "run", progress=False)
+    assert evaluate_run(tmp_path / "run")["scores"] == record["scores"]
+    assert evaluate_run(vae[0], guide="lazy_guides:Lazy")["guide"] == "lazy_guides:Lazy"
+
+
+def test_bernoulli_fully_connected_and_your_own_images(tmp_path):
+    generator = np.random.default_rng(0)
+    images = generator.integers(256, size=(20, 12, 12), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", train=images, test=images[:3])
+    config = tiny(
+        data=str(tmp_path / "own.npz"),
+        train_images=None,
+        test_images=None,
+        likelihood="bernoulli",
+        decoder="fc",
+        guide="vae",
+    )
+    record = train_run(config, tmp_path / "run", progress=False)
+    assert record["sigma"] is None
+    assert record["data"]["name"] == "own-binarized"
+    assert evaluate_run(tmp_path / "run")["scores"] == record["scores"]
+
+    shutil.move(tmp_path / "own.npz", tmp_path / "moved.npz")
+    with pytest.raises(FileNotFoundError, match=r"own\.npz"):
+        evaluate_run(tmp_path / "run")
+    moved = evaluate_run(tmp_path / "run", data=str(tmp_path / "moved.npz"))
+    assert moved["scores"] == record["scores"]
+    np.savez(tmp_path / "own.npz", train=images, test=images[3:6])
+    with pytest.raises(ValueError, match=r"the test images .* are not those of the run"):
+        evaluate_run(tmp_path / "run")
+
+
+def test_an_existing_folder_is_only_replaced_when_told(vae, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(vae[0], folder)
+    (folder / "history.csv").write_text("old")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        train_run(tiny(guide="vae"), folder, progress=False)
+    with pytest.raises(ValueError, match=r"unknown guide 'vea'.*did you mean 'vae'"):
+        train_run(tiny(guide="vea"), folder, overwrite=True, progress=False)
+    assert (folder / "history.csv").read_text() == "old", "a failed run changes nothing"
+    train_run(tiny(guide="vae"), folder, overwrite=True, progress=False)
+    assert (folder / "history.csv").read_text().startswith("epoch")
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"because it holds 'thesis\.tex'"):
+        train_run(tiny(guide="vae"), folder, overwrite=True, progress=False)
+    assert (folder / "thesis.tex").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing half-written"
+
+
+def test_a_new_folder_appears_complete_or_not_at_all(tmp_path):
+    def interrupted():
+        with new_folder(tmp_path / "a" / "b") as folder:
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list((tmp_path / "a").iterdir()) == []
+    with new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "file").write_text("whole")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "file").read_text() == "whole"
+    with pytest.raises(FileExistsError, match="is a file"), new_folder(tmp_path / "a/b/file"):
+        pass
+
+
+def test_weights_survive_the_round_trip(tmp_path):
+    model = ImageModel((1, 8, 8), 2)
+    guide = GPGuide(model)
+    save_weights(tmp_path / "w.safetensors", model, guide)
+    expected = {k: v.clone() for k, v in (model.state_dict() | guide.state_dict()).items()}
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *guide.parameters()):
+            parameter.add_(1)
+    load_weights(tmp_path / "w.safetensors", model, guide)
+    found = model.state_dict() | guide.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_weights_that_cannot_be_used(tmp_path):
+    model = ImageModel((1, 8, 8), 2)
+    guide = GaussianGuide(model)
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*w\.safetensors"):
+        load_weights(path, model, guide)
+    with pytest.raises(ValueError, match="the guide is a function, expected"):
+        save_weights(path, model, lambda x: None)
+    assert not path.exists()
+
+    save_weights(path, model, guide)
+    before = {name: tensor.clone() for name, tensor in guide.state_dict().items()}
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"\x80\x04pickle"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cannot read the weights in .*w\.safetensors"):
+            load_weights(path, model, guide)
+    save_file({"model.log_sigma": torch.zeros(3), "other": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"do not fit .*guide\..* is missing.* more"):
+        load_weights(path, model, guide)
+    path.write_bytes(whole)
+    bigger = ImageModel((1, 8, 8), 3)
+    with pytest.raises(ValueError, match=r"has shape \(.*\), expected \("):
+        load_weights(path, bigger, GaussianGuide(bigger))
+    assert all(torch.equal(guide.state_dict()[name], before[name]) for name in before)
+
+
+def test_json_has_no_nan_and_damage_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": float("nan"), "y": [1.5, float("inf")], "z": {"σ": 1}})
+    assert read_json(path) == {"x": None, "y": [1.5, None], "z": {"σ": 1}}
+    for content in ('{"x": ', "[1]"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"a\.json"):
+            read_json(path)
+
+
+def test_damaged_run_folders(vae, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no run folder"):
+        load_run(tmp_path / "nowhere")
+    folder = tmp_path / "run"
+    shutil.copytree(vae[0], folder)
+    config = read_json(folder / "config.json")
+    for changes, message in (
+        ({"flavour": "sweet"}, r"config\.json has the unknown option 'flavour'"),
+        ({"epochs": "three"}, r"config\.json: epochs must be int, got 'three'"),
+        ({"latent_dim": 3}, r"weights\.safetensors do not fit"),
+    ):
+        write_json(folder / "config.json", config | changes)
+        with pytest.raises(ValueError, match=message):
+            load_run(folder)
+    write_json(folder / "config.json", config)
+    write_json(folder / "record.json", {"scores": {}})
+    with pytest.raises(ValueError, match=r"record\.json is not the record of a run"):
+        load_run(folder)
+    (folder / "record.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"record\.json"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": True}, "epochs must be int, got True"),
+        ({"latent_dim": 0}, "latent_dim must be at least 1"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"decoder": "rnn"}, "decoder must be one of .*conv.*, got 'rnn'"),
+        ({"validation": 64}, "64"),
+        ({"train_images": 5000}, "4000 images, got 5000"),
+        ({"data": "mnist5"}, "mnist5k"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"device": "cuda:99"}, "the device 'cuda:99' is not there"),
+    ],
+)
+def test_bad_options_are_refused_before_training(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_run(tiny(**changes), tmp_path / "run", progress=False)
+    assert list(tmp_path.iterdir()) == []
