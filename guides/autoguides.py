@@ -54,7 +54,11 @@ def fit_autoguide(
     Returns:
         q(z|x), event shape (p,); its ELBO; the gain of the last window; the number of steps.
     """
-    with torch.random.fork_rng([image.device] if image.is_cuda else []), torch.enable_grad():
+    with (
+        pyro.get_param_store().scope(),  # or this image's guide would start as the last one's
+        torch.random.fork_rng([image.device] if image.is_cuda else []),
+        torch.enable_grad(),
+    ):
         torch.manual_seed(0)  # every image alike, whatever its place in the batch
         return _fit(model, image, loc, scale, make, tolerance, max_steps)
 

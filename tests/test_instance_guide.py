@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -265,3 +266,14 @@ class TestBadInput:
         guide = InstanceGuide(curved_model(1), warm_start=_Fixed(start))
         with pytest.raises(torch.linalg.LinAlgError, match="precision of image 2 is not finite"):
             guide.optimise(toy.images(4))
+
+
+def test_autoguides_of_different_images_share_nothing():
+    model, x = curved_model(), toy.images(3)
+    guide = InstanceGuide(model, autoguide="AutoNormal")
+    alone = [guide.posterior(image[None]).members[0] for image in x]
+    together = guide.posterior(x).members
+    z = torch.zeros(2, dtype=torch.float64)
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one.log_prob(z), other.log_prob(z), rtol=0, atol=1e-8)
+    assert not pyro.get_param_store().keys()
