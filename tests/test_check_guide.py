@@ -167,7 +167,7 @@ class Gaussian(dist.TorchDistribution):
             value = getattr(self, "last", value)
         log_q = dist.Normal(self.loc, self.scale).to_event(1).log_prob(value)
         if self.bug == "density of all samples" and value.dim() == 3:
-            log_q = log_q + 5 * math.log(len(value))
+            log_q = log_q + 20 * math.log(len(value))
         return log_q
 
 
@@ -421,7 +421,8 @@ def check(kind, bug=None, latent_dim=2, made=True):
 def test_sound_guides_conform(kind):
     report = check(kind)
     unchecked = {promise.name for promise in report.promises if promise.kept is None}
-    allowed = {Mixture: {"pathwise"}, Global: {"normalised", "density", "trace"}}
+    # two modes: not reparametrised, and too far from a linear-Gaussian posterior
+    allowed = {Mixture: {"pathwise", "linear"}, Global: {"normalised", "density", "trace"}}
     assert unchecked == allowed.get(kind, set())
 
 
