@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import toy
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
@@ -537,3 +538,17 @@ def test_linear_gaussian_is_exact():
     assert float(((result.log_evidence - exact) / result.standard_error).abs().max()) < 4
     assert torch.equal(model.images(3), x)
     assert bool(((x >= 0) & (x <= 1)).all())
+
+
+def test_linear_gaussian_agrees_with_the_dense_formulas():
+    model = linear_gaussian((1, 2, 3), 2).double()
+    x = model.images(4)
+    exact = toy.exact_posterior(model, x)
+    close = {"rtol": 0, "atol": 1e-10}
+    torch.testing.assert_close(model.log_evidence(x), toy.exact_evidence(model, x), **close)
+    torch.testing.assert_close(model.posterior(x).mean, exact.mean, **close)
+    torch.testing.assert_close(
+        model.posterior(x).covariance_matrix,
+        exact.covariance_matrix.expand(4, 2, 2),
+        **close,
+    )
