@@ -267,7 +267,10 @@ class GaussianRows(nn.Module):
 
     def _scale_tril(self) -> Tensor:
         assert self.lower is not None
-        return self.lower.tril(-1) + torch.diag_embed(self.scale)
+        # in units of the small scales: otherwise one step of an optimiser is enough to make the
+        # factor so ill-conditioned that the density of W overflows
+        eye = torch.eye(self.lower.shape[-1], dtype=self.lower.dtype, device=self.lower.device)
+        return self.scale.unsqueeze(-1) * (self.lower.tril(-1) + eye)
 
 
 def _times(weights: Tensor, phi: Tensor) -> Tensor:

@@ -1,0 +1,144 @@
+"""Finding guides by name, and what all of them have in common."""
+
+import re
+
+import pytest
+import torch
+
+from guides import GaussianGuide, GPGuide
+from pyro_gpvae import (
+    ImageModel,
+    PerImage,
+    available_guides,
+    fit,
+    load_guide,
+    log_evidence,
+    make_guide,
+)
+
+SHAPE = (1, 8, 8)
+
+
+def model(latent_dim=2):
+    torch.manual_seed(0)
+    return ImageModel(SHAPE, latent_dim, sigma=0.3)
+
+
+def test_every_registered_guide_loads():
+    names = available_guides()
+    assert list(names) == sorted(names)
+    assert {"vae", "gp", "sa", "iaf", "hf", "me", "rme", "vlae", "instance"} <= set(names)
+    for name in names:
+        assert callable(load_guide(name))
+
+
+def test_options_by_position_and_by_name():
+    assert type(make_guide("vae", model())) is GaussianGuide
+    guide = make_guide("gp:covariance=full,bias=False,initial_scale=0.01", model())
+    assert (guide.covariance, guide.bias) == ("full", False)
+    torch.testing.assert_close(guide.W.scale, torch.full_like(guide.W.scale, 0.01))
+    assert make_guide("sa:3,step_size=0.5", model()).num_steps == 3
+    assert make_guide("guides:GPGuide:covariance=point", model()).covariance == "point"
+    assert type(make_guide("guides:GPGuide", model())) is GPGuide
+
+
+def test_defaults_are_overridden_by_the_text():
+    assert make_guide("gp", model(), covariance="full").covariance == "full"
+    assert make_guide("gp:covariance=point", model(), covariance="full").covariance == "point"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("gpp", "unknown guide 'gpp': did you mean 'gp'?"),
+        ("qqqq", "Registered guides are full, gp, hf"),
+        ("no_such_module:Guide", "cannot load the guide 'no_such_module:Guide'"),
+        ("guides:NoSuchGuide", "cannot load the guide 'guides:NoSuchGuide'"),
+        ("guides:__name__", "expected a class or a function"),
+        ("gp:covariance=wrong", "covariance must be one of"),
+        ("gp:colour=red", "does not take these options"),
+        ("sa:step_size=0.5,3", "the value '3' follows a key=value option"),
+        ("sa:-1", "-1"),
+    ],
+)
+def test_bad_names_and_options(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_guide(spec, model())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["sa:0", "iterative:0", "iaf:0", "hf:0", "me:1", "rme:1", "lowrank:0"],
+)
+def test_no_steps_flows_or_further_components_is_the_vae_bit_for_bit(spec):
+    x = torch.randint(0, 256, (20, *SHAPE), dtype=torch.uint8)
+    results = []
+    for name in ("vae", spec):
+        m = model()
+        guide = make_guide(name, m)
+        history = fit(m, guide, x, epochs=2, batch_size=8, device="cpu", progress=False).frame()
+        evidence = log_evidence(m, guide, x, 5, seed=0)
+        results.append(
+            [
+                torch.tensor(history["loss"].to_numpy()),
+                evidence.log_evidence,
+                evidence.elbo,
+                *m.parameters(),
+            ]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+SPECS = [
+    "vae", "gp", "gp:covariance=full", "gp:estimator=marginal", "full", "lowrank:1", "iaf:2",
+    "hf:2", "me:2", "rme:2", "sa:2", "iterative:2", "vlae:1",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("spec", [*SPECS, "instance:full"])
+def test_on_cuda(spec):
+    x = torch.randint(0, 256, (20, *SHAPE), dtype=torch.uint8)
+    m = model().cuda()
+    guide = make_guide(spec, m).cuda()
+    if not spec.startswith("instance"):
+        fit(m, guide, x, epochs=2, batch_size=8, device="cuda", progress=False)
+    on_cuda = log_evidence(m, guide, x, 500, seed=0)
+    assert on_cuda.log_evidence.device.type == "cuda"
+    m, guide = m.cpu(), guide.cpu()
+    on_cpu = log_evidence(m, guide, x, 500, seed=0)
+    error = (on_cuda.standard_error.cpu() ** 2 + on_cpu.standard_error**2).sqrt() + 1e-3
+    difference = (on_cuda.log_evidence.cpu() - on_cpu.log_evidence) / error
+    assert float(difference.abs().mean()) < 3
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_trains_evaluates_and_reloads(spec, likelihood):
+    x = torch.randint(0, 2, (12, *SHAPE), dtype=torch.uint8) * 255
+    m = ImageModel(SHAPE, 2, likelihood=likelihood)
+    guide = make_guide(spec, m)
+    fit(m, guide, x, epochs=1, batch_size=8, device="cpu", progress=False)
+    before = log_evidence(m, guide, x, 5, seed=0).log_evidence
+    assert bool(before.isfinite().all())
+    other = ImageModel(SHAPE, 2, likelihood=likelihood)
+    copy = make_guide(spec, other).eval()
+    other.load_state_dict(m.state_dict())
+    copy.load_state_dict(guide.state_dict())
+    assert torch.equal(log_evidence(other, copy, x, 5, seed=0).log_evidence, before)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec[:2] != "me" and spec[:3] != "rme"])
+def test_works_under_plain_svi(spec):
+    from pyro.infer import SVI, Trace_ELBO
+    from pyro.optim import Adam
+
+    m = model()
+    guide = make_guide(spec, m)
+    before = [p.detach().clone() for p in (*m.parameters(), *guide.parameters())]
+    svi = SVI(PerImage(m.pair(guide), 20), PerImage(guide, 20), Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(2):
+        svi.step(torch.rand(5, *SHAPE))
+    after = [*m.parameters(), *guide.parameters()]
+    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert sum(changed) > 0.8 * len(changed)
