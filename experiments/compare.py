@@ -36,7 +36,7 @@ from pyro_gpvae.runs import Run, evaluate_run, load_run, train_run, warm_guide
 #: Trained end to end, and again over the VAE's decoder.
 AMORTISED = (
     "vae", "gp", "full", "lowrank:4", "iaf:2", "hf:4", "me:2", "rme:2", "iterative:2",
-    "iterative:4,num_samples=1",
+    "iterative:3", "iterative:4,num_samples=1",
 )  # fmt: skip
 #: Trained end to end, and put on the VAE's decoder without any training.
 REFINING = ("sa:1", "vlae:1")
@@ -151,7 +151,15 @@ def _train(config: RunConfig, folder: Path) -> Run:
     if not (folder / "record.json").exists():
         print(f"training {folder}", flush=True)
         train_run(config, folder)
-    return load_run(folder)
+    run = load_run(folder)
+    for option, wanted in vars(config).items():
+        found = getattr(run.config, option)
+        if wanted != found and option not in ("device", "chunk_size", "root", "warm_start"):
+            raise ValueError(
+                f"{folder} was trained with {option} = {found!r}, not {wanted!r}: choose another "
+                "--out, or delete it"
+            )
+    return run
 
 
 def _optimum(run: Run) -> float:

@@ -81,6 +81,7 @@ def _fit(
     with _defaults(loc):
         guide = make(program)
         guide()  # creates the parameters
+        _posterior(guide)  # refuses a guide without density before the work
     objective = Trace_ELBO(_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
     parameters = list(guide.parameters())
     optimizer = torch.optim.Adam(parameters, _RATES[0])
@@ -98,13 +99,24 @@ def _fit(
                 total -= float(loss.detach()) / _WINDOW
             gap, elbo, steps = max(total - elbo, 0.0), total, steps + _WINDOW
     with torch.no_grad():
-        if isinstance(guide, autoguide.AutoContinuous):
-            q = guide.get_posterior()
-        else:
-            nodes = poutine.trace(guide).get_trace().nodes
-            q = nodes.get("u_unconstrained", nodes["u"])["fn"]
+        q = _posterior(guide)
         q = dist.TransformedDistribution(q, [AffineTransform(loc, scale, event_dim=1)])
     return q, elbo, gap, steps
+
+
+def _posterior(guide: Any) -> Any:
+    """The distribution of the site "u", or of its unconstrained twin, in an autoguide."""
+    if isinstance(guide, autoguide.AutoContinuous):
+        q = guide.get_posterior()
+    else:
+        nodes = poutine.trace(guide).get_trace().nodes
+        q = nodes.get("u_unconstrained", nodes["u"])["fn"]
+    if isinstance(getattr(q, "base_dist", q), dist.Delta) or isinstance(q, dist.Delta):
+        raise ValueError(
+            f"{type(guide).__name__} has no density, its posterior is a point: use an autoguide "
+            "that has one, such as AutoNormal"
+        )
+    return q
 
 
 @contextmanager

@@ -3,6 +3,7 @@ r"""VAE: one Gaussian with diagonal covariance, in one pass of an encoder."""
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pyro
@@ -65,6 +66,12 @@ class GaussianGuide(Program):
                 raise ValueError(
                     "a warm start must be a trained guide with the VAE's encoder, "
                     f"got {type(warm_start).__name__}"
+                )
+            if type(warm_start) not in (GaussianGuide, type(self)):
+                warnings.warn(
+                    f"only the encoder of the {type(warm_start).__name__} is copied, which may "
+                    "infer badly without the rest of that guide",
+                    stacklevel=2,
                 )
             encoder = copy.deepcopy(warm_start.encoder)
         self.latent_dim: int = model.latent_dim

@@ -200,14 +200,14 @@ class GPGuide(GaussianGuide):
         if self.covariance == "point":
             return dist.Normal(a, b.exp()).to_event(1)
         q: TorchDistribution = MarginalPosterior(
-            a, self.W.variance(phi).sqrt(), b, self.U.variance(phi).sqrt(), self.num_nodes
+            a, self.W.deviation(phi), b, self.U.deviation(phi), self.num_nodes
         )
         return q.to_event(1)
 
     def _sample_functions(self, m: Tensor, log_s: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """f(x) and log h(x) of each image. W and U imply them: they cost nothing of their own."""
-        q_f = dist.Normal(m + self.W.mean(phi), self.W.variance(phi).sqrt()).to_event(1)
-        q_log_h = dist.Normal(log_s + self.U.mean(phi), self.U.variance(phi).sqrt()).to_event(1)
+        q_f = dist.Normal(m + self.W.mean(phi), self.W.deviation(phi)).to_event(1)
+        q_log_h = dist.Normal(log_s + self.U.mean(phi), self.U.deviation(phi)).to_event(1)
         with poutine.mask(mask=False):
             f = pyro.sample("f", q_f, infer={"is_auxiliary": True})
             log_h = pyro.sample("log_h", q_log_h, infer={"is_auxiliary": True})
@@ -260,6 +260,11 @@ class GaussianRows(nn.Module):
         if self.lower is None:
             return phi.square() @ self.scale.square().mT
         return torch.einsum("bd,pde->bpe", phi, self._scale_tril()).square().sum(-1)
+
+    def deviation(self, phi: Tensor) -> Tensor:
+        """Standard deviation of the product: shape (B, p); positive also where φ is zero."""
+        variance = self.variance(phi)
+        return (variance + torch.finfo(variance.dtype).tiny).sqrt()
 
     @property
     def scale(self) -> Tensor:

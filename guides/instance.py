@@ -17,7 +17,7 @@ from torch import Tensor
 from guides.autoguides import Stack, fit_autoguide, load_autoguide
 from guides.laplace import inverse_cholesky, line_search, linearize
 from pyro_gpvae.model import DATA_PLATE
-from pyro_gpvae.program import Program
+from pyro_gpvae.program import Program, References
 
 __all__ = ["InstanceGuide", "InstanceOptimum"]
 
@@ -155,7 +155,7 @@ class InstanceGuide(Program):
         self.num_starts = num_starts
         self.autoguide = load_autoguide(autoguide)
         # in tuples, so that their parameters are not this guide's
-        self._model, self._start = (model,), (warm_start,)
+        self._model, self._start = References((model,)), References((warm_start,))
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Returns q*(z|x), batch shape (B,), event shape (p,); warns of images not converged."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from guides.gaussian import GaussianGuide
+from pyro_gpvae.program import References
 
 __all__ = [
     "LaplaceGuide",
@@ -108,7 +109,7 @@ class LaplaceGuide(GaussianGuide):
         self.step: Step = step
         self.solver: Solver = solver
         # in a tuple, so that the decoder's parameters are not this module's
-        self._model = (model,)
+        self._model = References((model,))
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Returns N(μ_T, Λ⁻¹): batch shape (B,), event shape (p,)."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from guides.gaussian import GaussianGuide
+from pyro_gpvae.program import References
 
 __all__ = ["RefiningGuide", "SemiAmortizedGuide"]
 
@@ -64,7 +65,7 @@ class RefiningGuide(GaussianGuide):
         super().__init__(model, encoder, warm_start=warm_start)
         self.num_steps = num_steps
         self.num_samples = num_samples
-        self._model = (model,)  # in a tuple, so that its parameters are not the guide's
+        self._model = References((model,))  # in a tuple, so that its parameters are not the guide's
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Returns the refined q(z|x): batch shape (B,), event shape (p,)."""

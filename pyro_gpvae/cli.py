@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.guide import available_guides
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         command.run()
-    except (ValueError, OSError, NonFiniteError) as error:
+    except (ValueError, OSError, NonFiniteError, LinAlgError) as error:
         if os.environ.get(_TRACEBACK):
             raise
         print(f"pyro-gpvae: error: {_one_line(error)}", file=sys.stderr)

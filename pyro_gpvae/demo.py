@@ -33,7 +33,7 @@ DEMO_FILES = (
     "vae",
     "gpvae",
 )
-_EPOCHS, _QUICK_EPOCHS = 50, 6
+_EPOCHS, _QUICK_EPOCHS = 40, 6
 _QUICK_TEST_IMAGES = 200
 # the half that both methods share, then the other half of each
 _START, _VAE, _GPVAE = "start", "vae", "gpvae"

@@ -61,19 +61,20 @@ def load_guide(name: str) -> Callable[..., Any]:
         guide: Callable[..., Any] = registered[name].load()
         return guide
     module, _, attribute = name.partition(":")
+    near = difflib.get_close_matches(module, registered, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
     if not attribute:
-        near = difflib.get_close_matches(name, registered, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown guide {name!r}: {hint}Registered guides are {', '.join(registered)}; "
             "a guide of your own is named 'module:Class'."
         )
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises
         raise ValueError(
-            f"cannot load the guide {name!r}: {error}. Expected 'module:Class' where the module "
-            "can be imported from the current directory or is installed."
+            f"cannot load the guide {name!r}: {type(error).__name__}: {error}. {hint}"
+            "Expected 'module:Class' where the module can be imported from the current directory "
+            "or is installed."
         ) from error
     if not callable(found):
         raise ValueError(f"the guide {name!r} is {found!r}, expected a class or a function")
@@ -116,13 +117,29 @@ def make_guide(spec: str, model: Any, **defaults: Any) -> Any:
     kwargs = defaults | kwargs
     try:
         signature = inspect.signature(factory)
-        signature.bind(model, *args, **kwargs)
+        bound = signature.bind(model, *args, **kwargs)
     except TypeError as error:
         raise ValueError(
             f"the guide {name!r} does not take these options ({error}); it is built by "
             f"{name}{signature}"
         ) from error
+    for option, value in list(bound.arguments.items())[1:]:
+        _check_type(spec, option, signature.parameters.get(option), value)
     return factory(model, *args, **kwargs)
+
+
+def _check_type(spec: str, option: str, parameter: inspect.Parameter | None, value: Any) -> None:
+    """Refuses a number or word where the constructor's annotation says something else."""
+    hint = str(getattr(parameter, "annotation", ""))
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    kind = hint.removesuffix(" | None")
+    wrong = kind in kinds and (
+        not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool")
+    )
+    if "Module" in hint and isinstance(value, str | int | float):
+        wrong = True
+    if wrong and not (value is None and hint.endswith("None")):
+        raise ValueError(f"in the guide {spec!r}, {option} must be {hint}, got {value!r}")
 
 
 def _literal(text: str) -> Any:

@@ -11,7 +11,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.importance import vectorized_importance_weights
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.data import to_float
 from pyro_gpvae.elbo import in_data_plate
@@ -54,6 +56,8 @@ def log_weights(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if not isinstance(x, Tensor) or len(x) == 0:
+        raise ValueError(f"x must be a tensor with at least one image, got {type(x).__name__}")
     device, dtype = _device_and_dtype(model, x)
     if chunk_size is None:
         chunk_size = default_chunk_size(device)
@@ -61,12 +65,18 @@ def log_weights(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if hasattr(model, "check_shape"):  # before the guide's encoder stumbles over it
         model.check_shape(x)
-    columns = [
-        _log_weights_of_batch(
-            model, guide, to_float(batch.to(device), dtype), num_samples, chunk_size
-        )
-        for batch in x.split(min(chunk_size, _MAX_IMAGES))
-    ]
+    columns = []
+    size = min(chunk_size, _MAX_IMAGES)
+    for start in range(0, len(x), size):
+        batch = to_float(x[start : start + size].to(device), dtype)
+        try:
+            weights = _log_weights_of_batch(model, guide, batch, num_samples, chunk_size)
+        except LinAlgError as error:
+            if start == 0:
+                raise
+            where = f"{error} (images are counted from image {start} of the batch)"
+            raise LinAlgError(where) from error
+        columns.append(weights)
     return torch.cat(columns, dim=1)
 
 
@@ -197,7 +207,6 @@ def _log_weights_of_batch(
     model: Program, guide: Program, x: Tensor, num_samples: int, chunk_size: int
 ) -> Tensor:
     """Log weights (K, B) of images that share one call of the guide's posterior."""
-    proposal = guide
     if hasattr(guide, "posterior"):
         q = guide.posterior(x)
 
@@ -205,9 +214,13 @@ def _log_weights_of_batch(
             with pyro.plate(DATA_PLATE, len(x), dim=-1):
                 pyro.sample("z", q)
 
-    # the priors and posteriors of global sites are no business of an image's weight
-    local_model = poutine.block(model, hide_fn=_is_global)
-    local_guide = poutine.block(proposal, hide_fn=_is_global)
+        # W and U are not even sampled for many particles: q(z|x) has them integrated out
+        local_model: Program = poutine.block(model, hide_fn=_is_global)
+        local_guide: Program = proposal
+    else:
+        # drawn for every particle, but no business of an image's weight
+        local_model = poutine.infer_config(model, _untraced_if_global)
+        local_guide = poutine.infer_config(guide, _untraced_if_global)
     particles = max(1, chunk_size // len(x))
     rows = []
     for start in range(0, num_samples, particles):
@@ -223,7 +236,11 @@ def _log_weights_of_batch(
 
 
 def _is_global(site: Any) -> bool:
-    return site["type"] == "sample" and not in_data_plate(site)
+    return site["type"] == "sample" and not (in_data_plate(site) or site_is_subsample(site))
+
+
+def _untraced_if_global(site: Any) -> Any:
+    return {"is_auxiliary": True, "_do_not_trace": True} if _is_global(site) else {}
 
 
 def _site_sum(trace: Any, model_trace: Any, shape: tuple[int, int]) -> Tensor:

@@ -115,6 +115,11 @@ class ImageModel(Program):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_shape(x)
+        if self.log_sigma is None and not bool(((x == 0) | (x == 1)).all()):
+            raise ValueError(
+                "Bernoulli pixels must be 0 or 1, got grey ones: use ImageData.binarized(), or "
+                "likelihood='gaussian'"
+            )
         if self.global_prior is not None:
             for name, prior in self.global_prior().items():
                 pyro.sample(name, prior)

@@ -82,8 +82,11 @@ def build_decoder(
 def feature_dim(encoder: nn.Module, image_shape: ImageShape) -> int:
     """Returns the number d of features that an encoder computes, found by running it once."""
     parameter = next(encoder.parameters(), torch.zeros(()))
+    training = encoder.training
+    encoder.eval()  # an image of zeros is no business of batch normalisation
     with torch.no_grad():
         features: Tensor = encoder(parameter.new_zeros(1, *image_shape))
+    encoder.train(training)
     if features.dim() != 2:
         raise ValueError(f"an encoder must return features (B, d), got {tuple(features.shape)}")
     return features.shape[1]

@@ -7,7 +7,7 @@ from typing import Any
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
 
-__all__ = ["Program"]
+__all__ = ["Program", "References"]
 
 
 class Program(nn.Module):
@@ -45,3 +45,14 @@ class Program(nn.Module):
                     name=f"{type(self).__name__}-{id(self):x}.{name}"
                 )
         return super().__call__(*args, **kwargs)
+
+
+class References(tuple[Any, ...]):
+    """Modules that a module uses and does not own, such as the decoder that a guide refines with.
+
+    In a tuple, they are neither among its parameters nor in its state dict. They are not copied
+    with it either, unless they are copied before it: ``copy.deepcopy((model, guide))``.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> References:
+        return References(memo.get(id(module), module) for module in self)

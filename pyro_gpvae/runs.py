@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -217,7 +218,7 @@ def load_run(
     record = read_json(folder / "record.json")
     try:
         channels, height, width = (int(size) for size in record["data"]["image_shape"])
-        [record["data"][f"{part}_sha256"] for part in ("train", "test")]
+        [record["data"][name] for name in ("train_sha256", "test_sha256", "train_images")]
         record["scores"]["log_evidence"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -350,9 +351,14 @@ def warm_guide(spec: str, model: ImageModel, trained: Any) -> Any:
     name, _, options = spec.partition(":")
     if name not in available_guides() and options:
         name = ":".join(spec.split(":")[:2])
-    if "warm_start" in inspect.signature(load_guide(name)).parameters:
+    if "warm_start" not in inspect.signature(load_guide(name)).parameters:
+        return make_guide(spec, model)
+    try:
         return make_guide(spec, model, warm_start=trained)
-    return make_guide(spec, model)
+    except ValueError as error:
+        guide = make_guide(spec, model)  # if it was not the warm start, this fails as well
+        warnings.warn(f"{spec} cannot start from the trained guide: {error}", stacklevel=2)
+        return guide
 
 
 def _evaluate(
@@ -415,6 +421,8 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:INDEX") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:INDEX")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"the device {name!r} is not there: {torch.cuda.device_count()} CUDA devices are "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,21 +106,26 @@ def fit(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    if validation is not None:
+        check_images(validation, "validation")
     if hasattr(model, "check_shape"):
-        model.check_shape(images)
+        for batch in (images, validation):
+            if batch is not None:
+                model.check_shape(batch)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     modules = [program for program in (model, guide) if isinstance(program, torch.nn.Module)]
     for module in modules:
-        module.to(device).train()
+        module.to(device).eval()
     if hasattr(model, "pair"):
         model.pair(guide)
     images = images.to(device)
     num_images = len(images)
 
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         permutations = torch.Generator().manual_seed(seed)
-        parameters = _parameters(model, guide, _prepare(images[:1], modules), num_images)
+        parameters = _parameters(model, guide, _prepare(images[:batch_size], modules))
         if hasattr(guide, "blocks") and elbo is None:
             blocks: Sequence[Block] = guide.blocks(model)
         else:
@@ -139,6 +145,8 @@ def fit(
             for epoch in range(1, epochs + 1):
                 order = torch.randperm(num_images, generator=permutations).to(device)
                 total = torch.zeros((), device=device, dtype=torch.float64)
+                for module in modules:
+                    module.train()
                 for index in order.split(batch_size):
                     step += 1
                     x = _prepare(images[index], modules)
@@ -151,16 +159,19 @@ def fit(
                     bar.update()
                 loss_per_image = float(total / num_images)
                 bar.set_postfix(epoch=epoch, loss=f"{loss_per_image:.1f}")
+                for module in modules:
+                    module.eval()  # what is only looked at must not change running statistics
                 row = {"epoch": epoch, "step": step, "loss": loss_per_image}
-                row |= _monitor(model, guide, _prepare(images[:512], modules), num_images)
-                if validation is not None:
-                    x = _prepare(validation.to(device), modules)
-                    terms = elbo_terms(model, guide, x, num_images)
-                    row["validation_elbo"] = terms["log_likelihood"] - terms["kl_z"]
+                # noise of its own: looking at a run does not change it either
+                with torch.random.fork_rng(devices), _explaining(step, parameters):
+                    torch.manual_seed(seed)
+                    row |= _monitor(model, guide, _prepare(images[:512], modules), num_images)
+                    if validation is not None:
+                        x = _prepare(validation.to(device), modules)
+                        terms = elbo_terms(model, guide, x, num_images)
+                        row["validation_elbo"] = terms["log_likelihood"] - terms["kl_z"]
                 row["seconds"] = time.monotonic() - start
                 history.rows.append(row)
-    for module in modules:
-        module.eval()
     return history
 
 
@@ -170,7 +181,7 @@ def _prepare(images: Tensor, modules: Sequence[torch.nn.Module]) -> Tensor:
     return to_float(images, torch.get_default_dtype() if first is None else first.dtype)
 
 
-def _parameters(model: Program, guide: Program, x: Tensor, num_images: int) -> list[Tensor]:
+def _parameters(model: Program, guide: Program, x: Tensor) -> list[Tensor]:
     """All that model and guide can train: of modules, and of ``pyro.param`` statements.
 
     The guide is run once, since Pyro's autoguides create their parameters then.
@@ -212,23 +223,32 @@ def _finite_loss(
     parameters: Sequence[Tensor],
 ) -> Tensor:
     """The loss of a batch, or an error that names what is not finite in it."""
-    reason = ""
+    with _explaining(step, parameters):
+        loss = elbo.differentiable_loss(*pair, x)
+        if not torch.isfinite(loss):
+            raise _not_finite(step, parameters, ", ".join(_non_finite_sites(pair, x)))
+    return loss
+
+
+@contextmanager
+def _explaining(step: int, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Turns torch's complaint about a distribution's parameters into a NonFiniteError."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered NaN")  # the error below says more
+        warnings.filterwarnings("ignore", "Encountered NaN")  # the error says more
         try:
-            loss = elbo.differentiable_loss(*pair, x)
-            if torch.isfinite(loss):
-                return loss
-            reason = ", ".join(_non_finite_sites(pair, x))
+            yield
         except ValueError as error:
-            # torch's check of a distribution's parameters, "... found invalid values:"
-            if "invalid values" not in str(error):
+            if not str(error).startswith("Expected parameter"):
                 raise
             reason = str(error).partition(", but found")[0]
+            raise _not_finite(step, parameters, reason) from error
+
+
+def _not_finite(step: int, parameters: Sequence[Tensor], reason: str) -> NonFiniteError:
     broken = sum(not bool(torch.isfinite(p).all()) for p in parameters)
     if broken:
         reason = f"{broken} of {len(parameters)} parameter tensors are not finite"
-    raise NonFiniteError(
+    return NonFiniteError(
         f"the loss is not finite at step {step}: "
         f"{reason or 'no single term, but their sum or one random draw'}. "
         "A smaller learning rate, or float64, often helps."

@@ -1,5 +1,6 @@
 """Finding guides by name, and what all of them have in common."""
 
+import copy
 import re
 
 import pytest
@@ -59,11 +60,25 @@ def test_defaults_are_overridden_by_the_text():
         ("gp:colour=red", "does not take these options"),
         ("sa:step_size=0.5,3", "the value '3' follows a key=value option"),
         ("sa:-1", "-1"),
+        ("sa:1.5", "num_steps must be int, got 1.5"),
+        ("vlae:abc", "num_steps must be int, got 'abc'"),
+        ("vae:foo", "encoder must be nn.Module | None, got 'foo'"),
+        ("gp:initial_scale=nan", "initial_scale must be float, got 'nan'"),
+        ("vlea:2", "did you mean 'vlae'?"),
     ],
 )
 def test_bad_names_and_options(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_guide(spec, model())
+
+
+@pytest.mark.parametrize("spec", ["sa:2", "vlae:1", "iterative:2"])
+def test_a_copy_refines_with_the_same_decoder_unless_that_is_copied_too(spec):
+    m = model()
+    guide = make_guide(spec, m)
+    assert copy.deepcopy(guide)._model[0] is m
+    other_model, other = copy.deepcopy((m, guide))
+    assert other._model[0] is other_model
 
 
 @pytest.mark.parametrize(
@@ -122,10 +137,10 @@ def test_trains_evaluates_and_reloads(spec, likelihood):
     before = log_evidence(m, guide, x, 5, seed=0).log_evidence
     assert bool(before.isfinite().all())
     other = ImageModel(SHAPE, 2, likelihood=likelihood)
-    copy = make_guide(spec, other).eval()
+    reloaded = make_guide(spec, other).eval()
     other.load_state_dict(m.state_dict())
-    copy.load_state_dict(guide.state_dict())
-    assert torch.equal(log_evidence(other, copy, x, 5, seed=0).log_evidence, before)
+    reloaded.load_state_dict(guide.state_dict())
+    assert torch.equal(log_evidence(other, reloaded, x, 5, seed=0).log_evidence, before)
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec[:2] != "me" and spec[:3] != "rme"])

@@ -70,6 +70,7 @@ class NoisyGuide(PyroModule):
             loc = self.head(phi) + (shift if W.dim() == 2 else shift.squeeze(-3))
             u = pyro.sample("u", dist.Normal(loc, 0.2).to_event(1), infer={"is_auxiliary": True})
             pyro.sample("z", dist.Normal(u, 0.7).to_event(1))
+        return W
 
 
 @pytest.mark.parametrize(
@@ -254,3 +255,21 @@ def test_bad_input(x, options, message):
     model = linear_model()
     with pytest.raises(ValueError, match=message):
         log_evidence(model, gaussian(model), x, **({"num_samples": 2} | options))
+
+
+def test_a_replayed_guide_draws_its_weights_for_every_sample():
+    drawn = []
+
+    class Watching(NoisyGuide):
+        def forward(self, x):
+            drawn.append(super().forward(x).shape)
+
+    model = linear_model()
+    log_weights(model, Watching(model).double(), images(4), 10, chunk_size=20)
+    assert drawn == [(5, 1, 2, 3), (5, 1, 2, 3)]
+
+
+def test_no_image_is_an_error():
+    model = linear_model()
+    with pytest.raises(ValueError, match="at least one image"):
+        log_evidence(model, gaussian(model), images(2)[:0])

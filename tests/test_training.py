@@ -195,3 +195,57 @@ def test_module_without_parameters_of_its_own_dtype():
                 pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
 
     fit(linear_model(), Prior(), uint8(5), epochs=1, progress=False)
+
+
+class Normalised(GaussianGuide):
+    """An encoder with batch normalisation, whose running statistics must see training only."""
+
+    def __init__(self, model):
+        encoder = linear_encoder()
+        super().__init__(model, nn.Sequential(*encoder, nn.BatchNorm1d(3), nn.Dropout(0.5)))
+
+
+def test_what_is_only_looked_at_leaves_no_trace_in_the_model():
+    results = []
+    for validation in (None, uint8(30)[20:]):
+        torch.manual_seed(0)
+        model = linear_model().float()
+        guide = Normalised(model)
+        data = uint8(30)[:20]
+        fit(model, guide, data, epochs=2, batch_size=10, validation=validation, progress=False)
+        results.append({k: v for k, v in guide.state_dict().items() if "running" in k})
+    assert results[0]
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [(uint8(3)[:0], "validation"), (torch.zeros(3, 1, 9, 9, dtype=torch.uint8), "expects images")],
+)
+def test_bad_validation_images_are_refused_before_training(validation, message):
+    with pytest.raises(ValueError, match=message):
+        fit(*pair(), uint8(5), epochs=1, validation=validation, progress=False)
+
+
+def test_grey_pixels_under_a_bernoulli_likelihood_are_named():
+    model = ImageModel((1, 8, 8), 2, likelihood="bernoulli")
+    grey = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="Bernoulli pixels must be 0 or 1"):
+        fit(model, GaussianGuide(model), grey, epochs=1, progress=False)
+
+
+def test_divergence_in_the_last_step_of_an_epoch_names_the_step():
+    model, guide = pair()
+    with pytest.raises(NonFiniteError, match=r"step [12]"):
+        fit(model, guide, uint8(5), epochs=4, learning_rate=1e30, progress=False)
+
+
+@pytest.mark.parametrize("estimator", ["functions", "marginal"])
+def test_features_that_are_all_zero(estimator):
+    model = linear_model().float()
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.ReLU())
+    with torch.no_grad():
+        encoder[1].bias.fill_(-10.0)
+    guide = GPGuide(model, encoder, bias=False, estimator=estimator)
+    fit(model, guide, uint8(5), epochs=2, progress=False)
+    assert all(bool(p.isfinite().all()) for p in guide.parameters())
