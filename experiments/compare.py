@@ -236,8 +236,8 @@ def caption(record: dict[str, Any]) -> str:
         f"images, p = {options['latent_dim']}, networks of the paper's tables, "
         f"{options['epochs']} epochs (the paper: 2000), K = {options['num_samples']}, "
         f"{count(options['seeds'], 'seed')}. On the VAE's decoder SA and VLAE are not trained, the "
-        f"others for as many epochs again. Times: medians and quartiles for {BATCH} images, "
-        f"{record['device']}, {count(record['threads'], 'thread')}."
+        f"others for as many epochs again. Times: medians and quartiles of inference for {BATCH} "
+        f"images, {record['device']}, {count(record['threads'], 'thread')}."
     )
 
 
@@ -267,7 +267,10 @@ def markdown(table: pd.DataFrame, caption: str) -> str:
         lines.append("| " + " | ".join([*cells, passes]) + " |")
     reference = table.loc[table["decoder"] == "VAE's decoder", "optimum"]
     if len(reference):
-        caption += f" The optimum on the VAE's decoder has ELBO {reference.iloc[0]:.1f}."
+        caption += (
+            f" The optimum on the VAE's decoder has ELBO {reference.iloc[0]:.1f}. Decoder passes: "
+            f"that time in units of the time to decode {BATCH} latent vectors."
+        )
     return "\n".join([*lines, "", caption, ""])
 
 

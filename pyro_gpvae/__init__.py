@@ -6,6 +6,7 @@ from pyro_gpvae.distributions import MarginalPosterior
 from pyro_gpvae.elbo import PerImage, elbo_terms
 from pyro_gpvae.guide import available_guides, load_guide, make_guide
 from pyro_gpvae.importance import Evidence, evidence_curve, log_evidence, log_weights
+from pyro_gpvae.mixtures import StratifiedELBO
 from pyro_gpvae.model import ImageModel, initial_sigma
 from pyro_gpvae.networks import build_decoder, build_encoder
 from pyro_gpvae.program import Program
@@ -26,6 +27,7 @@ __all__ = [
     "Program",
     "Run",
     "RunConfig",
+    "StratifiedELBO",
     "available_guides",
     "build_decoder",
     "build_encoder",

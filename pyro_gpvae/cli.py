@@ -111,6 +111,9 @@ class Evaluate:
         result = evaluate_run(options.pop("run_folder"), **options)
         _print_scores(result)
         recorded = result["recorded"]
+        if self.guide is not None:
+            print(f"recorded log p(x)  {recorded['log_evidence']:.4f}  (the run's own guide)")
+            return
         same = recorded["log_evidence"] == result["scores"]["log_evidence"]
         print(
             f"recorded log p(x)  {recorded['log_evidence']:.4f}  ({'equal' if same else 'differs'})"

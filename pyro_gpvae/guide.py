@@ -21,6 +21,12 @@ A guide is any Pyro callable ``guide(x)`` that samples the site ``"z"`` inside
 ``uncertainty(x) -> Tensor``
     A score (B,) that is high where the guide is unsure of its own inference.
 
+A guide may have sites in the plate that the model lacks, marked ``infer={"is_auxiliary": True}``.
+Sample them under ``poutine.mask(mask=False)``: p(x, z) / q(z | x, auxiliary) has the right mean,
+whereas an ELBO that scores them without a counterpart in the model is no bound, and training makes
+them as wide as it can. Where particles are vectorised there is a second plate to the left of the
+images, so that what a guide computes from a global or auxiliary draw has shape (K, B, ...).
+
 To be found by name a guide is a class whose constructor takes the model first, as in
 ``MyGuide(model, **options)``, and is either registered as an entry point of the group
 ``pyro_gpvae.guides``, or named as ``module:Class``.
@@ -58,7 +64,14 @@ def load_guide(name: str) -> Callable[..., Any]:
     """
     registered = available_guides()
     if name in registered:
-        guide: Callable[..., Any] = registered[name].load()
+        try:
+            guide: Callable[..., Any] = registered[name].load()
+        except Exception as error:
+            module = registered[name].value.partition(":")[0]
+            raise ValueError(
+                f"cannot load the guide {name!r} from {registered[name].value!r}: {error}. Does a "
+                f"file or folder {module!r} in the current directory hide the installed package?"
+            ) from error
         return guide
     module, _, attribute = name.partition(":")
     near = difflib.get_close_matches(module, registered, n=1, cutoff=0.4)

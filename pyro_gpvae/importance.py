@@ -80,7 +80,7 @@ def log_weights(
     return torch.cat(columns, dim=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evidence:
     """Estimates of log p(x) for B images, in nats; every tensor has shape (B,).
 
@@ -117,6 +117,12 @@ class Evidence:
             effective_sample_size=ess,
             elbo=log_weights.mean(0),
             num_samples=num_samples,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Evidence({len(self.log_evidence)} images, K = {self.num_samples}: "
+            f"mean log p(x) = {self.mean:.2f} nats, Monte-Carlo error {self.monte_carlo_error:.2g})"
         )
 
     @property

@@ -76,8 +76,8 @@ def gap_against_time(table: pd.DataFrame, caption: str = "") -> Figure:
     """Draws the share of the amortisation gap that each guide closes against its inference time.
 
     Arguments:
-        table: A row for each guide and decoder, with the columns ``guide`` (what follows its
-            colon is written beside the point), ``decoder`` (a panel each), ``share`` (0 is the
+        table: A row for each guide and decoder, with the columns ``guide`` (the number after
+            its colon is written beside the point), ``decoder`` (a panel each), ``share`` (0 is the
             VAE's encoder, 1 the instance-wise optimum), ``share_sd`` (over seeds, or NaN), and
             ``ms``, ``ms_low``, ``ms_high`` (milliseconds a batch).
         caption: A line below: the budget, the seeds, the device.
@@ -109,7 +109,8 @@ def gap_against_time(table: pd.DataFrame, caption: str = "") -> Figure:
                 capsize=2,
                 label=None if name in axes.get_legend_handles_labels()[1] else name,
             )
-            label = f"{options} ({100 * row.share:.0f} %)" if below else options
+            number = options.partition(",")[0]
+            label = f"{number} ({100 * row.share:.0f} %)" if below else number
             axes.annotate(
                 label, (row.ms, 100 * share), (5, 4), textcoords="offset points", fontsize=8
             )

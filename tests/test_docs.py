@@ -1,6 +1,7 @@
 """The code of README and tutorials runs, in order, with a cut budget."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ CUTS = [
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/your_own_guide.md"])
-def test_the_code_of_a_page_runs(page, capsys):
+def test_the_code_of_a_page_runs(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_guides", raising=False)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     assert blocks
+    (tmp_path / "my_guides.py").write_text(blocks[0])  # as the reader is told to save it
     namespace: dict = {"__name__": "__page__"}
     for number, block in enumerate(blocks):
         for pattern, replacement in CUTS:
