@@ -50,8 +50,9 @@ class LaplaceGuide(GaussianGuide):
 
     The encoder's s(x) is not used.
 
-    Jacobians are exact, for any decoder, by forward-mode differentiation: p products that share
-    one forward pass. Cost per image, in forward passes of the decoder (Table 1, p = 10, CPU):
+    Jacobians are exact, for any decoder without batch statistics, by forward-mode
+    differentiation: p products that share one forward pass. Cost per image, in forward passes of
+    the decoder (Table 1, p = 10, CPU):
 
     * a Jacobian about p + 3 (T + 1 of them), a line search 5 more a step;
     * "cg": about 4 for each iteration, in place of the T Jacobians of the steps. The covariance

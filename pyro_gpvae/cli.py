@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -159,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        command.run()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command.run()
     except (ValueError, OSError, NonFiniteError, LinAlgError) as error:
         if os.environ.get(_TRACEBACK):
             raise
@@ -169,6 +172,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\npyro-gpvae: interrupted, nothing half-written", file=sys.stderr)
         return 130
     return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"pyro-gpvae: warning: {message}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:

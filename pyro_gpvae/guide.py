@@ -85,7 +85,8 @@ def load_guide(name: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(
-            f"cannot load the guide {name!r}: {type(error).__name__}: {error}. {hint}"
+            f"cannot load the guide {name!r}: {type(error).__name__}: {error}. "
+            f"{hint.capitalize()}"
             "Expected 'module:Class' where the module can be imported from the current directory "
             "or is installed."
         ) from error

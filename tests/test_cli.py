@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import fields
 from importlib.metadata import EntryPoint
 
@@ -215,3 +216,15 @@ def test_demo_writes_every_file_it_promises(tmp_path, capsys):
 def test_the_demo_needs_two_halves():
     with pytest.raises(ValueError, match="epochs must be even"):
         run_demo("report", epochs=3)
+
+
+def test_warnings_are_one_line_each(tmp_path, capsys):
+    options = ["--train-images", "32", "--test-images", "4", "--num-samples", "2", "--quiet"]
+    run = str(tmp_path / "gp")
+    assert cli.main(["train", "--guide", "gp", "--epochs", "1", "--out", run, *options]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert cli.main(["evaluate", run, "--guide", "sa:1"]) == 0
+    error = capsys.readouterr().err
+    assert "pyro-gpvae: warning: only the encoder of the GPGuide is copied" in error
+    assert "semi_amortized.py" not in error

@@ -64,7 +64,7 @@ def test_defaults_are_overridden_by_the_text():
         ("vlae:abc", "num_steps must be int, got 'abc'"),
         ("vae:foo", "encoder must be nn.Module | None, got 'foo'"),
         ("gp:initial_scale=nan", "initial_scale must be float, got 'nan'"),
-        ("vlea:2", "did you mean 'vlae'?"),
+        ("vlea:2", "Did you mean 'vlae'?"),
     ],
 )
 def test_bad_names_and_options(spec, message):
