@@ -16,6 +16,8 @@ from pyro.distributions.transforms import AffineTransform
 from pyro.infer import Trace_ELBO, autoguide
 from torch import Size, Tensor
 
+from pyro_gpvae.randomness import seeded
+
 __all__ = ["Stack", "fit_autoguide", "load_autoguide"]
 
 # Adam: the rate falls by a factor of 3 whenever 50 steps gain too little
@@ -54,53 +56,41 @@ def fit_autoguide(
     Returns:
         q(z|x), event shape (p,); its ELBO; the gain of the last window; the number of steps.
     """
-    with (
-        pyro.get_param_store().scope(),  # or this image's guide would start as the last one's
-        torch.random.fork_rng([image.device] if image.is_cuda else []),
-        torch.enable_grad(),
-    ):
-        torch.manual_seed(0)  # every image alike, whatever its place in the batch
-        return _fit(model, image, loc, scale, make, tolerance, max_steps)
 
-
-def _fit(
-    model: Any,
-    image: Tensor,
-    loc: Tensor,
-    scale: Tensor,
-    make: Callable[[Any], Any],
-    tolerance: float,
-    max_steps: int,
-) -> tuple[TorchDistribution, float, float, int]:
     def program() -> None:
         flat = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1).mask(False)
         u = pyro.sample("u", flat)
         log_joint = model.log_joint(image, (loc + scale * u).unsqueeze(-2)).squeeze(-1)
         pyro.factor("log_joint", log_joint + scale.log().sum())
 
-    with _defaults(loc):
-        guide = make(program)
-        guide()  # creates the parameters
-        _posterior(guide)  # refuses a guide without density before the work
-    objective = Trace_ELBO(_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
-    parameters = list(guide.parameters())
-    optimizer = torch.optim.Adam(parameters, _RATES[0])
-    elbo, gap, steps = -math.inf, math.inf, 0
-    for rate in _RATES:
-        optimizer.param_groups[0]["lr"] = rate
-        gap = math.inf
-        while gap >= tolerance and steps < max_steps:
-            total = 0.0
-            for _ in range(_WINDOW):
-                loss = objective.differentiable_loss(program, guide)
-                optimizer.zero_grad()
-                loss.backward(inputs=parameters)
-                optimizer.step()
-                total -= float(loss.detach()) / _WINDOW
-            gap, elbo, steps = max(total - elbo, 0.0), total, steps + _WINDOW
-    with torch.no_grad():
-        q = _posterior(guide)
-        q = dist.TransformedDistribution(q, [AffineTransform(loc, scale, event_dim=1)])
+    with (
+        pyro.get_param_store().scope(),  # or this image's guide would start as the last one's
+        seeded(0, image.device),  # every image alike, whatever its place in the batch
+        torch.enable_grad(),
+    ):
+        with _defaults(loc):
+            guide = make(program)
+            guide()  # creates the parameters
+            _posterior(guide)  # refuses a guide without density before the work
+        objective = Trace_ELBO(_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
+        parameters = list(guide.parameters())
+        optimizer = torch.optim.Adam(parameters, _RATES[0])
+        elbo, gap, steps = -math.inf, math.inf, 0
+        for rate in _RATES:
+            optimizer.param_groups[0]["lr"] = rate
+            gap = math.inf
+            while gap >= tolerance and steps < max_steps:
+                total = 0.0
+                for _ in range(_WINDOW):
+                    loss = objective.differentiable_loss(program, guide)
+                    optimizer.zero_grad()
+                    loss.backward(inputs=parameters)
+                    optimizer.step()
+                    total -= float(loss.detach()) / _WINDOW
+                gap, elbo, steps = max(total - elbo, 0.0), total, steps + _WINDOW
+        with torch.no_grad():
+            q = _posterior(guide)
+            q = dist.TransformedDistribution(q, [AffineTransform(loc, scale, event_dim=1)])
     return q, elbo, gap, steps
 
 

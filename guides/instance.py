@@ -16,15 +16,15 @@ from torch import Tensor
 
 from guides.autoguides import Stack, fit_autoguide, load_autoguide
 from guides.laplace import inverse_cholesky, line_search, linearize
+from pyro_gpvae.importance import default_chunk_size
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.program import Program, References
+from pyro_gpvae.randomness import seeded
 
 __all__ = ["InstanceGuide", "InstanceOptimum"]
 
 Covariance = Literal["diagonal", "full"]
 
-# latent vectors decoded at once; a CPU is fastest while activations fit its cache
-_MAX_LATENTS = {"cpu": 640, "cuda": 65_536}
 _MODE_STEPS, _MIN_STEPS = 20, 6
 _MODE_TOLERANCE = 0.5
 _FAR_AGE = 1
@@ -264,7 +264,7 @@ class InstanceGuide(Program):
 
     def _gradient(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x, z) (S, B) and its gradient (S, B, p) for latents z (S, B, p)."""
-        size = max(1, _MAX_LATENTS.get(z.device.type, 640) // len(z))
+        size = max(1, default_chunk_size(z.device) // len(z))
         values, gradients = [], []
         for images, latents in zip(x.split(size), z.split(size, dim=1), strict=True):
             with torch.enable_grad():
@@ -323,8 +323,7 @@ def _mean(guide: Any, x: Tensor) -> Tensor:
     except (AttributeError, NotImplementedError):
         means = []
         for image in x:
-            with torch.random.fork_rng([x.device] if x.is_cuda else []):
-                torch.manual_seed(0)  # every image alike, whatever its place in the batch
+            with seeded(0, x.device):  # every image alike, whatever its place in the batch
                 means.append(guide.posterior(image[None]).sample((100,)).mean(0))
         return torch.cat(means)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pyro_gpvae.data import to_float
 from pyro_gpvae.elbo import in_data_plate
 from pyro_gpvae.model import DATA_PLATE
+from pyro_gpvae.randomness import seeded
 
 __all__ = ["Evidence", "default_chunk_size", "evidence_curve", "log_evidence", "log_weights"]
 
@@ -168,10 +170,7 @@ def log_evidence(
         torch.Size([3])
     """
     device, _ = _device_and_dtype(model, x)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with nullcontext() if seed is None else seeded(seed, device):
         weights = log_weights(model, guide, x, num_samples, chunk_size=chunk_size)
     return Evidence.from_log_weights(weights)
 

@@ -11,8 +11,7 @@ import dataclasses
 import inspect
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +36,7 @@ from pyro_gpvae.importance import Evidence, default_chunk_size, log_evidence
 from pyro_gpvae.model import ImageModel, initial_sigma
 from pyro_gpvae.networks import ImageShape, build_decoder
 from pyro_gpvae.provenance import environment, sha256
+from pyro_gpvae.randomness import seeded
 from pyro_gpvae.training import fit
 
 __all__ = ["RUN_FILES", "Run", "evaluate_run", "load_run", "train_into", "train_run", "warm_guide"]
@@ -126,7 +126,7 @@ def train_into(
     if config.validation:
         train, validation = split_validation(data.train, config.validation)
     _check_start(config, data.image_shape, start)
-    with _seeded(config.seed, device):
+    with seeded(config.seed, device):
         model = _build_model(config, data.image_shape, initial_sigma(train))
         if start is None:
             guide = make_guide(config.guide, model)
@@ -225,7 +225,7 @@ def load_run(
             f"{folder / 'record.json'} is not the record of a run: {error!r}"
         ) from error
     target = _device(config.device)
-    with _seeded(config.seed, torch.device("cpu")), torch.no_grad():
+    with seeded(config.seed, torch.device("cpu")), torch.no_grad():
         model = _build_model(config, (channels, height, width), sigma=1.0)
         guide = make_guide(config.guide, model).eval()
         guide(torch.zeros(1, *model.image_shape))  # Pyro makes some parameters at first use
@@ -282,7 +282,7 @@ def evaluate_run(
     target = _device(config.device)
     program = run.guide
     if guide is not None:
-        with _seeded(config.seed, target):
+        with seeded(config.seed, target):
             program = warm_guide(guide, run.model, run.guide)
         if isinstance(program, torch.nn.Module):
             program.to(target).eval()
@@ -429,11 +429,3 @@ def _device(name: str | None) -> torch.device:
             "visible; use --device cpu"
         )
     return device
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch inside the block, and restores its random state afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

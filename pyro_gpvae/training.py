@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from pyro_gpvae.data import check_images, to_float
 from pyro_gpvae.elbo import Objective, PerImage, elbo_terms
+from pyro_gpvae.randomness import seeded
 
 __all__ = ["Block", "History", "NonFiniteError", "fit"]
 
@@ -121,9 +122,7 @@ def fit(
     images = images.to(device)
     num_images = len(images)
 
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    with seeded(seed, device):
         permutations = torch.Generator().manual_seed(seed)
         parameters = _parameters(model, guide, _prepare(images[:batch_size], modules))
         if hasattr(guide, "blocks") and elbo is None:
@@ -163,8 +162,7 @@ def fit(
                     module.eval()  # what is only looked at must not change running statistics
                 row = {"epoch": epoch, "step": step, "loss": loss_per_image}
                 # noise of its own: looking at a run does not change it either
-                with torch.random.fork_rng(devices), _explaining(step, parameters):
-                    torch.manual_seed(seed)
+                with seeded(seed, device), _explaining(step, parameters):
                     row |= _monitor(model, guide, _prepare(images[:512], modules), num_images)
                     if validation is not None:
                         x = _prepare(validation.to(device), modules)
