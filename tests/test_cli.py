@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from pyro_gpvae import cli
+from pyro_gpvae import available_guides, cli, commands
 from pyro_gpvae.checkpoint import read_json
 from pyro_gpvae.demo import DEMO_FILES, run_demo
 from pyro_gpvae.training import NonFiniteError
@@ -118,10 +118,10 @@ def test_training_that_diverges_and_an_interrupt(capsys, monkeypatch):
 
         return train_run
 
-    monkeypatch.setattr(cli, "train_run", stop(NonFiniteError("not finite\nat step 3")))
+    monkeypatch.setattr("pyro_gpvae.commands.train.train_run", stop(NonFiniteError("not finite\nat step 3")))
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "pyro-gpvae: error: not finite at step 3\n"
-    monkeypatch.setattr(cli, "train_run", stop(KeyboardInterrupt()))
+    monkeypatch.setattr("pyro_gpvae.commands.train.train_run", stop(KeyboardInterrupt()))
     assert cli.main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
 
@@ -133,12 +133,12 @@ def test_an_error_with_its_traceback_on_request(monkeypatch):
 
 
 def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
-    good = cli.available_guides()
+    good = available_guides()
     broken = {
         "absent": EntryPoint("absent", "no_such_module:Guide", "pyro_gpvae.guides"),
         "bare": EntryPoint("bare", "builtins:Ellipsis", "pyro_gpvae.guides"),
     }
-    monkeypatch.setattr(cli, "available_guides", lambda: broken | good)
+    monkeypatch.setattr("pyro_gpvae.commands.guides.available_guides", lambda: broken | good)
     assert cli.main(["guides"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "The amortised Gaussian of the VAE." in lines["vae"]
@@ -149,9 +149,9 @@ def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("demo", [field.name for field in fields(cli.Demo)]),
-        ("train", [field.name for field in fields(cli.Train)]),
-        ("evaluate", [field.name for field in fields(cli.Evaluate)][1:]),
+        ("demo", [field.name for field in fields(commands.Demo)]),
+        ("train", [field.name for field in fields(commands.Train)]),
+        ("evaluate", [field.name for field in fields(commands.Evaluate)][1:]),
     ],
 )
 def test_help_explains_every_option(command, options, capsys):

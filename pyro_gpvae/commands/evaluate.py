@@ -1,0 +1,59 @@
+r"""``pyro-gpvae evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pyro_gpvae.commands._text import print_scores
+from pyro_gpvae.runs import evaluate_run
+
+__all__ = ["Evaluate"]
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Evaluate a run folder again; without options, exactly its recorded score.
+
+    Attributes:
+        run_folder: The run folder.
+        guide: Another guide over the run's decoder, such as "vae" or "my_guides:MyGuide"; it
+            starts from the run's encoder where it can, and is not trained. None is the run's.
+        num_samples: Importance samples K per image; None is as recorded.
+        seed: Seed of the samples; None is as recorded.
+        test_images: Only the first so many of the run's test images; None is all.
+        chunk_size: Latent vectors decoded at once: bounds the memory; None is as recorded.
+        data: Name or .npz path of the run's data, if they have moved.
+        root: Folder of data sets, if it has moved.
+        device: "cpu", "cuda" or "cuda:INDEX"; None is the run's.
+        out: Folder for record.json and for scores.csv with a row for each image; None is none.
+        overwrite: Replace an earlier evaluation in that folder.
+    """
+
+    run_folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    guide: str | None = None
+    num_samples: int | None = None
+    seed: int | None = None
+    test_images: int | None = None
+    chunk_size: int | None = None
+    data: str | None = None
+    root: str | None = None
+    device: str | None = None
+    out: Path | None = None
+    overwrite: bool = False
+
+    def run(self) -> None:
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        result = evaluate_run(options.pop("run_folder"), **options)
+        print_scores(result)
+        recorded = result["recorded"]
+        if self.guide is not None:
+            print(f"recorded log p(x)  {recorded['log_evidence']:.4f}  (the run's own guide)")
+            return
+        same = recorded["log_evidence"] == result["scores"]["log_evidence"]
+        print(
+            f"recorded log p(x)  {recorded['log_evidence']:.4f}  ({'equal' if same else 'differs'})"
+        )

@@ -1,0 +1,133 @@
+r"""Images: mosaics, reconstructions, the least and the most uncertain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from pyro_gpvae.plots._style import finish
+
+__all__ = ["image_grid", "reconstructions", "uncertain_images"]
+
+
+def image_grid(
+    panels: Mapping[str, ArrayLike], columns: int = 8, caption: str = "", title: str = ""
+) -> Figure:
+    """Draws titled panels side by side, each a mosaic of images.
+
+    Arguments:
+        panels: Images (N, C, H, W) by title, uint8 or floats in [0, 1]; C is 1 or 3.
+        columns: Images in a row of a mosaic.
+        caption: A line below.
+        title: A line above.
+
+    Raises:
+        ValueError: If there is nothing to draw, or the shapes are not those of images.
+    """
+    if not panels or columns < 1:
+        raise ValueError("image_grid needs at least one panel and one column")
+    mosaics = {name: _mosaic(_pixels(images), columns) for name, images in panels.items()}
+    ratio = max(m.shape[0] / m.shape[1] for m in mosaics.values())
+    width = 4.4
+    figure = Figure(figsize=(width * len(mosaics), width * ratio + 1.1), dpi=150)
+    for axes, (name, mosaic) in zip(
+        figure.subplots(1, len(mosaics), squeeze=False)[0], mosaics.items(), strict=True
+    ):
+        _show(axes, mosaic)
+        axes.set_title(name, fontsize=10)
+    return finish(figure, caption, title)
+
+
+def reconstructions(
+    images: ArrayLike, decoded: Mapping[str, ArrayLike], caption: str = ""
+) -> Figure:
+    """Draws images in a row, and below them what each method decodes from their latents.
+
+    Arguments:
+        images: Images (N, C, H, W), uint8 or floats in [0, 1].
+        decoded: Images of the same shape by method; values outside [0, 1] are clipped.
+        caption: A line below.
+
+    Raises:
+        ValueError: If the shapes differ or are not those of images.
+    """
+    rows = {"image": _pixels(images)} | {name: _pixels(x) for name, x in decoded.items()}
+    for name, row in rows.items():
+        if row.shape != rows["image"].shape:
+            raise ValueError(f"{name!r} has shape {row.shape}, the images {rows['image'].shape}")
+    count = len(rows["image"])
+    figure = Figure(figsize=(0.75 * count + 1.2, 0.8 * len(rows) + 0.6), dpi=150)
+    all_axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axes, (name, row) in zip(all_axes, rows.items(), strict=True):
+        _show(axes, _mosaic(row, count))
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+    return finish(figure, caption)
+
+
+def uncertain_images(
+    images: ArrayLike, uncertainty: ArrayLike, count: int = 16, caption: str = ""
+) -> Figure:
+    """Draws the images with the least and with the most inference uncertainty.
+
+    Arguments:
+        images: Images (N, C, H, W), uint8 or floats in [0, 1].
+        uncertainty: One number for each, as ``guide.uncertainty(x)`` returns it.
+        count: How many to show on each side, at most half of the images.
+        caption: A line below.
+
+    Raises:
+        ValueError: If there are fewer than two images, or not one number for each.
+    """
+    pixels, scores = np.asarray(images), np.asarray(uncertainty, dtype=float)
+    if scores.shape != (len(pixels),) or len(pixels) < 2:
+        raise ValueError(
+            f"expected one uncertainty for each of at least two images, got shape {scores.shape} "
+            f"for {len(pixels)} images"
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} uncertainties are not finite")
+    count = min(count, len(pixels) // 2)
+    order = np.argsort(scores, kind="stable")
+    least, most = order[:count], order[::-1][:count]
+    panels = {
+        f"{name} uncertain ({scores[index[0]]:.3g} to {scores[index[-1]]:.3g})": pixels[index]
+        for name, index in (("least", least), ("most", most))
+    }
+    return image_grid(
+        panels, columns=math.ceil(math.sqrt(count)), caption=caption, title="inference uncertainty"
+    )
+
+
+def _pixels(images: ArrayLike) -> NDArray[np.floating[Any]]:
+    """Images (N, C, H, W) as floats (N, H, W, C) in [0, 1]."""
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[1] not in (1, 3) or not len(array):
+        raise ValueError(f"expected images (N, C, H, W) with C = 1 or 3, got shape {array.shape}")
+    scale = 255 if array.dtype == np.uint8 else 1
+    return np.clip(array.astype(float) / scale, 0, 1).transpose(0, 2, 3, 1)
+
+
+def _mosaic(images: NDArray[np.floating[Any]], columns: int) -> NDArray[np.floating[Any]]:
+    """Images (N, H, W, C) as one (H', W', C), with white lines between them."""
+    _, height, width, channels = images.shape
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    mosaic = np.ones((rows * (height + 2) - 2, columns * (width + 2) - 2, channels))
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + 2), index % columns * (width + 2)
+        mosaic[top : top + height, left : left + width] = image
+    return mosaic
+
+
+def _show(axes: Axes, mosaic: NDArray[np.floating[Any]]) -> None:
+    grey = mosaic.shape[-1] == 1
+    axes.imshow(mosaic[..., 0] if grey else mosaic, cmap="gray", vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
