@@ -1,5 +1,6 @@
 r"""How well a variational autoencoder infers: models, guides and measurements in Pyro."""
 
+from pyro_gpvae.checkpoint import Checkpoints
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data
 from pyro_gpvae.distributions import MarginalPosterior
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Block",
+    "Checkpoints",
     "Evidence",
     "History",
     "ImageData",

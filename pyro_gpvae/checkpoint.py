@@ -1,22 +1,55 @@
-r"""Files of a run: weights as safetensors, JSON, and folders that are complete or absent."""
+r"""Weights as safetensors, and checkpoints from which training continues bit for bit."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import time
+import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import safetensors.torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["load_weights", "new_folder", "read_json", "save_weights", "write_json", "write_text"]
+from pyro_gpvae.files import (
+    check_manifest,
+    new_folder,
+    read_json,
+    take_place,
+    write_bytes,
+    write_json,
+    write_manifest,
+    write_text,
+)
+
+__all__ = [
+    "Checkpoints",
+    "NewerFormatError",
+    "TrainingState",
+    "load_weights",
+    "named_tensors",
+    "new_folder",
+    "read_json",
+    "save_weights",
+    "write_json",
+    "write_text",
+]
+
+OnError = Literal["continue", "stop"]
+
+
+class NewerFormatError(RuntimeError):
+    """A checkpoint was written by a newer version of this library."""
+
+
+#: The newest format of checkpoints that this version writes, and reads with all older ones.
+FORMAT = 1
 
 
 def save_weights(path: str | Path, model: Any, guide: Any) -> None:
@@ -27,13 +60,7 @@ def save_weights(path: str | Path, model: Any, guide: Any) -> None:
     Raises:
         ValueError: If model or guide is not a module, so that its parameters cannot be found.
     """
-    # safetensors refuses tensors that share memory (tied weights): every name gets a copy
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in _named_tensors(model, guide).items()
-    }
-    with _replacing(Path(path)) as temporary:
-        save_file(tensors, temporary)
+    write_bytes(path, _to_bytes(named_tensors(model, guide)))
 
 
 def load_weights(path: str | Path, model: Any, guide: Any) -> None:
@@ -51,134 +78,11 @@ def load_weights(path: str | Path, model: Any, guide: Any) -> None:
             f"there is no weights file {path}: expected one that training wrote, "
             "such as RUN/weights.safetensors"
         )
-    try:
-        found = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"cannot read the weights in {path}: {error}. The file is damaged or not in the "
-            "safetensors format: copy it again, or train again."
-        ) from error
-    expected = _named_tensors(model, guide)
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"the weights in {path} do not fit this model and guide: "
-            f"{'; '.join(problems[:3])}{more}. Build both with the options they were trained with."
-        )
-    for name, tensor in expected.items():
-        # state_dict returns views of the parameters: copying into them loads the module
-        tensor.detach().copy_(found[name])
+    copy_tensors(_read_tensors(path), named_tensors(model, guide), str(path))
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file that is complete or absent, never half-written."""
-    with _replacing(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON, complete or absent; NaN and infinity, which JSON lacks, become null."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON file that holds one object.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds anything else.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: expected a complete run folder")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"cannot read {path}: {error}. Expected JSON as a run wrote it."
-        ) from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, expected a JSON object")
-    return value
-
-
-@contextmanager
-def new_folder(
-    path: str | Path, *, overwrite: bool = False, files: Collection[str] = ()
-) -> Iterator[Path]:
-    """Gives a temporary folder beside ``path`` that takes its place if the block succeeds.
-
-    After an error or an interrupt, ``path`` is as it was before.
-
-    Arguments:
-        path: The folder to make, with its parents.
-        overwrite: Whether a folder that is not empty is replaced.
-        files: The names that such a folder may hold: with any other in it, it is kept.
-
-    Raises:
-        FileExistsError: If ``path`` is a file, or a folder that may not be replaced.
-    """
-    path = Path(path).expanduser().resolve()
-    _check_replaceable(path, overwrite, files)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        _check_replaceable(path, overwrite, files)  # what happened there in the meantime?
-        if path.exists():
-            old = _sibling(path)
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_replaceable(path: Path, overwrite: bool, files: Collection[str]) -> None:
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file: choose another name for the folder")
-    present = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    foreign = [name for name in present if name not in files]
-    if present and not overwrite:
-        raise FileExistsError(
-            f"the folder {path} exists and is not empty: choose another, or overwrite it "
-            "(--overwrite)"
-        )
-    if foreign:
-        raise FileExistsError(
-            f"the folder {path} is not overwritten, because it holds {foreign[0]!r}, "
-            "which this command does not write: choose another folder"
-        )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that replaces ``path`` at once if the block succeeds."""
-    temporary = _sibling(path)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # a rename may reach the disk before the content does
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sibling(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-
-
-def _named_tensors(model: Any, guide: Any) -> dict[str, Tensor]:
+def named_tensors(model: Any, guide: Any) -> dict[str, Tensor]:
+    """The parameters and buffers of model and guide by name; ValueError if one is no module."""
     named: dict[str, Tensor] = {}
     for role, program in (("model", model), ("guide", guide)):
         if not isinstance(program, nn.Module):
@@ -190,9 +94,227 @@ def _named_tensors(model: Any, guide: Any) -> dict[str, Tensor]:
     return named
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def copy_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
+    """Copies tensors in place, by name; changes nothing unless names and shapes agree."""
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"the weights in {source} do not fit this model and guide: "
+            f"{'; '.join(problems[:3])}{more}. Build both with the options they were trained with."
+        )
+    for name, tensor in expected.items():
+        # state_dict returns views of the parameters: copying into them loads the module
+        tensor.detach().copy_(found[name])
+
+
+@dataclass
+class TrainingState:
+    """What training needs to go on as if it had never stopped.
+
+    Attributes:
+        step: Optimiser steps done.
+        tensors: Weights, moments, random states and the epoch's permutation, by name.
+        values: The rest, in JSON: the options, the place in the epoch, the history.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+@dataclass
+class Checkpoints:
+    """A folder of checkpoints: the newest ones of a training, each verified after writing.
+
+    A checkpoint is a folder ``step-N`` with ``tensors.safetensors``, ``state.json`` and
+    ``manifest.json`` (sizes and SHA-256). It is written under another name, synced, renamed,
+    and read back before an older one is deleted. No code in it can run.
+
+    Arguments:
+        folder: Where they lie.
+        every: How often: a number of steps, or of minutes such as "5m".
+        keep: How many to keep; with two, a file that is damaged later costs one interval.
+        on_error: What to do if one cannot be written, because the disk is full or the folder
+            read-only: warn and "continue", or "stop" the training with the OSError.
+
+    Raises:
+        ValueError: If ``every`` is not a positive number of steps or minutes, ``keep`` is less
+            than 1, or ``on_error`` is unknown.
+
+    Example:
+        >>> Checkpoints("run/checkpoints", every="10m").seconds
+        600.0
+    """
+
+    folder: str | Path
+    every: int | str = "5m"
+    keep: int = 2
+    on_error: OnError = "continue"
+    steps: int | None = field(init=False, default=None)
+    seconds: float | None = field(init=False, default=None)
+    _written: tuple[int, float] = field(init=False, repr=False, default=(0, 0.0))
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        every = str(self.every).strip()
+        number = every.removesuffix("m")
+        if re.fullmatch(r"\d+", every) and int(every) > 0:
+            self.steps = int(every)
+        elif number != every and re.fullmatch(r"\d+\.?\d*", number) and float(number) > 0:
+            self.seconds = 60 * float(number)
+        else:
+            raise ValueError(
+                f"every must be a number of steps such as 1000, or of minutes such as 5m, "
+                f"got {self.every!r}"
+            )
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, got {self.keep}")
+        if self.on_error not in get_args(OnError):
+            raise ValueError(f"on_error must be one of {get_args(OnError)}, got {self.on_error!r}")
+        self._written = 0, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        last_step, last_time = self._written
+        if self.steps is not None:
+            return step - last_step >= self.steps
+        assert self.seconds is not None
+        return time.monotonic() - last_time >= self.seconds
+
+    def save(self, state: TrainingState) -> None:
+        """Writes a checkpoint, verifies it, and deletes those that are no longer needed."""
+        self._written = state.step, time.monotonic()
+        try:
+            self._write(state)
+        except OSError as error:
+            if self.on_error == "stop":
+                raise
+            warnings.warn(
+                f"no checkpoint at step {state.step}: {error}. Training goes on; "
+                f"{self._describe_last()}",
+                stacklevel=3,
+            )
+
+    def latest(self) -> TrainingState | None:
+        """Reads the newest checkpoint that is whole; None if there is none at all.
+
+        Warns of every newer one that is damaged.
+
+        Raises:
+            ValueError: If all are damaged.
+            NewerFormatError: If the newest was written by a newer version.
+        """
+        found = self._folders()
+        for path in reversed(found):
+            try:
+                state = _read(path)
+            except (ValueError, OSError) as error:
+                warnings.warn(f"the checkpoint {path.name} is damaged: {error}", stacklevel=2)
+                continue
+            self._written = state.step, time.monotonic()
+            return state
+        if found:
+            raise ValueError(
+                f"all {len(found)} checkpoints in {self.folder} are damaged: "
+                "delete the folder to start again"
+            )
+        return None
+
+    def last_step(self) -> int | None:
+        """The step of the newest checkpoint, None if there is none."""
+        found = self._folders()
+        return _step(found[-1]) if found else None
+
+    def _folders(self) -> list[Path]:
+        """The folders of checkpoints, oldest first."""
+        folder = Path(self.folder)
+        if not folder.is_dir():
+            return []
+        return sorted((path for path in folder.iterdir() if _step(path) is not None), key=_key)
+
+    def _write(self, state: TrainingState) -> None:
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*.partial"):  # of a process that was killed while writing
+            shutil.rmtree(left, ignore_errors=True)
+        path = folder / f"step-{state.step}"
+        temporary = folder / f".{path.name}.{secrets.token_hex(4)}.partial"
+        temporary.mkdir()
+        try:
+            write_bytes(temporary / "tensors.safetensors", _to_bytes(state.tensors))
+            values = {"format": FORMAT, "step": state.step, **state.values}
+            # not write_json: a history may hold a NaN, and comes back as it was
+            write_text(temporary / "state.json", json.dumps(values))
+            write_manifest(temporary)
+            _sync(temporary)
+            take_place(temporary, path)
+            _sync(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            check_manifest(path)
+        except ValueError as error:
+            raise OSError(f"what was written cannot be read back: {error}") from error
+        for old in self._folders()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def _describe_last(self) -> str:
+        step = self.last_step()
+        return "there is no earlier one" if step is None else f"the last one is of step {step}"
+
+
+def _read(path: Path) -> TrainingState:
+    check_manifest(path)
+    values = read_json(path / "state.json")
+    version = values.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise NewerFormatError(
+            f"the checkpoint {path} has format {version}, this version reads up to {FORMAT}: "
+            "upgrade pyro-gpvae to continue it"
+        )
+    if not isinstance(version, int) or not isinstance(values.get("step"), int):
+        raise ValueError(f"{path / 'state.json'} is not the state of a training")
+    return TrainingState(values["step"], _read_tensors(path / "tensors.safetensors"), values)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"cannot read the weights in {path}: {error}. The file is damaged or not in the "
+            "safetensors format: copy it again, or train again."
+        ) from error
+
+
+def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    # safetensors refuses tensors that share memory (tied weights): every name gets a copy
+    return safetensors.torch.save(
+        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    )
+
+
+def _step(path: Path) -> int | None:
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def _key(path: Path) -> int:
+    return _step(path) or 0
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder permanent."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

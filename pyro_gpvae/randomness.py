@@ -2,17 +2,22 @@ r"""Random numbers of one's own: seeded inside a block, as they were after it.""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["seeded"]
+__all__ = ["random_state", "seeded", "set_random_state"]
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch for work on a device inside the block, and restores its random state afterwards.
+    """Seeds torch, numpy and Python for work on a device inside the block.
+
+    Afterwards their global random states are what they were.
 
     Example:
         >>> state = torch.random.get_rng_state()
@@ -22,9 +27,46 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         True
     """
     cuda = device.type == "cuda"
+    # the global generator of numpy is meant: a guide of the user's may draw from it
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if cuda else []):
         if cuda:
             torch.manual_seed(seed)
         else:  # torch.manual_seed would seed the GPUs as well, which nothing restores
             torch.default_generator.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The global random states of torch (CPU and, on CUDA, the device), numpy and Python."""
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    version, words, gauss = random.getstate()
+    state = {
+        "torch": torch.random.get_rng_state(),
+        "numpy": torch.tensor([*map(int, keys), position, has_gauss]),
+        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Sets what :func:`random_state` returned; a CUDA device's state only where there is one."""
+    torch.random.set_rng_state(state["torch"])
+    *keys, position, has_gauss = state["numpy"].tolist()
+    gauss = float(state["numpy_gauss"])
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, *words = state["python"].tolist()
+    left = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), left[0] if left else None))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -2,12 +2,14 @@ r"""Training: the loop, nothing else."""
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -16,12 +18,17 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_gpvae.checkpoint import Checkpoints, TrainingState, copy_tensors
 from pyro_gpvae.data import check_images, to_float
 from pyro_gpvae.elbo import Objective, PerImage, elbo_terms
-from pyro_gpvae.randomness import seeded
+from pyro_gpvae.interrupts import Interrupts, stopped
+from pyro_gpvae.nonfinite import NonFiniteError, all_finite, explain, refused_parameters
+from pyro_gpvae.provenance import sha256
+from pyro_gpvae.randomness import random_state, seeded, set_random_state
 
 __all__ = ["Block", "History", "NonFiniteError", "fit"]
 
+OnNonFinite = Literal["stop", "skip"]
 Program = Callable[[Tensor], Any]
 
 
@@ -40,10 +47,6 @@ class Block:
     parameters: Sequence[Tensor]
     model: Program | None = None
     guide: Program | None = None
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the step and the term."""
 
 
 @dataclass
@@ -70,12 +73,22 @@ def fit(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool | str = True,
+    checkpoints: Checkpoints | str | Path | None = None,
+    resume: bool = False,
+    on_nonfinite: OnNonFinite = "stop",
+    max_skipped: int = 100,
 ) -> History:
     r"""Trains model and guide on images by Adam on eq. (2), in place.
 
     The images are kept as uint8 on the device. Every epoch visits each of them once, in a fresh
     permutation from a generator of the run's own; the last batch may be smaller. The same seed
     gives the same run, and the global random state is left as it was.
+
+    With ``checkpoints`` a training can be killed at any moment. With ``resume`` as well, it goes
+    on from the newest checkpoint, in the middle of an epoch, and ends with the parameters, the
+    moments and the history of a training that was never stopped, bit for bit (``seconds``
+    excepted) on the same device with the same number of threads. SIGINT and SIGTERM end it after
+    the step at hand, with a checkpoint.
 
     Arguments:
         model: A Pyro model, such as :class:`pyro_gpvae.ImageModel`.
@@ -89,17 +102,25 @@ def fit(
         seed: Of the permutations and of the samples.
         device: Where to train; by default CUDA if there is one, else the CPU.
         progress: Whether to show a progress bar; a text is its label.
+        checkpoints: Where and how often to write checkpoints; a folder alone is every 5 minutes.
+            One is written before the first step and one at the end.
+        resume: Go on from the newest checkpoint there, if there is one.
+        on_nonfinite: What to do if the loss or a gradient is NaN or infinite: "stop", or "skip"
+            the update, and count it.
+        max_skipped: With "skip": stop when more updates than this were skipped.
 
     Returns:
         One row an epoch: ``epoch``, ``step``, ``loss`` (mean over the epoch's images, nats per
         image), the terms of eq. (2) on up to 512 training images (see
         :func:`pyro_gpvae.elbo_terms`), ``sigma`` where the model has one, the guide's
-        diagnostics, ``validation_elbo``, and ``seconds`` since the start.
+        diagnostics, ``validation_elbo``, ``skipped`` (updates so far), and ``seconds`` of training.
 
     Raises:
-        ValueError: If images, epochs, batch size or learning rate cannot be used, or model and
-            guide have nothing to train.
-        NonFiniteError: If the loss becomes NaN or infinite; names the step and the term.
+        ValueError: If images, epochs, batch size or learning rate cannot be used, model and
+            guide have nothing to train, or a checkpoint is of another training.
+        NonFiniteError: If the loss or a gradient becomes NaN or infinite; names the step, the
+            term, the images and the last checkpoint.
+        KeyboardInterrupt, Terminated: With checkpoints, after SIGINT or SIGTERM.
     """
     check_images(images)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
@@ -107,6 +128,10 @@ def fit(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    if on_nonfinite not in get_args(OnNonFinite):
+        raise ValueError(f"on_nonfinite must be one of {get_args(OnNonFinite)}, got {on_nonfinite}")
+    if resume and checkpoints is None:
+        raise ValueError("resume=True needs checkpoints: the folder to go on from")
     if validation is not None:
         check_images(validation, "validation")
     if hasattr(model, "check_shape"):
@@ -119,58 +144,241 @@ def fit(
         module.to(device).eval()
     if hasattr(model, "pair"):
         model.pair(guide)
+    options = {
+        "seed": seed,
+        "num_images": len(images),
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "images": sha256(images) if checkpoints is not None else None,
+    }
     images = images.to(device)
     num_images = len(images)
+    if isinstance(checkpoints, str | Path):
+        checkpoints = Checkpoints(checkpoints)
 
-    with seeded(seed, device):
-        permutations = torch.Generator().manual_seed(seed)
+    with seeded(seed, device), Interrupts() if checkpoints else nullcontext() as interrupts:
         parameters = _parameters(model, guide, _prepare(images[:batch_size], modules))
+        trained = list({id(p): p for p in parameters.values() if p.requires_grad}.values())
+        if not trained:
+            raise ValueError("model and guide have no parameter to train: are they nn.Modules?")
         if hasattr(guide, "blocks") and elbo is None:
             blocks: Sequence[Block] = guide.blocks(model)
         else:
             objective = elbo or (guide.elbo() if hasattr(guide, "elbo") else Trace_ELBO())
-            blocks = [Block(objective, parameters)]
+            blocks = [Block(objective, trained)]
         programs = [
             (PerImage(b.model or model, num_images), PerImage(b.guide or guide, num_images))
             for b in blocks
         ]
         optimizers = [torch.optim.Adam(b.parameters, learning_rate, fused=True) for b in blocks]
+        state = _State(model, guide, parameters, optimizers, options, device)
+        if checkpoints is not None:
+            saved = checkpoints.latest() if resume else None
+            if saved is not None:
+                state.restore(saved)
+            else:
+                checkpoints.save(state.capture())
 
-        history = History()
-        start, step = time.monotonic(), 0
-        steps = -(-num_images // batch_size)
+        def keep(now: bool = False) -> None:
+            """Writes a checkpoint if it is time for one, and ends if a signal asks for it."""
+            number = interrupts.signal if interrupts else None
+            if checkpoints is not None and (now or number or checkpoints.due(state.step)):
+                checkpoints.save(state.capture())
+            if number is not None:
+                raise stopped(number, f"stopped after step {state.step}")
+
+        if state.epoch >= epochs:
+            if state.epoch == epochs:
+                return History(state.rows)
+            raise ValueError(f"the checkpoint has {state.epoch} epochs, more than epochs={epochs}")
         label = progress if isinstance(progress, str) else "training"
-        with tqdm(total=epochs * steps, desc=label, disable=not progress, leave=True) as bar:
-            for epoch in range(1, epochs + 1):
-                order = torch.randperm(num_images, generator=permutations).to(device)
-                total = torch.zeros((), device=device, dtype=torch.float64)
+        total = epochs * -(-num_images // batch_size)
+        bar = tqdm(total=total, initial=state.step, desc=label, disable=not progress, leave=True)
+        with bar:
+            while state.epoch < epochs:
                 for module in modules:
                     module.train()
-                for index in order.split(batch_size):
-                    step += 1
+                while state.position < num_images:
+                    index = state.order[state.position : state.position + batch_size]
                     x = _prepare(images[index], modules)
+                    state.step += 1
                     for block, pair, optimizer in zip(blocks, programs, optimizers, strict=True):
-                        optimizer.zero_grad()
-                        loss = _finite_loss(block.elbo, pair, x, step, parameters)
-                        loss.backward(inputs=list(block.parameters))
-                        optimizer.step()
-                    total += loss.detach() * len(index)
+                        loss, reason = _update(block, pair, optimizer, x)
+                        if loss is not None:
+                            continue
+                        state.skipped += 1
+                        if on_nonfinite == "stop" or state.skipped > max_skipped:
+                            found = explain(
+                                state.step, block.elbo, pair, x, index, parameters, reason
+                            )
+                            raise _with_advice(found, state.skipped, checkpoints)
+                        if state.skipped == 1:
+                            warnings.warn(
+                                f"the loss or its gradient is not finite at step {state.step}: "
+                                "this update is skipped; the history counts them",
+                                stacklevel=2,
+                            )
+                    state.add(loss, len(index))
                     bar.update()
-                loss_per_image = float(total / num_images)
-                bar.set_postfix(epoch=epoch, loss=f"{loss_per_image:.1f}")
+                    keep()
                 for module in modules:
                     module.eval()  # what is only looked at must not change running statistics
-                row = {"epoch": epoch, "step": step, "loss": loss_per_image}
-                # noise of its own: looking at a run does not change it either
-                with seeded(seed, device), _explaining(step, parameters):
-                    row |= _monitor(model, guide, _prepare(images[:512], modules), num_images)
-                    if validation is not None:
-                        x = _prepare(validation.to(device), modules)
-                        terms = elbo_terms(model, guide, x, num_images)
-                        row["validation_elbo"] = terms["log_likelihood"] - terms["kl_z"]
-                row["seconds"] = time.monotonic() - start
-                history.rows.append(row)
-    return history
+                loss_per_image = state.end_epoch()
+                bar.set_postfix(epoch=state.epoch, loss=f"{loss_per_image:.1f}")
+                row = {"epoch": state.epoch, "step": state.step, "loss": loss_per_image}
+                try:
+                    # noise of its own: looking at a run does not change it either
+                    with seeded(seed, device), refused_parameters():
+                        row |= _monitor(model, guide, _prepare(images[:512], modules), num_images)
+                        if validation is not None:
+                            x = _prepare(validation.to(device), modules)
+                            terms = elbo_terms(model, guide, x, num_images)
+                            row["validation_elbo"] = terms["log_likelihood"] - terms["kl_z"]
+                except NonFiniteError as error:
+                    found = NonFiniteError(
+                        f"not finite after step {state.step}: {error}", state.step
+                    )
+                    raise _with_advice(found, state.skipped, checkpoints) from error
+                row |= {"skipped": state.skipped, "seconds": state.seconds}
+                state.rows.append(row)
+        keep(now=True)
+    return History(state.rows)
+
+
+class _State:
+    """What changes while a training goes on: all that a checkpoint must hold."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        parameters: Mapping[str, Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        options: Mapping[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.optimizers = optimizers
+        self.options = dict(options)
+        self.device = device
+        # buffers as well, and parameters of programs that are no modules
+        self.weights = {n: p for n, p in parameters.items() if n.startswith("param.")}
+        for role, program in (("model", model), ("guide", guide)):
+            if isinstance(program, torch.nn.Module):
+                self.weights |= {f"{role}.{n}": t for n, t in program.state_dict().items()}
+        self.permutations = torch.Generator().manual_seed(self.options["seed"])
+        self.epoch = self.step = self.skipped = 0
+        self.rows: list[dict[str, float]] = []
+        self._begin = time.monotonic()
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        order = torch.randperm(self.options["num_images"], generator=self.permutations)
+        self.order = order.to(self.device)
+        self.position = 0
+        self.loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        self.seen = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those of earlier processes included."""
+        return time.monotonic() - self._begin
+
+    def add(self, loss: Tensor | None, count: int) -> None:
+        """Notes that the next images of the epoch were seen, and their loss unless skipped."""
+        self.position += count
+        if loss is not None:
+            self.seen += count
+            self.loss += loss.detach() * count
+
+    def end_epoch(self) -> float:
+        """Returns the mean loss of the epoch, and draws the order of the next."""
+        mean = float(self.loss) / self.seen if self.seen else math.nan
+        self.epoch += 1
+        self._start_epoch()
+        return mean
+
+    def capture(self) -> TrainingState:
+        tensors = {f"weights.{name}": tensor for name, tensor in self.weights.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"moments.{number}.{index}.{key}": m for key, m in moments.items()}
+        tensors |= {f"random.{n}": t for n, t in random_state(self.device).items()}
+        tensors["random.permutations"] = self.permutations.get_state()
+        tensors |= {"order": self.order, "loss": self.loss}
+        names = ("options", "epoch", "position", "seen", "skipped", "seconds", "rows")
+        return TrainingState(self.step, tensors, {name: getattr(self, name) for name in names})
+
+    def restore(self, saved: TrainingState) -> None:
+        """Puts everything back as :meth:`capture` found it.
+
+        Raises:
+            ValueError: If the checkpoint is of another training.
+        """
+        values, tensors = saved.values, dict(saved.tensors)
+        for name, value in self.options.items():
+            if values["options"].get(name) != value:
+                raise ValueError(
+                    f"the checkpoint of step {saved.step} is of another training: its {name} is "
+                    f"{values['options'].get(name)}, not {value}"
+                )
+
+        def take(prefix: str) -> dict[str, Tensor]:
+            found = [name for name in tensors if name.startswith(prefix)]
+            return {name.removeprefix(prefix): tensors.pop(name) for name in found}
+
+        copy_tensors(take("weights."), self.weights, f"the checkpoint of step {saved.step}")
+        for number, optimizer in enumerate(self.optimizers):
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in take(f"moments.{number}.").items():
+                index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        self.permutations.set_state(tensors.pop("random.permutations"))
+        random = take("random.")
+        if self.device.type == "cuda" and "cuda" not in random:
+            warnings.warn(
+                "the checkpoint was written on another device: the training goes on with other "
+                "random numbers",
+                stacklevel=3,
+            )
+        set_random_state(random, self.device)
+        self.order, self.loss = tensors["order"].to(self.device), tensors["loss"].to(self.device)
+        self.step = saved.step
+        for name in ("epoch", "position", "seen", "skipped", "rows"):
+            setattr(self, name, values[name])
+        self._begin = time.monotonic() - values["seconds"]
+
+
+def _update(
+    block: Block,
+    pair: tuple[PerImage, PerImage],
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+) -> tuple[Tensor | None, str]:
+    """One step of Adam. Returns the loss; or None, and why, if anything was not finite."""
+    optimizer.zero_grad()
+    try:
+        with refused_parameters():
+            loss = block.elbo.differentiable_loss(*pair, x)
+            loss.backward(inputs=list(block.parameters))
+    except NonFiniteError as error:
+        return None, str(error)
+    if not all_finite(loss, [p.grad for p in block.parameters if p.grad is not None]):
+        return None, ""
+    optimizer.step()
+    return loss, ""
+
+
+def _with_advice(
+    error: NonFiniteError, skipped: int, checkpoints: Checkpoints | None
+) -> NonFiniteError:
+    """The error, with what happened before it and what can be done."""
+    advice = f", after {skipped - 1} skipped updates" if skipped > 1 else ""
+    step = None if checkpoints is None else checkpoints.last_step()
+    if checkpoints is not None and step is not None:
+        advice += f". The last good checkpoint is of step {step}, in {checkpoints.folder}"
+    advice += ". A smaller learning rate, or float64, often helps."
+    return NonFiniteError(f"{error}{advice}", error.step, error.images)
 
 
 def _prepare(images: Tensor, modules: Sequence[torch.nn.Module]) -> Tensor:
@@ -179,26 +387,26 @@ def _prepare(images: Tensor, modules: Sequence[torch.nn.Module]) -> Tensor:
     return to_float(images, torch.get_default_dtype() if first is None else first.dtype)
 
 
-def _parameters(model: Program, guide: Program, x: Tensor) -> list[Tensor]:
-    """All that model and guide can train: of modules, and of ``pyro.param`` statements.
+def _parameters(model: Program, guide: Program, x: Tensor) -> dict[str, Tensor]:
+    """The parameters of modules by name, and those of other ``pyro.param`` statements by number.
 
     The guide is run once, since Pyro's autoguides create their parameters then.
     """
     with torch.no_grad(), poutine.trace(param_only=True) as capture:
         guide_trace = poutine.trace(guide).get_trace(x)
         poutine.replay(model, trace=guide_trace)(x)
-    found: dict[int, Tensor] = {}
+    named: dict[str, Tensor] = {}
+    for role, program in (("model", model), ("guide", guide)):
+        if isinstance(program, torch.nn.Module):
+            named |= {f"{role}.{name}": p for name, p in program.named_parameters()}
+    known = {id(p) for p in named.values()}
     for site in capture.trace.nodes.values():
         value: Any = site["value"]
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        found[id(leaf)] = leaf
-    for program in (model, guide):
-        if isinstance(program, torch.nn.Module):
-            found |= {id(p): p for p in program.parameters()}
-    trainable = [p for p in found.values() if p.requires_grad]
-    if not trainable:
-        raise ValueError("model and guide have no parameter to train: are they nn.Modules?")
-    return trainable
+        if id(leaf) not in known:
+            known.add(id(leaf))
+            named[f"param.{len(known)}"] = leaf
+    return named
 
 
 def _monitor(model: Program, guide: Program, x: Tensor, num_images: int) -> dict[str, float]:
@@ -211,56 +419,3 @@ def _monitor(model: Program, guide: Program, x: Tensor, num_images: int) -> dict
         with torch.no_grad():
             row |= {name: float(value) for name, value in guide.diagnostics(x).items()}
     return row
-
-
-def _finite_loss(
-    elbo: Objective,
-    pair: tuple[PerImage, PerImage],
-    x: Tensor,
-    step: int,
-    parameters: Sequence[Tensor],
-) -> Tensor:
-    """The loss of a batch, or an error that names what is not finite in it."""
-    with _explaining(step, parameters):
-        loss = elbo.differentiable_loss(*pair, x)
-        if not torch.isfinite(loss):
-            raise _not_finite(step, parameters, ", ".join(_non_finite_sites(pair, x)))
-    return loss
-
-
-@contextmanager
-def _explaining(step: int, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Turns torch's complaint about a distribution's parameters into a NonFiniteError."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered NaN")  # the error says more
-        try:
-            yield
-        except ValueError as error:
-            if not str(error).startswith("Expected parameter"):
-                raise
-            reason = str(error).partition(", but found")[0]
-            raise _not_finite(step, parameters, reason) from error
-
-
-def _not_finite(step: int, parameters: Sequence[Tensor], reason: str) -> NonFiniteError:
-    broken = sum(not bool(torch.isfinite(p).all()) for p in parameters)
-    if broken:
-        reason = f"{broken} of {len(parameters)} parameter tensors are not finite"
-    return NonFiniteError(
-        f"the loss is not finite at step {step}: "
-        f"{reason or 'no single term, but their sum or one random draw'}. "
-        "A smaller learning rate, or float64, often helps."
-    )
-
-
-@torch.no_grad()
-def _non_finite_sites(pair: tuple[PerImage, PerImage], x: Tensor) -> list[str]:
-    guide_trace = poutine.trace(pair[1]).get_trace(x)
-    model_trace = poutine.trace(poutine.replay(pair[0], trace=guide_trace)).get_trace(x)
-    sites = []
-    for program, trace in (("model", model_trace), ("guide", guide_trace)):
-        trace.compute_log_prob()
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and not site["log_prob_sum"].isfinite():
-                sites.append(f"log density of site {name!r} in the {program}")
-    return sites

@@ -1,0 +1,556 @@
+import json
+import os
+import shutil
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+from toy import linear_encoder, linear_model
+
+from guides import GaussianGuide
+from pyro_gpvae import Checkpoints, ImageModel, NonFiniteError, available_guides, fit, make_guide
+from pyro_gpvae.checkpoint import NewerFormatError, TrainingState
+from pyro_gpvae.files import check_manifest, write_manifest
+from pyro_gpvae.interrupts import Terminated
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+class Kill(BaseException):
+    """The process ends."""
+
+
+class Dying(Checkpoints):
+    """Checkpoints whose process ends right after the one of a given step."""
+
+    dies_after: int
+
+    def save(self, state):
+        super().save(state)
+        if state.step == self.dies_after:
+            raise Kill
+
+
+def dying(folder, step, every=1):
+    checkpoints = Dying(folder, every=every)
+    checkpoints.dies_after = step
+    return checkpoints
+
+
+def uint8(count, shape=(1, 2, 3)):
+    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(3)).to(
+        torch.uint8
+    )
+
+
+def pair(kind=GaussianGuide):
+    torch.manual_seed(0)
+    model = linear_model().float()
+    torch.manual_seed(1)
+    return model, kind(model, linear_encoder())
+
+
+def train(folder=None, build=pair, epochs=2, every=1, resume=False, **options):
+    """The weights, the newest checkpoint and the history of 25 images in batches of 10."""
+    model, guide = build()
+    checkpoints = Checkpoints(folder, every=every) if isinstance(folder, str | Path) else folder
+    options = {"images": uint8(25), "batch_size": 10, "seed": 5} | options
+    history = fit(
+        model, guide, epochs=epochs, progress=False, checkpoints=checkpoints, resume=resume,
+        learning_rate=0.01, **options,
+    )  # fmt: skip
+    weights = [
+        p for m in (model, guide) if isinstance(m, nn.Module) for p in m.state_dict().values()
+    ]
+    return weights, checkpoints, history.frame()
+
+
+def assert_equal(found, wanted):
+    """Parameters, buffers, moments, random states, order and history: bit for bit."""
+    assert len(found[0]) == len(wanted[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], wanted[0], strict=True))
+    a, b = found[1].latest(), wanted[1].latest()
+    assert a.step == b.step
+    assert a.tensors.keys() == b.tensors.keys()
+    for name in a.tensors:
+        assert torch.equal(a.tensors[name], b.tensors[name]), name
+    assert any(name.startswith("moments") for name in a.tensors)
+    timeless = [f.drop(columns="seconds") for f in (found[2], wanted[2])]
+    assert timeless[0].equals(timeless[1])
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 6])
+def test_killed_after_any_step_and_resumed_equals_undisturbed(step, tmp_path):
+    undisturbed = train(tmp_path / "a", validation=uint8(4))
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", step), validation=uint8(4))
+    torch.manual_seed(77)  # whatever the new process drew before
+    assert_equal(train(tmp_path / "b", resume=True, validation=uint8(4)), undisturbed)
+
+
+FAMILIES = [
+    *sorted(available_guides()),
+    *("gp:estimator=weights", "gp:estimator=marginal", "gp:covariance=full", "iaf:2", "vlae:1"),
+]
+
+
+def digits_pair(spec):
+    def build():
+        torch.manual_seed(0)
+        model = ImageModel((1, 8, 8), 2, sigma=0.3)
+        return model, make_guide(spec, model)
+
+    return build
+
+
+@pytest.mark.parametrize("spec", FAMILIES)
+def test_every_guide_family_resumes_in_the_middle_of_an_epoch(spec, tmp_path):
+    options = {"build": digits_pair(spec), "images": uint8(10, (1, 8, 8)), "batch_size": 4}
+    undisturbed = train(tmp_path / "a", every=100, **options)
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 2), **options)
+    assert_equal(train(tmp_path / "b", resume=True, **options), undisturbed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("spec", ["vae", "gp", "iaf", "me", "sa:1"])
+def test_on_cuda_in_deterministic_mode(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options = {"build": digits_pair(spec), "images": uint8(10, (1, 8, 8)), "batch_size": 4}
+    options |= {"device": "cuda"}
+    torch.use_deterministic_algorithms(True)
+    try:
+        undisturbed = train(tmp_path / "a", every=100, **options)
+        with pytest.raises(Kill):
+            train(dying(tmp_path / "b", 2), **options)
+        assert_equal(train(tmp_path / "b", resume=True, **options), undisturbed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_programs_without_modules(tmp_path):
+    def build():
+        pyro.clear_param_store()
+
+        def guide(x):
+            loc = pyro.param("loc", torch.zeros(2))
+            scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+            with pyro.plate("data", len(x)):
+                # numpy's random numbers are part of the state as well
+                noise = torch.tensor(np.random.rand() * 0.01, dtype=torch.float32)  # noqa: NPY002
+                pyro.sample("z", dist.Normal(loc + noise, scale).to_event(1))
+
+        torch.manual_seed(0)
+        return linear_model().float(), guide
+
+    undisturbed = train(tmp_path / "a", build)
+    wanted = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 4), build)
+    assert_equal(train(tmp_path / "b", build, resume=True), undisturbed)
+    for name, value in pyro.get_param_store().items():
+        assert torch.equal(value, wanted[name])
+
+
+def test_a_finished_training_goes_on_for_more_epochs(tmp_path):
+    undisturbed = train(tmp_path / "a", epochs=4)
+    train(tmp_path / "b", epochs=2)
+    assert_equal(train(tmp_path / "b", epochs=4, resume=True), undisturbed)
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path):
+    assert_equal(train(tmp_path / "b", resume=True), train(tmp_path / "a"))
+
+
+def test_a_finished_training_is_not_repeated(tmp_path):
+    undisturbed = train(tmp_path / "a")
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*"))
+    assert_equal(train(tmp_path / "a", resume=True), undisturbed)
+    assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*")) == before
+
+
+def test_checkpoints_do_not_change_a_training(tmp_path):
+    model, guide = pair()
+    fit(model, guide, uint8(25), batch_size=10, epochs=2, learning_rate=0.01, seed=5,
+        progress=False)  # fmt: skip
+    weights = [*model.state_dict().values(), *guide.state_dict().values()]
+    for a, b in zip(weights, train(tmp_path)[0], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 6}, "its seed is 5, not 6"),
+        ({"batch_size": 9}, "its batch_size is 10, not 9"),
+        ({"images": uint8(26)}, "its num_images is 25, not 26"),
+        ({"images": 255 - uint8(25)}, "its images is [0-9a-f]{64}, not"),
+        ({"epochs": 1}, "has 2 epochs, more than epochs=1"),
+        ({"build": digits_pair("vae"), "images": uint8(25, (1, 8, 8))}, "of another training"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(options, message, tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, resume=True, **options)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    def build():
+        model, _ = pair()
+        return model, GaussianGuide(model, linear_encoder(4))
+
+    train(tmp_path)
+    with pytest.raises(ValueError, match=r"guide.head.weight has shape .*, expected"):
+        train(tmp_path, build, resume=True)
+
+
+# --- damaged files ------------------------------------------------------------------------------
+
+
+def newest(folder):
+    return max(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = {"truncated": truncate, "flipped": flip, "missing": os.remove}
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_falls_back_to_the_checkpoint_before(file, damage, tmp_path):
+    undisturbed = train(tmp_path / "a")
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 5), every=1)
+    assert newest(tmp_path / "b").name == "step-5"
+    DAMAGES[damage](newest(tmp_path / "b") / file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert Checkpoints(tmp_path / "b").latest().step == 4
+        found = train(tmp_path / "b", resume=True)
+    messages = {str(w.message) for w in caught}
+    assert len(messages) == 1, "one clear message"
+    assert "the checkpoint step-5 is damaged: " in messages.pop()
+    assert_equal(found, undisturbed)
+
+
+def test_every_flipped_bit_of_a_manifest_is_harmless_or_found(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"content")
+    write_manifest(folder)
+    manifest = folder / "manifest.json"
+    original = manifest.read_bytes()
+    for index in range(len(original)):
+        for bit in range(8):
+            content = bytearray(original)
+            content[index] ^= 1 << bit
+            manifest.write_bytes(bytes(content))
+            try:
+                check_manifest(folder)
+            except ValueError:
+                continue
+            # what passes still says the same of the file
+            wanted = json.loads(original)["files"]["file"]
+            assert list(json.loads(bytes(content))["files"].values()) in ([wanted], [])
+
+
+def test_all_damaged(tmp_path):
+    train(tmp_path)
+    for path in tmp_path.glob("step-*/state.json"):
+        flip(path)
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match=r"all 2 checkpoints in .* are damaged: delete the folder"),
+    ):
+        train(tmp_path, resume=True)
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path):
+    train(tmp_path)
+    state = newest(tmp_path) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
+    write_manifest(state.parent)
+    with pytest.raises(NewerFormatError, match="format 99, this version reads up to 1: upgrade"):
+        train(tmp_path, resume=True)
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
+    (tmp_path / ".step-3.0a1b2c3d.partial").mkdir()
+    (tmp_path / ".step-3.0a1b2c3d.partial" / "tensors.safetensors").write_bytes(b"half")
+    assert_equal(train(tmp_path, resume=True), train(tmp_path.parent / "other"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-5", "step-6"]
+
+
+# --- a full or read-only disk -------------------------------------------------------------------
+
+
+def full_disk(monkeypatch, after):
+    """The disk is full after so many files."""
+    written = []
+    fsync = os.fsync
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > after:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(tmp_path, monkeypatch):
+    undisturbed = train(tmp_path / "a")
+    full_disk(monkeypatch, after=12)
+    with pytest.warns(UserWarning, match=r"No space left .* Training goes on; the last one is of"):
+        weights, checkpoints, _ = train(tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(weights, undisturbed[0], strict=True))
+    assert checkpoints.latest() is not None, "what was there is kept"
+    assert not list((tmp_path / "b").glob(".*")), "nothing half-written stays"
+
+
+def test_or_training_stops(tmp_path, monkeypatch):
+    full_disk(monkeypatch, after=12)
+    checkpoints = Checkpoints(tmp_path, every=1, on_error="stop")
+    with pytest.raises(OSError, match="No space left"):
+        train(checkpoints)
+    assert checkpoints.latest() is not None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path / "file" / "checkpoints", every=100)
+    assert [str(w.message).partition(":")[0] for w in caught] == [
+        "no checkpoint at step 0",
+        "no checkpoint at step 6",
+    ]
+    assert "there is no earlier one" in str(caught[0].message)
+
+
+# --- when ---------------------------------------------------------------------------------------
+
+
+def test_checkpoints_by_steps_and_by_minutes(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, every="3")
+    assert [checkpoints.due(step) for step in (1, 2, 3, 4)] == [False, False, True, True]
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    checkpoints = Checkpoints(tmp_path, every="1.5m")
+    now[0] += 89
+    assert not checkpoints.due(10**6)
+    now[0] += 1
+    assert checkpoints.due(1)
+    checkpoints.save(TrainingState(1, {}, {}))
+    assert not checkpoints.due(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be a number of steps"),
+        ({"every": "5 apples"}, "got '5 apples'"),
+        ({"every": "0m"}, "got '0m'"),
+        ({"every": "-3"}, "got '-3'"),
+        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"on_error": "pray"}, "on_error must be one of"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Checkpoints("folder", **options)
+
+
+def test_resume_needs_a_folder():
+    with pytest.raises(ValueError, match="resume=True needs checkpoints"):
+        train(resume=True)
+
+
+# --- signals ------------------------------------------------------------------------------------
+
+
+class Signalling(GaussianGuide):
+    """Gets a signal in its third training step."""
+
+    number: int
+    steps = 0
+
+    def posterior(self, x):
+        self.steps += torch.is_grad_enabled()
+        if self.steps == 3:
+            os.kill(os.getpid(), self.number)
+        return super().posterior(x)
+
+
+@pytest.mark.parametrize(
+    ("number", "stops"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_ends_training_after_its_step_with_a_checkpoint(number, stops, tmp_path):
+    undisturbed = train(tmp_path / "a", every=100)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def build():
+        model, guide = pair(Signalling)
+        guide.number = number
+        return model, guide
+
+    with pytest.raises(stops, match="stopped after step 3") as caught:
+        train(tmp_path / "b", build, every=100)
+    if number == signal.SIGTERM:
+        assert caught.value.code == 143
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert Checkpoints(tmp_path / "b").latest().step == 3
+    assert_equal(train(tmp_path / "b", every=100, resume=True), undisturbed)
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    class Impatient(GaussianGuide):
+        def posterior(self, x):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not reached")
+
+    with pytest.raises(Terminated, match="stopped at once"):
+        train(tmp_path, lambda: pair(Impatient))
+
+
+# --- older formats, other files -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.glob("checkpoints-*")))
+def test_a_checkpoint_of_every_format_still_loads(name, tmp_path):
+    """tests/fixtures/make.py wrote them, with the version of that time."""
+    shutil.copytree(FIXTURES / name, tmp_path / "b")
+    weights, checkpoints, history = train(tmp_path / "b", resume=True)
+    assert len(history) == 2
+    assert checkpoints.latest().step == 6
+    for a, b in zip(weights, train(tmp_path / "a")[0], strict=True):
+        torch.testing.assert_close(a, b)  # not bit for bit: it was another machine
+
+
+def test_a_pickle_in_place_of_the_tensors_runs_nothing(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {canary}",)
+
+    train(tmp_path / "run")
+    for path in (tmp_path / "run").glob("step-*"):
+        torch.save(Evil(), path / "tensors.safetensors")
+        write_manifest(path)  # the attacker can count bytes, too
+    with (
+        pytest.warns(UserWarning, match="not in the safetensors format"),
+        pytest.raises(ValueError, match="all 2 checkpoints"),
+    ):
+        train(tmp_path / "run", resume=True)
+    assert not canary.exists()
+
+
+# --- not a number -------------------------------------------------------------------------------
+
+
+class Poison(nn.Module):
+    """A guide whose posterior breaks for white images: in its density, or in its gradient only."""
+
+    def __init__(self, model, where):
+        super().__init__()
+        self.where = where
+        self.loc = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        white = (x == 1).all(dim=(1, 2, 3)).float()[:, None]
+        loc = self.loc + x.mean((1, 2, 3))[:, None]
+        if self.where == "density":
+            loc = loc + torch.where(white > 0, torch.inf, 0.0)
+        elif bool(white.any()):  # at zero √ is finite, and its derivative is not
+            loc = loc + white * (self.loc - self.loc.detach()).abs().sqrt()
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0, validate_args=False).to_event(1))
+
+
+def poisoned(where):
+    def build():
+        torch.manual_seed(0)
+        model = linear_model().float()
+        return model, Poison(model, where)
+
+    return build
+
+
+def white_images():
+    images = uint8(25)
+    images[17] = images[3] = 255
+    return images
+
+
+@pytest.mark.parametrize(
+    ("where", "term"),
+    [("density", "log density of site 'z' in the guide"), ("gradient", "gradient of guide.loc")],
+)
+def test_not_a_number_is_found_at_its_step(where, term, tmp_path):
+    options = {"images": white_images(), "batch_size": 1, "epochs": 1}
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(5)).tolist()
+    first = min(order.index(3), order.index(17))
+    with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
+        train(tmp_path, poisoned(where), **options)
+    assert caught.value.step == first + 1
+    assert caught.value.images == (order[first],)
+    message = str(caught.value)
+    assert f"step {first + 1}: " in message
+    assert term in message
+    assert f"The last good checkpoint is of step {first}, in {tmp_path}" in message
+    assert Checkpoints(tmp_path).latest().step == first
+
+
+@pytest.mark.parametrize("where", ["density", "gradient"])
+def test_the_images_are_told_apart_in_a_batch(where):
+    with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
+        train(None, poisoned(where), images=white_images(), batch_size=25)
+    assert set(caught.value.images) == {3, 17}
+    assert "(2 of the 25 of the minibatch)" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["density", "gradient"])
+def test_skipped_updates_are_counted(where, tmp_path):
+    options = {"images": white_images(), "batch_size": 1, "on_nonfinite": "skip"}
+    with pyro.validation_enabled(False), pytest.warns(UserWarning, match="this update is skipped"):
+        weights, _, history = train(tmp_path, poisoned(where), **options)
+    assert history["skipped"].tolist() == [2, 4]
+    assert np.isfinite(history["loss"]).all()
+    assert all(bool(torch.isfinite(w).all()) for w in weights)
+
+
+def test_too_many_skipped_updates_stop(tmp_path):
+    options = {"images": white_images(), "batch_size": 1, "on_nonfinite": "skip", "max_skipped": 2}
+    with (
+        pyro.validation_enabled(False),
+        pytest.warns(UserWarning, match="this update is skipped"),
+        pytest.raises(NonFiniteError, match="after 2 skipped updates"),
+    ):
+        train(tmp_path, poisoned("density"), **options)
+
+
+def test_an_unknown_way_to_handle_it():
+    with pytest.raises(ValueError, match="on_nonfinite must be one of"):
+        train(on_nonfinite="ignore")
