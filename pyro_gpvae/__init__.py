@@ -11,7 +11,7 @@ from pyro_gpvae.mixtures import StratifiedELBO
 from pyro_gpvae.model import ImageModel, initial_sigma
 from pyro_gpvae.networks import build_decoder, build_encoder
 from pyro_gpvae.program import Program
-from pyro_gpvae.runs import Run, evaluate_run, load_run, train_run
+from pyro_gpvae.runs import Run, evaluate_run, load_run, resume_run, train_run
 from pyro_gpvae.training import Block, History, NonFiniteError, fit
 
 __version__ = "0.1.0"
@@ -44,5 +44,6 @@ __all__ = [
     "log_evidence",
     "log_weights",
     "make_guide",
+    "resume_run",
     "train_run",
 ]

@@ -51,6 +51,8 @@ class NewerFormatError(RuntimeError):
 #: The newest format of checkpoints that this version writes, and reads with all older ones.
 FORMAT = 1
 
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
 
 def save_weights(path: str | Path, model: Any, guide: Any) -> None:
     """Writes the parameters and buffers of model and guide to one safetensors file.
@@ -248,11 +250,11 @@ class Checkpoints:
         temporary = folder / f".{path.name}.{secrets.token_hex(4)}.partial"
         temporary.mkdir()
         try:
-            write_bytes(temporary / "tensors.safetensors", _to_bytes(state.tensors))
+            write_bytes(temporary / _TENSORS, _to_bytes(state.tensors))
             values = {"format": FORMAT, "step": state.step, **state.values}
             # not write_json: a history may hold a NaN, and comes back as it was
-            write_text(temporary / "state.json", json.dumps(values))
-            write_manifest(temporary)
+            write_text(temporary / _STATE, json.dumps(values))
+            write_manifest(temporary, (_TENSORS, _STATE))
             _sync(temporary)
             take_place(temporary, path)
             _sync(folder)
@@ -272,7 +274,7 @@ class Checkpoints:
 
 def _read(path: Path) -> TrainingState:
     check_manifest(path)
-    values = read_json(path / "state.json")
+    values = read_json(path / _STATE)
     version = values.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormatError(
@@ -281,7 +283,7 @@ def _read(path: Path) -> TrainingState:
         )
     if not isinstance(version, int) or not isinstance(values.get("step"), int):
         raise ValueError(f"{path / 'state.json'} is not the state of a training")
-    return TrainingState(values["step"], _read_tensors(path / "tensors.safetensors"), values)
+    return TrainingState(values["step"], _read_tensors(path / _TENSORS), values)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

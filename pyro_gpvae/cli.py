@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import tyro
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from pyro_gpvae.checkpoint import NewerFormatError
 from pyro_gpvae.commands import Demo, Evaluate, Guides, Train
 from pyro_gpvae.commands._text import one_line
+from pyro_gpvae.interrupts import Terminated, terminating
 from pyro_gpvae.training import NonFiniteError
 
 __all__ = ["main"]
@@ -33,10 +35,13 @@ _Command = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 2 for a user's error, 130 for Ctrl-C.
+    """Runs the command line.
 
     Arguments:
         argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0; 2 for a user's error; 130 after Ctrl-C; 143 after SIGTERM.
     """
     # a guide named MODULE:CLASS lives where the user works; last, so that it hides no package
     if os.getcwd() not in sys.path:
@@ -49,17 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), terminating():
             warnings.showwarning = _show_warning
             command.run()
-    except (ValueError, OSError, NonFiniteError, LinAlgError) as error:
+    except (ValueError, OSError, NonFiniteError, NewerFormatError, LinAlgError) as error:
         if os.environ.get(_TRACEBACK):
             raise
         print(f"pyro-gpvae: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\npyro-gpvae: interrupted, nothing half-written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\npyro-gpvae: interrupted: {one_line(error)}", file=sys.stderr)
         return 130
+    except Terminated as error:
+        print(f"\npyro-gpvae: terminated: {one_line(error)}", file=sys.stderr)
+        return 143
     return 0
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 __all__ = [
+    "CHECKPOINTS",
     "MANIFEST",
     "InUseError",
     "check_manifest",
+    "check_replaceable",
     "locked",
     "new_folder",
     "read_json",
+    "take_place",
+    "work_folder",
     "write_bytes",
     "write_json",
     "write_manifest",
@@ -30,6 +34,10 @@ __all__ = [
 
 #: The file of a folder that lists its other files with their sizes and SHA-256.
 MANIFEST = "manifest.json"
+
+
+#: The folder of checkpoints in a folder of unfinished work.
+CHECKPOINTS = "checkpoints"
 
 
 class InUseError(OSError):
@@ -81,15 +89,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def write_manifest(folder: str | Path) -> None:
-    """Writes ``manifest.json``: the size and SHA-256 of every other file in the folder."""
+def write_manifest(folder: str | Path, files: Sequence[str]) -> None:
+    """Writes ``manifest.json``: the size and SHA-256 of each of these files of a folder."""
     folder = Path(folder)
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST
+    listed = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in sorted(files)
     }
-    write_json(folder / MANIFEST, {"files": files})
+    write_json(folder / MANIFEST, {"files": listed})
 
 
 def check_manifest(folder: str | Path) -> None:
@@ -165,6 +172,51 @@ def new_folder(
         take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def work_folder(
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    files: Collection[str] = (),
+    resume: bool = False,
+) -> Iterator[Path]:
+    """Gives the folder ``path.partial``, which takes the place of ``path`` if the block succeeds.
+
+    Unlike that of :func:`new_folder` it is kept if the block fails and has left checkpoints
+    there, and is given again with ``resume``. Only one process at a time gets it.
+
+    Arguments:
+        path, overwrite, files: As for :func:`new_folder`; unfinished work is overwritten as well.
+        resume: Whether to go on with the work that is there.
+
+    Raises:
+        FileExistsError: If ``path`` may not be replaced, or there is unfinished work.
+        InUseError: If another process works there.
+    """
+    path = Path(path).expanduser().resolve()
+    check_replaceable(path, overwrite or resume, files)
+    folder = path.with_name(f"{path.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", f"is working in {folder}"):
+        if not resume and (folder / CHECKPOINTS).exists():
+            if not overwrite:
+                raise FileExistsError(
+                    f"{folder} holds an unfinished run: continue it (--resume {path.name}), or "
+                    "overwrite it (--overwrite)"
+                )
+            shutil.rmtree(folder / CHECKPOINTS)
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / CHECKPOINTS).exists():  # nothing to continue
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        check_replaceable(path, overwrite or resume, files)
+        take_place(folder, path)  # the lock goes with it: nobody else gets in meanwhile
+    (path / "lock").unlink(missing_ok=True)
+    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
 
 
 def take_place(folder: Path, path: Path) -> None:

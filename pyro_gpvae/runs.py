@@ -1,8 +1,9 @@
 r"""Runs: train a guide, evaluate it, and keep both in a folder that reproduces the score.
 
 A run folder holds ``config.json`` (every option), ``record.json`` (options, versions, commit,
-device, seconds, scores), ``history.csv`` (a row an epoch), ``scores.csv`` (a row a test image)
-and ``weights.safetensors``.
+device, seconds, scores), ``history.csv`` (a row an epoch), ``scores.csv`` (a row a test image),
+``weights.safetensors``, and ``manifest.json`` (sizes and SHA-256 of the others). While a run is
+trained, its folder is ``RUN.partial``, with checkpoints and a lock.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_gpvae.checkpoint import (
-    load_weights,
-    new_folder,
-    read_json,
-    save_weights,
-    write_json,
-    write_text,
-)
+from pyro_gpvae.checkpoint import Checkpoints, OnError, load_weights, save_weights
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data, split_validation, to_float
+from pyro_gpvae.files import (
+    CHECKPOINTS,
+    MANIFEST,
+    check_manifest,
+    new_folder,
+    read_json,
+    work_folder,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from pyro_gpvae.guide import available_guides, load_guide, make_guide
 from pyro_gpvae.importance import Evidence, default_chunk_size, log_evidence
 from pyro_gpvae.model import ImageModel, initial_sigma
@@ -39,9 +44,31 @@ from pyro_gpvae.provenance import environment, sha256
 from pyro_gpvae.randomness import seeded
 from pyro_gpvae.training import fit
 
-__all__ = ["RUN_FILES", "Run", "evaluate_run", "load_run", "train_into", "train_run", "warm_guide"]
+__all__ = [
+    "RUN_FILES",
+    "Run",
+    "evaluate_run",
+    "load_run",
+    "resume_run",
+    "train_into",
+    "train_run",
+    "warm_guide",
+]
 
-RUN_FILES = ("config.json", "history.csv", "record.json", "scores.csv", "weights.safetensors")
+RUN_FILES = (
+    "config.json",
+    "history.csv",
+    "manifest.json",
+    "record.json",
+    "scores.csv",
+    "weights.safetensors",
+)
+
+# what a process that was killed at the very end may have left in a finished run
+_LEFTOVERS = (CHECKPOINTS, "lock")
+
+#: The newest format of run folders that this version writes, and reads with all older ones.
+FORMAT = 1
 
 
 @dataclass
@@ -81,46 +108,112 @@ class Run:
 
 
 def train_run(
-    config: RunConfig, out: str | Path, *, overwrite: bool = False, progress: bool | str = True
+    config: RunConfig,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: bool | str = True,
+    checkpoint_every: int | str = "5m",
+    on_checkpoint_error: OnError = "continue",
+    trust_guide: bool = False,
 ) -> dict[str, Any]:
     """Trains a guide and a model, evaluates them on the test images, and writes a run folder.
 
     The same configuration gives the same numbers on the same device with the same number of
-    threads. The global random state is left as it was.
+    threads. The global random state is left as it was. A run that is stopped or killed at any
+    moment is continued by :func:`resume_run`.
 
     Arguments:
         config: The options.
-        out: The run folder. It appears when the run is finished; until then, and if the run
-            fails, what was there stays.
-        overwrite: Whether to replace an earlier run in that folder.
+        out: The run folder. It appears when the run is finished; until then the work is in
+            ``out.partial``, and what was in ``out`` stays.
+        overwrite: Whether to replace an earlier run in that folder, finished or not.
         progress: Whether to show a progress bar; a text is its label.
+        checkpoint_every: Steps, or minutes such as "5m"; see :class:`pyro_gpvae.Checkpoints`.
+        on_checkpoint_error: "continue" or "stop" if a checkpoint cannot be written.
+        trust_guide: Whether the guide of the warm start may be code outside the registered
+            guides; see :func:`load_run`.
 
     Returns:
         The content of ``record.json``.
 
     Raises:
         ValueError: If an option is wrong, or the warm start does not fit.
-        FileExistsError: If the folder is not empty (see :func:`pyro_gpvae.checkpoint.new_folder`).
+        FileExistsError: If the folder is not empty, or an unfinished run is there.
+        InUseError: If another process is training in that folder.
         FileNotFoundError: If data or the warm start are missing.
         NonFiniteError: If training diverges.
     """
     config.check()
-    with new_folder(out, overwrite=overwrite, files=RUN_FILES) as folder:
-        start = None if config.warm_start is None else load_run(config.warm_start)
-        return train_into(folder, config, start, progress=progress)
+    files = (*RUN_FILES, *_LEFTOVERS)
+    with work_folder(out, overwrite=overwrite, files=files) as folder:
+        checkpoints = Checkpoints(
+            folder / CHECKPOINTS, every=checkpoint_every, on_error=on_checkpoint_error
+        )
+        write_json(folder / "config.json", dataclasses.asdict(_resolved(config)))
+        start = _start(config, trust_guide)
+        return train_into(folder, config, start, progress=progress, checkpoints=checkpoints)
+
+
+def resume_run(
+    out: str | Path,
+    *,
+    progress: bool | str = True,
+    checkpoint_every: int | str = "5m",
+    on_checkpoint_error: OnError = "continue",
+    trust_guide: bool = False,
+) -> dict[str, Any]:
+    """Continues a run of :func:`train_run` that was stopped or killed, with its own options.
+
+    It ends with the numbers of a run that was never stopped, bit for bit, on the same device with
+    the same number of threads. A finished run is left as it is.
+
+    Arguments:
+        out: The run folder, as it was given to :func:`train_run`.
+        progress, checkpoint_every, on_checkpoint_error, trust_guide: As for :func:`train_run`;
+            ``trust_guide`` is about the run's own guide as well.
+
+    Returns:
+        The content of ``record.json``.
+
+    Raises:
+        FileNotFoundError: If there is no run, finished or not.
+        ValueError: If its files are damaged; or see :func:`load_run` about its guide.
+        InUseError: If another process is training in that folder.
+    """
+    out = Path(out).expanduser().resolve()
+    partial = out.with_name(f"{out.name}.partial")
+    if not (partial / "config.json").is_file():
+        if (out / "record.json").is_file():
+            return read_json(out / "record.json")
+        raise FileNotFoundError(
+            f"there is no run to continue: neither {partial} nor {out} holds one. Start it with "
+            "train --out"
+        )
+    with work_folder(out, files=(*RUN_FILES, *_LEFTOVERS), resume=True) as folder:
+        checkpoints = Checkpoints(
+            folder / CHECKPOINTS, every=checkpoint_every, on_error=on_checkpoint_error
+        )
+        source = folder / "config.json"
+        config = RunConfig.from_json(read_json(source), source)
+        _check_trust(config.guide, source, trust_guide)
+        start = _start(config, trust_guide)
+        return train_into(folder, config, start, progress=progress, checkpoints=checkpoints)
 
 
 def train_into(
-    folder: Path, config: RunConfig, start: Run | None = None, *, progress: bool | str = True
+    folder: Path,
+    config: RunConfig,
+    start: Run | None = None,
+    *,
+    progress: bool | str = True,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
-    """Does the work of :func:`train_run` in an existing folder, from a run that is at hand."""
+    """Does the work of :func:`train_run` in an existing folder, from a run that is at hand, and
+    from the newest of the checkpoints if there is one."""
     config.check()
+    config = _resolved(config)
     device = _device(config.device)
-    config = dataclasses.replace(
-        config,
-        device=str(device),
-        chunk_size=config.chunk_size or default_chunk_size(device),
-    )
     data = _load(config)
     train, validation = data.train, None
     if config.validation:
@@ -140,7 +233,6 @@ def train_into(
             "or PyroModule: only a module's weights can be saved"
         )
 
-    begin = time.monotonic()
     history = fit(
         model,
         guide,
@@ -152,13 +244,14 @@ def train_into(
         seed=config.seed,
         device=device,
         progress=progress if isinstance(progress, str) or not progress else config.guide,
+        checkpoints=checkpoints,
+        resume=checkpoints is not None,
+        on_nonfinite=config.on_nonfinite,
     ).frame()
     trained = time.monotonic()
     scores, table = _evaluate(model, guide, data.test, config)
-    evaluated = time.monotonic()
-
     record: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT,
         "config": dataclasses.asdict(config),
         "data": {
             "name": data.name,
@@ -172,7 +265,10 @@ def train_into(
         },
         **environment(device),
         "steps": int(history["step"].iloc[-1]),
-        "seconds": {"training": trained - begin, "evaluation": evaluated - trained},
+        "seconds": {
+            "training": float(history["seconds"].iloc[-1]),
+            "evaluation": time.monotonic() - trained,
+        },
         "scores": scores,
         "sigma": None if model.log_sigma is None else float(model.log_sigma.detach().exp()),
         "diagnostics": _diagnostics(guide, data.test, device, len(train)),
@@ -182,6 +278,7 @@ def train_into(
     write_text(folder / "scores.csv", table.to_csv(index=False))
     write_json(folder / "config.json", dataclasses.asdict(config))
     write_json(folder / "record.json", record)
+    write_manifest(folder, [name for name in RUN_FILES if name != MANIFEST])
     return record
 
 
@@ -191,24 +288,37 @@ def load_run(
     data: str | None = None,
     root: str | None = None,
     device: str | None = None,
+    trust_guide: bool = False,
 ) -> Run:
     """Reads a run folder back: configuration, record, trained model and guide.
+
+    No file of a run can run code: weights are safetensors, the rest is JSON and CSV. A guide
+    that is named ``module:Class``, though, is imported, from the current directory if it is there.
 
     Arguments:
         folder: The run folder.
         data: Where the data lie now, if not where the configuration says.
         root: Likewise, the folder of data sets.
         device: Where to put model and guide; by default the device of the run.
+        trust_guide: Whether a guide outside the registered ones may be imported.
 
     Raises:
-        FileNotFoundError: If the folder or one of its files is missing.
-        ValueError: If a file is damaged, or the files do not fit each other.
+        FileNotFoundError: If the folder or one of its files is missing, or the run not finished.
+        ValueError: If a file is damaged or of a newer format, the files do not fit each other, or
+            the guide is not registered and not trusted.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no run folder {folder}: expected one that train wrote")
+        partial = folder.with_name(f"{folder.name}.partial")
+        hint = f"it is not finished: continue it (--resume {folder})" if partial.is_dir() else ""
+        raise FileNotFoundError(
+            f"there is no run folder {folder}: {hint or 'expected one that train wrote'}"
+        )
+    if (folder / MANIFEST).exists():  # runs of version 0.1 have none
+        check_manifest(folder)
     source = folder / "config.json"
     config = RunConfig.from_json(read_json(source), source)
+    _check_trust(config.guide, source, trust_guide)
     config = dataclasses.replace(
         config,
         data=data or config.data,
@@ -216,6 +326,11 @@ def load_run(
         device=device or config.device,
     )
     record = read_json(folder / "record.json")
+    if isinstance(record.get("format"), int) and record["format"] > FORMAT:
+        raise ValueError(
+            f"{folder} has format {record['format']}, this version reads up to {FORMAT}: "
+            "upgrade pyro-gpvae"
+        )
     try:
         channels, height, width = (int(size) for size in record["data"]["image_shape"])
         [record["data"][name] for name in ("train_sha256", "test_sha256", "train_images")]
@@ -248,6 +363,7 @@ def evaluate_run(
     device: str | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    trust_guide: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a finished run again; as it stands, with exactly the recorded score.
 
@@ -261,6 +377,7 @@ def evaluate_run(
             trained.
         out: A folder to write ``record.json`` and ``scores.csv`` to.
         overwrite: Whether to replace an earlier evaluation there.
+        trust_guide: Whether the run's guide may be code outside the registered guides.
 
     Returns:
         ``run``, ``guide``, ``config``, ``scores``, ``recorded`` (the scores of the run),
@@ -270,7 +387,7 @@ def evaluate_run(
         FileNotFoundError, ValueError: As :func:`load_run`; or if an option is wrong.
         FileExistsError: If ``out`` is not empty.
     """
-    run = load_run(folder, data=data, root=root, device=device)
+    run = load_run(folder, data=data, root=root, device=device, trust_guide=trust_guide)
     config = dataclasses.replace(
         run.config,
         guide=guide or run.config.guide,
@@ -312,6 +429,30 @@ def evaluate_run(
             write_text(target_folder / "scores.csv", table.to_csv(index=False))
             write_json(target_folder / "record.json", result)
     return result
+
+
+def _start(config: RunConfig, trust_guide: bool) -> Run | None:
+    """The warm start, if there is one."""
+    if config.warm_start is None:
+        return None
+    return load_run(config.warm_start, trust_guide=trust_guide)
+
+
+def _resolved(config: RunConfig) -> RunConfig:
+    """The configuration with its device and chunk size filled in."""
+    device = _device(config.device)
+    chunk_size = config.chunk_size or default_chunk_size(device)
+    return dataclasses.replace(config, device=str(device), chunk_size=chunk_size)
+
+
+def _check_trust(guide: str, source: Path, trust_guide: bool) -> None:
+    """Refuses to import code because a file says so."""
+    if not trust_guide and guide.partition(":")[0] not in available_guides():
+        raise ValueError(
+            f"{source} names the guide {guide!r}, which is not registered: to load it, Python "
+            "imports it, from the current directory if it is there. If you know that code, pass "
+            "trust_guide=True (--trust-guide)."
+        )
 
 
 def _load(config: RunConfig) -> ImageData:

@@ -20,6 +20,7 @@ from pyro_gpvae.checkpoint import NewerFormatError, TrainingState
 from pyro_gpvae.files import check_manifest, write_manifest
 from pyro_gpvae.interrupts import Terminated
 
+CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -257,7 +258,7 @@ def test_every_flipped_bit_of_a_manifest_is_harmless_or_found(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "file").write_bytes(b"content")
-    write_manifest(folder)
+    write_manifest(folder, ["file"])
     manifest = folder / "manifest.json"
     original = manifest.read_bytes()
     for index in range(len(original)):
@@ -289,7 +290,7 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
     train(tmp_path)
     state = newest(tmp_path) / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
-    write_manifest(state.parent)
+    write_manifest(state.parent, CHECKPOINT_FILES)
     with pytest.raises(NewerFormatError, match="format 99, this version reads up to 1: upgrade"):
         train(tmp_path, resume=True)
 
@@ -458,7 +459,7 @@ def test_a_pickle_in_place_of_the_tensors_runs_nothing(tmp_path):
     train(tmp_path / "run")
     for path in (tmp_path / "run").glob("step-*"):
         torch.save(Evil(), path / "tensors.safetensors")
-        write_manifest(path)  # the attacker can count bytes, too
+        write_manifest(path, CHECKPOINT_FILES)  # the attacker can count bytes, too
     with (
         pytest.warns(UserWarning, match="not in the safetensors format"),
         pytest.raises(ValueError, match="all 2 checkpoints"),

@@ -1,8 +1,10 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from dataclasses import fields
 from importlib.metadata import EntryPoint
@@ -80,7 +82,9 @@ def test_a_guide_of_your_own_from_the_current_directory(tmp_path, capsys):
     (tmp_path / "my_cli_guides.py").write_text(textwrap.dedent(CUSTOM))
     spec = "my_cli_guides:Widened:width=0.5"
     assert cli.main(["train", f"--guide={spec}", "--out=own", *TINY]) == 0
-    assert cli.main(["evaluate", "own"]) == 0
+    assert cli.main(["evaluate", "own"]) == 2
+    assert "--trust-guide" in capsys.readouterr().err
+    assert cli.main(["evaluate", "own", "--trust-guide"]) == 0
     assert "(equal)" in capsys.readouterr().out
     assert read_json(tmp_path / "own" / "config.json")["guide"] == spec
 
@@ -118,12 +122,62 @@ def test_training_that_diverges_and_an_interrupt(capsys, monkeypatch):
 
         return train_run
 
-    monkeypatch.setattr("pyro_gpvae.commands.train.train_run", stop(NonFiniteError("not finite\nat step 3")))
+    diverged = stop(NonFiniteError("not finite\nat step 3"))
+    monkeypatch.setattr("pyro_gpvae.commands.train.train_run", diverged)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == "pyro-gpvae: error: not finite at step 3\n"
     monkeypatch.setattr("pyro_gpvae.commands.train.train_run", stop(KeyboardInterrupt()))
     assert cli.main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def start(*arguments):
+    code = "import sys; from pyro_gpvae.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+LONG = ["--guide=vae", "--epochs=4", "--train-images=640", "--batch-size=16", *TINY[3:]]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_then_resume_gives_the_undisturbed_run(number, code, tmp_path):
+    options = ["train", "--latent-dim=2", *LONG]
+    process = start(*options, "--out=stopped")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("stopped.partial/checkpoints/step-0/state.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    begin = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 10
+    assert process.returncode == code
+    assert "continue with: pyro-gpvae train --resume stopped" in error
+    assert "stopped after step" in error
+    assert not (tmp_path / "stopped").exists()
+
+    resumed = start("train", "--resume=stopped", "--quiet")
+    printed, error = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, error
+    undisturbed = start(*options, "--out=undisturbed")
+    assert undisturbed.communicate(timeout=120)[0].replace("undisturbed", "stopped") == printed
+    weights = [tmp_path / run / "weights.safetensors" for run in ("stopped", "undisturbed")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_resume_takes_no_other_options(capsys):
+    assert cli.main(["train", "--resume=run", "--epochs=3"]) == 2
+    assert "--resume continues run with its own options: drop --epochs" in capsys.readouterr().err
+    assert cli.main(["train", "--resume=run", "--overwrite"]) == 2
+    assert "drop --overwrite" in capsys.readouterr().err
+    assert cli.main(["train", "--resume=run"]) == 2
+    assert "there is no run to continue" in capsys.readouterr().err
 
 
 def test_an_error_with_its_traceback_on_request(monkeypatch):

@@ -1,7 +1,12 @@
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 import textwrap
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,10 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import ImageModel
-from pyro_gpvae.checkpoint import load_weights, new_folder, read_json, save_weights, write_json
+from pyro_gpvae import Checkpoints, ImageModel, log_evidence
+from pyro_gpvae.checkpoint import load_weights, save_weights
 from pyro_gpvae.config import RunConfig
-from pyro_gpvae.runs import RUN_FILES, evaluate_run, load_run, train_run
+from pyro_gpvae.files import InUseError, new_folder, read_json, write_json
+from pyro_gpvae.runs import RUN_FILES, evaluate_run, load_run, resume_run, train_run
+
+FIXTURES = Path(__file__).parent / "fixtures"
 
 TINY = {
     "latent_dim": 2,
@@ -159,7 +167,8 @@ def test_a_guide_without_warm_start_and_with_lazy_parameters(vae, tmp_path, monk
     )
     monkeypatch.syspath_prepend(tmp_path)
     record = train_run(tiny(guide="lazy_guides:Lazy"), tmp_path / "run", progress=False)
-    assert evaluate_run(tmp_path / "run")["scores"] == record["scores"]
+    again = evaluate_run(tmp_path / "run", trust_guide=True)
+    assert again["scores"] == record["scores"]
     assert evaluate_run(vae[0], guide="lazy_guides:Lazy")["guide"] == "lazy_guides:Lazy"
 
 
@@ -281,6 +290,7 @@ def test_damaged_run_folders(vae, tmp_path):
         load_run(tmp_path / "nowhere")
     folder = tmp_path / "run"
     shutil.copytree(vae[0], folder)
+    (folder / "manifest.json").unlink()  # to see what is checked besides
     config = read_json(folder / "config.json")
     for changes, message in (
         ({"flavour": "sweet"}, r"config\.json has the unknown option 'flavour'"),
@@ -297,6 +307,176 @@ def test_damaged_run_folders(vae, tmp_path):
     (folder / "record.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"record\.json"):
         load_run(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in RUN_FILES if name != "manifest.json"])
+def test_a_flipped_bit_in_any_file_is_found(vae, name, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(vae[0], folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=rf"{name} is not what was written"):
+        load_run(folder)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing"):
+        load_run(folder)
+
+
+def test_a_run_of_a_newer_version_is_refused(vae, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(vae[0], folder)
+    (folder / "manifest.json").unlink()
+    write_json(folder / "record.json", vae[1] | {"format": 2})
+    with pytest.raises(ValueError, match="has format 2, this version reads up to 1: upgrade"):
+        load_run(folder)
+
+
+def test_a_file_imports_no_code_unless_it_is_trusted(vae, tmp_path, monkeypatch):
+    """A stranger's run folder names a module that lies beside it."""
+    canary = tmp_path / "canary"
+    (tmp_path / "evil_guides.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).touch()\nGuide = print")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "run"
+    shutil.copytree(vae[0], folder)
+    (folder / "manifest.json").unlink()
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"guide": "evil_guides:Guide"})
+    partial = tmp_path / "other.partial"
+    partial.mkdir()
+    write_json(partial / "config.json", config | {"guide": "evil_guides:Guide"})
+    for call in (
+        lambda: load_run(folder),
+        lambda: evaluate_run(folder, guide="vae"),
+        lambda: train_run(tiny(guide="vae", warm_start=str(folder)), tmp_path / "new"),
+        lambda: resume_run(tmp_path / "other"),
+    ):
+        with pytest.raises(ValueError, match=r"not registered.*trust_guide"):
+            call()
+        assert not canary.exists()
+    with pytest.raises(AttributeError):  # print makes no guide; but now it is imported
+        load_run(folder, trust_guide=True)
+    assert canary.exists()
+
+
+# --- runs that are stopped ----------------------------------------------------------------------
+
+
+class Kill(BaseException):
+    """The process ends."""
+
+
+def train_and_die(config, out, step, monkeypatch):
+    save = Checkpoints.save
+
+    def dying(self, state):
+        save(self, state)
+        if state.step == step:
+            raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", dying)
+        with pytest.raises(Kill):
+            train_run(config, out, progress=False, checkpoint_every=1)
+
+
+WHEN = {"the start": 0, "an epoch": 1, "two epochs": 3}
+
+
+@pytest.mark.parametrize("step", WHEN.values(), ids=WHEN)
+@pytest.mark.parametrize("kind", ["vae", "gp"])
+def test_a_killed_run_is_continued_to_the_same_numbers(kind, step, vae, tmp_path, monkeypatch):
+    start = str(vae[0]) if kind == "gp" else None
+    config = tiny(guide=kind, epochs=2, warm_start=start, validation=8)
+    wanted = train_run(config, tmp_path / "a", progress=False)
+    train_and_die(config, tmp_path / "b", step, monkeypatch)
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(FileNotFoundError, match=r"not finished: continue it \(--resume .*b\)"):
+        load_run(tmp_path / "b")
+    with pytest.raises(FileExistsError, match=r"unfinished run: continue it \(--resume b\)"):
+        train_run(config, tmp_path / "b", progress=False)
+    found = resume_run(tmp_path / "b", progress=False)
+    for name in ("config", "data", "steps", "scores", "sigma", "diagnostics"):
+        assert found[name] == wanted[name], name
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(RUN_FILES)
+    for name in ("weights.safetensors", "scores.csv"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    assert not (tmp_path / "b.partial").exists()
+    assert resume_run(tmp_path / "b") == found, "a finished run is left as it is"
+
+
+def test_a_run_killed_before_its_first_checkpoint_can_be_resumed_or_started_again(tmp_path):
+    (tmp_path / "b.partial").mkdir()
+    write_json(tmp_path / "b.partial" / "config.json", dataclasses.asdict(tiny(guide="vae")))
+    record = resume_run(tmp_path / "b", progress=False)
+    (tmp_path / "c.partial").mkdir()
+    assert (
+        train_run(tiny(guide="vae"), tmp_path / "c", progress=False)["scores"] == record["scores"]
+    )
+
+
+def test_a_run_killed_in_its_last_moment(vae, tmp_path):
+    """The folder has its name already; checkpoints and lock are still there."""
+    folder = tmp_path / "run"
+    shutil.copytree(vae[0], folder)
+    (folder / "checkpoints").mkdir()
+    (folder / "lock").touch()
+    assert load_run(folder).record == vae[1]
+    assert resume_run(folder) == vae[1]
+    train_run(tiny(guide="vae"), folder, overwrite=True, progress=False)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(RUN_FILES)
+
+
+def test_unfinished_work_is_overwritten_when_told(tmp_path, monkeypatch):
+    train_and_die(tiny(guide="vae"), tmp_path / "b", 1, monkeypatch)
+    record = train_run(tiny(guide="gp"), tmp_path / "b", overwrite=True, progress=False)
+    assert record["config"]["guide"] == "gp"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no run to continue"):
+        resume_run(tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD = """
+import sys
+from pyro_gpvae.files import work_folder
+with work_folder(sys.argv[1]) as folder:
+    (folder / "checkpoints").mkdir()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_on_one_run_folder(tmp_path):
+    out = tmp_path / "run"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    with owner:
+        assert owner.stdout.readline() == b"held\n"
+        write_json(tmp_path / "run.partial" / "config.json", dataclasses.asdict(tiny(guide="vae")))
+        for call in (train_run, lambda *a, **k: resume_run(a[1])):
+            with pytest.raises(InUseError, match=r"another process is working in .*run\.partial"):
+                call(tiny(guide="vae"), out, overwrite=True)
+        assert (tmp_path / "run.partial" / "checkpoints").is_dir(), "the owner's work is untouched"
+        owner.kill()
+    # a dead owner does not block
+    assert resume_run(out, progress=False)["steps"] == 2
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.glob("run-*")))
+def test_a_run_of_every_format_still_loads(name):
+    """tests/fixtures/make.py wrote them, with the version of that time."""
+    run = load_run(FIXTURES / name, data=str(FIXTURES / "images.npz"))
+    recorded = run.record["scores"]["log_evidence"]
+    evidence = log_evidence(run.model, run.guide, run.data.test, 5, seed=0, chunk_size=640)
+    assert evidence.mean == pytest.approx(recorded, rel=1e-4)
 
 
 @pytest.mark.parametrize(

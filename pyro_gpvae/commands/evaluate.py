@@ -31,6 +31,7 @@ class Evaluate:
         device: "cpu", "cuda" or "cuda:INDEX"; None is the run's.
         out: Folder for record.json and for scores.csv with a row for each image; None is none.
         overwrite: Replace an earlier evaluation in that folder.
+        trust_guide: Import the guide MODULE:CLASS that the run names.
     """
 
     run_folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
@@ -44,6 +45,7 @@ class Evaluate:
     device: str | None = None
     out: Path | None = None
     overwrite: bool = False
+    trust_guide: bool = False
 
     def run(self) -> None:
         options = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -2,12 +2,14 @@ r"""``pyro-gpvae train``."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Literal
 
 from pyro_gpvae.commands._text import print_scores
 from pyro_gpvae.config import RunConfig
-from pyro_gpvae.runs import train_run
+from pyro_gpvae.runs import resume_run, train_run
 
 __all__ = ["Train"]
 
@@ -17,19 +19,56 @@ class Train(RunConfig):
     """Train a guide and a model, evaluate them on the test images, write a run folder.
 
     Attributes:
-        out: The run folder: it appears when the run is finished.
-        overwrite: Replace an earlier run in that folder.
+        out: The run folder: it appears when the run is finished; until then it is OUT.partial.
+        resume: Continue this run folder, stopped or killed, with its own options; a finished one
+            is left as it is. None starts a new run.
+        overwrite: Replace an earlier run in that folder, finished or not.
+        checkpoint_every: Steps between checkpoints, or minutes such as "5m".
+        on_checkpoint_error: If the disk is full or read-only, "continue" without a checkpoint, or
+            "stop".
+        trust_guide: Import the guide MODULE:CLASS that the run or the warm start names.
         quiet: Show no progress bar.
     """
 
     out: Path = Path("run")
+    resume: Path | None = None
     overwrite: bool = False
+    checkpoint_every: str = "5m"
+    on_checkpoint_error: Literal["continue", "stop"] = "continue"
+    trust_guide: bool = False
     quiet: bool = False
 
     def run(self) -> None:
         options = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
-        record = train_run(
-            RunConfig(**options), self.out, overwrite=self.overwrite, progress=not self.quiet
-        )
+        out = self.out if self.resume is None else self.resume
+        how: dict[str, Any] = {
+            "progress": not self.quiet,
+            "checkpoint_every": self.checkpoint_every,
+            "on_checkpoint_error": self.on_checkpoint_error,
+            "trust_guide": self.trust_guide,
+        }
+        try:
+            if self.resume is None:
+                record = train_run(RunConfig(**options), out, overwrite=self.overwrite, **how)
+            else:
+                self._check_resume(options)
+                record = resume_run(out, **how)
+        except (KeyboardInterrupt, SystemExit):
+            print(f"continue with: pyro-gpvae train --resume {out}", file=sys.stderr)
+            raise
         print_scores(record)
-        print(f"written to {self.out}")
+        print(f"written to {out}")
+
+    def _check_resume(self, options: dict[str, Any]) -> None:
+        """A run that is continued has its options already."""
+        given = [f.name for f in fields(RunConfig) if options[f.name] != f.default]
+        given += [
+            name
+            for name, value in (("out", self.out != Path("run")), ("overwrite", self.overwrite))
+            if value
+        ]
+        if given:
+            raise ValueError(
+                f"--resume continues {self.resume} with its own options: drop "
+                f"--{given[0].replace('_', '-')}"
+            )
