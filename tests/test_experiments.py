@@ -1,12 +1,14 @@
 """The smaller experiments run, with tiny settings, and write what they promise."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from pyro_gpvae import load_data
-from pyro_gpvae.checkpoint import read_json
+from pyro_gpvae.files import read_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import gradient_variance
@@ -38,3 +40,20 @@ def test_rme_ablation(tmp_path, monkeypatch):
     scores = read_json(tmp_path / "rme_ablation.json")["scores"]
     assert set(scores) == {"vae", "rme:2"}
     assert "16 held-out training digits" in (tmp_path / "rme_ablation.md").read_text()
+
+
+def test_twenty_kills_lose_nothing(tmp_path):
+    # in a process of its own: it forks, which torch survives only before its threads have run
+    script = Path(__file__).parents[1] / "experiments" / "crash_campaign.py"
+    done = subprocess.run(
+        [sys.executable, script, "--kills=20", f"--out={tmp_path}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = read_json(tmp_path / "crash_campaign.json")["summary"]
+    assert summary["kills"] == 20
+    assert summary["inside_a_checkpoint"] > 0
+    assert "All promises were kept." in done.stdout
