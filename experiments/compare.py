@@ -27,9 +27,9 @@ import pandas as pd
 import torch
 import tyro
 
-from pyro_gpvae.checkpoint import read_json, write_json, write_text
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import to_float
+from pyro_gpvae.files import read_json, write_json, write_text
 from pyro_gpvae.plots import gap_against_time
 from pyro_gpvae.runs import Run, evaluate_run, load_run, train_run, warm_guide
 

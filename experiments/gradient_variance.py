@@ -21,7 +21,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from guides import GPGuide
 from guides.gp import Estimator
 from pyro_gpvae import ImageModel, PerImage, fit, initial_sigma, load_data
-from pyro_gpvae.checkpoint import write_json, write_text
+from pyro_gpvae.files import write_json, write_text
 
 ESTIMATORS: dict[str, tuple[Estimator, type[Trace_ELBO]]] = {
     "functions, analytic KL": ("functions", TraceMeanField_ELBO),

@@ -16,8 +16,8 @@ import torch
 import tyro
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, log_evidence, make_guide
-from pyro_gpvae.checkpoint import write_json, write_text
 from pyro_gpvae.data import split_validation
+from pyro_gpvae.files import write_json, write_text
 
 GUIDES = (
     "vae",

@@ -1,4 +1,4 @@
-r"""The command ``pyro-gpvae``: demo, train, evaluate, guides."""
+r"""The command ``pyro-gpvae``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tyro
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.checkpoint import NewerFormatError
-from pyro_gpvae.commands import Demo, Evaluate, Guides, Train
+from pyro_gpvae.commands import Demo, Evaluate, Gap, Generate, Guides, Train, Uncertainty
 from pyro_gpvae.commands._text import one_line
 from pyro_gpvae.interrupts import Terminated, terminating
 from pyro_gpvae.training import NonFiniteError
@@ -30,6 +30,9 @@ _Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Gap, tyro.conf.subcommand("gap")]
+    | Annotated[Uncertainty, tyro.conf.subcommand("uncertainty")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Guides, tyro.conf.subcommand("guides")]
 )
 

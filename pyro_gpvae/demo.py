@@ -13,9 +13,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_gpvae.checkpoint import new_folder, write_json, write_text
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import to_float
+from pyro_gpvae.files import new_folder, write_json, write_text
 from pyro_gpvae.plots import image_grid, loss_curves, reconstructions, uncertain_images
 from pyro_gpvae.runs import Run, load_run, train_into
 

@@ -14,8 +14,8 @@ import pytest
 from matplotlib.image import imread
 
 from pyro_gpvae import available_guides, cli, commands
-from pyro_gpvae.checkpoint import read_json
 from pyro_gpvae.demo import DEMO_FILES, run_demo
+from pyro_gpvae.files import read_json
 from pyro_gpvae.training import NonFiniteError
 
 TINY = [
@@ -206,6 +206,9 @@ def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
         ("demo", [field.name for field in fields(commands.Demo)]),
         ("train", [field.name for field in fields(commands.Train)]),
         ("evaluate", [field.name for field in fields(commands.Evaluate)][1:]),
+        ("gap", [field.name for field in fields(commands.Gap)][1:]),
+        ("uncertainty", [field.name for field in fields(commands.Uncertainty)][1:]),
+        ("generate", [field.name for field in fields(commands.Generate)][1:]),
     ],
 )
 def test_help_explains_every_option(command, options, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from pyro_gpvae.checkpoint import read_json
+from pyro_gpvae.files import read_json
 from pyro_gpvae.plots import gap_against_time
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))

@@ -5,6 +5,21 @@ Every figure is built without pyplot, so that nothing global changes and no disp
 """
 
 from pyro_gpvae.plots.curves import gap_against_time, loss_curves
+from pyro_gpvae.plots.gap import gap_ladder, uncertainty_scatter
+from pyro_gpvae.plots.generation import active_units_chart, image_table, traversals
 from pyro_gpvae.plots.images import image_grid, reconstructions, uncertain_images
+from pyro_gpvae.plots.posterior import posterior_panels
 
-__all__ = ["gap_against_time", "image_grid", "loss_curves", "reconstructions", "uncertain_images"]
+__all__ = [
+    "active_units_chart",
+    "gap_against_time",
+    "gap_ladder",
+    "image_grid",
+    "image_table",
+    "loss_curves",
+    "posterior_panels",
+    "reconstructions",
+    "traversals",
+    "uncertain_images",
+    "uncertainty_scatter",
+]

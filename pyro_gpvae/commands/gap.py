@@ -1,0 +1,85 @@
+r"""``pyro-gpvae gap``."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+__all__ = ["Gap", "load_plots"]
+
+
+@dataclass(kw_only=True)
+class Gap:
+    """Decompose the inference gap of runs; tell a better model from a better proposal.
+
+    Finished images are kept in OUT/chunks: the same command again goes on where it was stopped.
+
+    Attributes:
+        runs: Run folders.
+        images: The first so many test images of each run.
+        num_samples: Samples K per image for each ELBO.
+        reference_samples: Samples K per image from the best full Gaussian, for log p(x).
+        ais_chains: Chains per image of annealed importance sampling; 0 is none.
+        ais_steps: Steps of annealed importance sampling, from the best full Gaussian.
+        seed: Seed of the samples.
+        data: Name or .npz path of the runs' data, if they have moved.
+        root: Folder of data sets, if it has moved.
+        device: "cpu", "cuda" or "cuda:INDEX"; None is that of each run.
+        out: Folder for gap.csv (a row a run and image), gap.json, gap.md and gap.png.
+        quiet: Show no progress bar.
+    """
+
+    runs: tyro.conf.Positional[tuple[Annotated[Path, tyro.conf.arg(metavar="RUN")], ...]]
+    images: int = 100
+    num_samples: int = 500
+    reference_samples: int = 1000
+    ais_chains: int = 8
+    ais_steps: int = 30
+    seed: int = 0
+    data: str | None = None
+    root: str | None = None
+    device: str | None = None
+    out: Path = Path("gap")
+    quiet: bool = False
+
+    def run(self) -> None:
+        from pyro_gpvae.gap_report import gap_caption, measure_gaps, read_table, write_gaps
+
+        plots = load_plots("gap")
+        budget: dict[str, Any] = {
+            "num_samples": self.num_samples,
+            "reference_samples": self.reference_samples,
+            "num_chains": self.ais_chains,
+            "num_steps": self.ais_steps,
+            "seed": self.seed,
+        }
+        table, runs = measure_gaps(
+            self.runs,
+            self.out,
+            num_images=self.images,
+            data=self.data,
+            root=self.root,
+            device=self.device,
+            progress=not self.quiet,
+            **budget,
+        )
+        record = write_gaps(self.out, table, runs, budget)
+        saved = read_table(self.out / "gap.csv")
+        plots.gap_ladder(saved, gap_caption(record)).savefig(self.out / "gap.png")
+        print((self.out / "gap.md").read_text(encoding="utf-8"))
+        print(f"written to {self.out}")
+
+
+def load_plots(name: str) -> Any:
+    """Imports ``pyro_gpvae.plots.NAME``: where matplotlib is missing, before hours of work."""
+    try:
+        return importlib.import_module(f"pyro_gpvae.plots.{name}")
+    except ImportError as error:
+        raise ValueError(
+            f"this command draws pictures with matplotlib, which cannot be imported ({error}): "
+            "python -m pip install matplotlib"
+        ) from error

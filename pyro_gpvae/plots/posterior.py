@@ -1,0 +1,124 @@
+r"""Inference in two dimensions: the true posterior beside what a random encoder believes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Ellipse, Patch
+from numpy.typing import ArrayLike, NDArray
+
+from pyro_gpvae.plots._style import COLOURS, finish
+from pyro_gpvae.plots.images import _pixels, _show
+
+__all__ = ["posterior_panels"]
+
+_TRUE, _MARGINAL, _DRAW = COLOURS[0], COLOURS[1], "0.35"
+#: Probability inside the contours, and the radius that holds the larger one in two dimensions.
+_MASSES = (0.5, 0.9)
+_RADIUS = float(np.sqrt(-2 * np.log(1 - _MASSES[1])))
+
+Floats = NDArray[np.floating[Any]]
+
+
+def posterior_panels(
+    images: ArrayLike,
+    record: Mapping[str, Floats],
+    titles: Sequence[str],
+    columns: int = 3,
+    caption: str = "",
+) -> Figure:
+    """Draws each image, and beside it its true posterior, draws of q(z|x, f, h), and q(z|x).
+
+    Contours hold 50 % and 90 % of the probability; those of the draws 90 %.
+
+    Arguments:
+        images: Images (B, C, H, W), uint8 or floats in [0, 1].
+        record: As :func:`pyro_gpvae.uncertainty.posterior_record` returns it.
+        titles: A line above each panel.
+        columns: Panels in a row.
+        caption: A line below.
+
+    Raises:
+        ValueError: If there is no image, or not one title for each.
+    """
+    pixels = _pixels(images)
+    if len(titles) != len(pixels) or len(record["f"]) != len(pixels):
+        raise ValueError(
+            f"expected a title and a posterior for each of {len(pixels)} images, got "
+            f"{len(titles)} and {len(record['f'])}"
+        )
+    columns = min(columns, len(pixels))
+    rows = -(-len(pixels) // columns)
+    figure = Figure(figsize=(4.3 * columns, 3.4 * rows + 0.9), dpi=150)
+    grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=(1, 3) * columns)
+    pairs = grid.reshape(-1, 2)
+    for index, (picture, axes) in enumerate(pairs):
+        if index >= len(pixels):
+            picture.set_axis_off()
+            axes.set_axis_off()
+            continue
+        _show(picture, pixels[index])
+        _panel(axes, {name: values[index] for name, values in record.items()})
+        axes.set_title(titles[index], fontsize=10)
+    figure.legend(
+        handles=[
+            Patch(color=_TRUE, alpha=0.5, label="true posterior p(z|x)"),
+            Line2D([], [], color=_DRAW, linewidth=0.8, label="draws of q(z|x, f, h)"),
+            Line2D([], [], color=_MARGINAL, linestyle="--", label="marginal q(z|x)"),
+        ],
+        loc="upper center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
+    return finish(figure, caption, title=" ")
+
+
+def _panel(axes: Axes, record: Mapping[str, Floats]) -> None:
+    density = record["density"]
+    axes.contourf(
+        record["z1"], record["z2"], density.T, [*_levels(density), density.max() * 1.01],
+        colors=_TRUE, alpha=0.4,
+    )  # fmt: skip
+    axes.contourf(
+        record["z1"], record["z2"], density.T, [_levels(density)[1], density.max() * 1.01],
+        colors=_TRUE, alpha=0.5,
+    )  # fmt: skip
+    for f, h in zip(record["f"], record["h"], strict=True):
+        width, height = 2 * _RADIUS * h
+        axes.add_patch(
+            Ellipse((f[0], f[1]), width, height, fill=False, edgecolor=_DRAW, linewidth=0.6)
+        )
+    axes.contour(
+        record["q1"], record["q2"], record["q"].T, _levels(record["q"]), colors=_MARGINAL,
+        linestyles="--", linewidths=1.4,
+    )  # fmt: skip
+    for set_limits, name, z, q in (
+        (axes.set_xlim, 0, record["z1"], record["q1"]),
+        (axes.set_ylim, 1, record["z2"], record["q2"]),
+    ):
+        inside = density >= _levels(density)[0]
+        held = z[inside.any(1 - name)]
+        radii = _RADIUS * record["h"][:, name]
+        centre, half = q.mean(), (q[-1] - q[0]) / 2 * 0.6  # the marginal, to 2.4 deviations
+        low = min(held.min(), (record["f"][:, name] - radii).min(), centre - half)
+        high = max(held.max(), (record["f"][:, name] + radii).max(), centre + half)
+        margin = 0.08 * (high - low)
+        set_limits(low - margin, high + margin)
+    axes.set_xlabel("z₁ (prior standard deviations)", fontsize=8)
+    axes.set_ylabel("z₂ (prior standard deviations)", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.locator_params(nbins=5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _levels(density: Floats) -> list[float]:
+    """The densities at the edges of the regions that hold 90 % and 50 % of the probability."""
+    ordered = np.sort(density.ravel())[::-1]
+    held = np.cumsum(ordered) / ordered.sum()
+    return [float(ordered[np.searchsorted(held, mass)]) for mass in reversed(_MASSES)]
