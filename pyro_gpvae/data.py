@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_gpvae.integrity import fetch
 from pyro_gpvae.readers import NPZ_FORMAT, SOURCES, Parts, read_npz
 
 __all__ = [
@@ -262,17 +264,23 @@ def load_data(
     `<name>.npz`, the quickest way, then as the files that its authors publish, in the folders
     where torchvision keeps them (`chardata.mat` of Burda et al. for `omniglot`).
 
+    Files from strangers are not trusted. A published file is compared with the size and SHA-256
+    of the original before it is parsed, packed or not, and nothing is unpacked to disk. Two kinds
+    have no published checksums, and are parsed within limits instead: `chardata.mat`, and the
+    faces of `celeba` where only the unpacked pictures are there. Nothing is ever unpickled: the
+    images of CIFAR-10 are found by listing the instructions of its files without running them.
+
     An `.npz` file holds uint8 arrays `train` and `test` of shape (N, H, W) or (N, H, W, C) and,
-    if known, integer arrays `train_labels` and `test_labels`. All faces of `celeba` take minutes
-    to read; `numpy.savez(root / "celeba.npz", train=data.train.movedim(1, -1),
+    if known, integer arrays `train_labels` and `test_labels`; it may unpack to 200 times its size
+    (or 64 MiB), and to 16 GiB. All faces of `celeba` take minutes to read;
+    `numpy.savez(root / "celeba.npz", train=data.train.movedim(1, -1),
     test=data.test.movedim(1, -1))` keeps them for next time.
 
     Arguments:
         name_or_path: one of `available_data()`, or the path of an `.npz` file.
         root: the folder of the files; by default the environment variable `PYRO_GPVAE_DATA`, or
             `~/.cache/pyro-gpvae`.
-        download: fetch missing files. Without it, no network is used. Published checksums are
-            compared, except for `chardata.mat`, which has none; `celeba` needs `gdown`.
+        download: fetch missing files. Without it, no network is used. `celeba` needs `gdown`.
 
     Returns:
         The images (N, C, H, W); `note` says how far scores compare with published ones.
@@ -327,29 +335,33 @@ def _load_npz(path: Path) -> ImageData:
 
 def _load_published(name: str, root: Path, download: bool) -> ImageData:
     source = SOURCES[name]
-    missing = [
-        file
-        for file in source.files
-        if not (root / file).exists() and not (root / f"{file}.gz").exists()
-    ]
+    missing = [names for names in source.files if not any((root / file).exists() for file in names)]
     if missing and not download:
         raise FileNotFoundError(
-            f"{name}: found neither {root / name}.npz nor, below {root}, {', '.join(missing)}. "
+            f"{name}: found neither {root / name}.npz nor, below {root}, {_listing(missing)}. "
             f"Fetch it with download=True (--download), or name the folder that has it with root "
             f"or the environment variable PYRO_GPVAE_DATA. {NPZ_FORMAT}"
         )
     try:
-        parts = source.read(root, download)
+        for file in dict.fromkeys(names[-1] for names in missing):
+            fetch(root, file)
+        parts = source.read(root)
         return ImageData(name, *parts, note=_note(name, parts))
     except ImportError:
         raise
-    except Exception as error:  # torchvision, scipy, Pillow and the network each have their own
+    except Exception as error:  # zipfile, tarfile, zlib, Pillow and the network have their own
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(
             f"{name} could not be read from {root}: {_cause(error)}. Expected the published files "
-            f"{', '.join(source.files)}. Delete what is damaged or incomplete, then fetch it "
+            f"{_listing(source.files)}. Delete what is damaged or incomplete, then fetch it "
             f"with download=True (--download)."
         ) from error
+
+
+def _listing(files: Sequence[tuple[str, ...]]) -> str:
+    plain = ", ".join(names[0] for names in files)
+    packed = ", ".join(dict.fromkeys(names[-1] for names in files if len(names) > 1))
+    return f"{plain} (or packed: {packed})" if packed else plain
 
 
 def _cause(error: Exception) -> str:

@@ -154,11 +154,15 @@ def _check_type(spec: str, option: str, parameter: inspect.Parameter | None, val
         wrong = True
     if wrong and not (value is None and hint.endswith("None")):
         raise ValueError(f"in the guide {spec!r}, {option} must be {hint}, got {value!r}")
+    # options count layers, components, steps: a config from a stranger must not fill the memory
+    if isinstance(value, int) and abs(value) > 10_000:
+        raise ValueError(f"in the guide {spec!r}, {option} must be at most 10000, got {value!r}")
 
 
 def _literal(text: str) -> Any:
     """A Python number, boolean or None; any other text as it stands."""
     try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text.strip()
+    return value if isinstance(value, int | float | str | None) else text.strip()

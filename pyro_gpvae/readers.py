@@ -1,25 +1,38 @@
-r"""Readers of the published files of each data set, and of our own ``.npz`` format."""
+r"""Readers of the published files of each data set, and of our own ``.npz`` format.
+
+A file is verified (:mod:`pyro_gpvae.integrity`), parsed within limits (:mod:`pyro_gpvae.formats`),
+and left as it was: nothing is unpacked to disk, and no pickle is run.
+"""
 
 from __future__ import annotations
 
 import gzip
-import shutil
-import urllib.request
+import io
+import re
+import tarfile
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pyro_gpvae._torchvision import import_torchvision
+from pyro_gpvae.formats import (
+    Array,
+    check_zip,
+    open_member,
+    read_cifar,
+    read_idx,
+    read_mat,
+    read_member,
+    read_npy,
+)
+from pyro_gpvae.integrity import ORIGINALS, read_original, verify, verify_content
 
 __all__ = ["NPZ_FORMAT", "SOURCES", "Parts", "Source", "read_npz"]
-
-_Array = npt.NDArray[Any]
 
 #: Images (N, C, H, W) of the training and the test set, and their labels (N,) where known.
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -31,7 +44,7 @@ NPZ_FORMAT = (
 )
 
 
-def _images(array: _Array, name: str) -> Tensor:
+def _images(array: Array, name: str) -> Tensor:
     if array.dtype != np.uint8:
         raise ValueError(f"{name} has dtype {array.dtype} instead of uint8 (values 0 to 255)")
     if array.ndim == 3:
@@ -41,7 +54,7 @@ def _images(array: _Array, name: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, 3, 1)))
 
 
-def _labels(array: _Array | None, name: str) -> Tensor | None:
+def _labels(array: Array | None, name: str) -> Tensor | None:
     if array is None:
         return None
     if array.dtype.kind not in "iu" or array.ndim != 1:
@@ -49,20 +62,24 @@ def _labels(array: _Array | None, name: str) -> Tensor | None:
     return torch.from_numpy(array.astype(np.int64))
 
 
+_NPZ_LIMIT = 16 * 2**30
+
+
 def read_npz(file: IO[bytes]) -> Parts:
     """Reads :data:`NPZ_FORMAT`, without any pickle; raises ValueError if it is something else."""
     start = file.read(4)
-    if start[:2] != b"PK":  # numpy would take anything else for a pickle, and advise to trust it
+    if start[:2] != b"PK":
         raise ValueError(f"it begins with {start!r}, so it is not an .npz file")
-    file.seek(0)
-    keys = ("train", "test", "train_labels", "test_labels")
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in keys if key in archive}
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise ValueError("it holds pickled objects, which are never loaded") from error
-        raise
+    # images pack 2 to 30 times, and blank ones 1000 times: megabytes of those are a bomb
+    limit = min(_NPZ_LIMIT, max(64 * 2**20, 200 * file.seek(0, 2)))
+    with zipfile.ZipFile(file) as archive:
+        members = set(archive.namelist())
+        known = ("train", "test", "train_labels", "test_labels")
+        keys = [key for key in known if f"{key}.npy" in members]
+        size = sum(archive.getinfo(f"{key}.npy").file_size for key in keys)
+        if size > limit:
+            raise ValueError(f"its arrays unpack to {size:,} bytes, more than {limit:,}")
+        arrays = {key: read_npy(archive, key) for key in keys}
     for key in ("train", "test"):
         if key not in arrays:
             raise ValueError(f"it has no array {key!r}")
@@ -74,93 +91,73 @@ def read_npz(file: IO[bytes]) -> Parts:
     )
 
 
-def _verify(path: Path, md5: str) -> None:
-    # torchvision compares checksums as well, but does not say which file is at fault
-    if not import_torchvision().datasets.utils.check_integrity(path, md5):
-        raise ValueError(f"{path} does not have the published checksum")
+def _read_idx(dataset: str, root: Path) -> Parts:
+    arrays: list[Tensor] = []
+    for name in _IDX:
+        file = f"{dataset}/raw/{name}"
+        if (root / file).exists():
+            content = read_original(root, file)
+        else:
+            with gzip.open(io.BytesIO(read_original(root, f"{file}.gz"))) as stream:
+                content = stream.read(ORIGINALS[file].size + 1)
+            verify_content(content, file, f"the content of {root / file}.gz")
+        arrays.append(torch.from_numpy(read_idx(content, 3 if "images" in name else 1)))
+    train, train_labels, test, test_labels = arrays
+    return train.unsqueeze(1), test.unsqueeze(1), train_labels.long(), test_labels.long()
 
 
-def _read_idx(dataset: str, root: Path, download: bool) -> Parts:
-    kind = getattr(import_torchvision().datasets, dataset)
-    if not download:  # with it, torchvision checks and unpacks; without, it wants unpacked files
-        for file, md5 in kind.resources:
-            packed = root / dataset / "raw" / file
-            unpacked = packed.with_suffix("")
-            if not unpacked.exists():
-                _verify(packed, md5)
-                with gzip.open(packed, "rb") as stream:
-                    _write(unpacked, stream)
-    train, test = (kind(root, train=part, download=download) for part in (True, False))
-    return train.data.unsqueeze(1), test.data.unsqueeze(1), train.targets, test.targets
+def _read_cifar10(root: Path) -> Parts:
+    if all((root / file).exists() for file in _CIFAR):
+        batches = {file: read_cifar(read_original(root, file)) for file in _CIFAR}
+    else:
+        batches = _unpack_cifar10(root / _CIFAR_ARCHIVE)
+    images, labels = ([torch.from_numpy(batches[file][i]) for file in _CIFAR] for i in (0, 1))
+    return torch.cat(images[:5]), images[5], torch.cat(labels[:5]), labels[5]
 
 
-def _read_cifar10(root: Path, download: bool) -> Parts:
-    cifar10 = import_torchvision().datasets.CIFAR10
-    if not download:  # the batches are pickles: none is opened before its checksum was compared
-        meta = (cifar10.meta["filename"], cifar10.meta["md5"])
-        for file, md5 in (*cifar10.train_list, *cifar10.test_list, meta):
-            _verify(root / cifar10.base_folder / file, md5)
-    train, test = (cifar10(root, train=part, download=download) for part in (True, False))
-    labels = torch.tensor(train.targets), torch.tensor(test.targets)
-    return _images(train.data, "train"), _images(test.data, "test"), labels[0], labels[1]
+def _unpack_cifar10(path: Path) -> dict[str, tuple[Array, Array]]:
+    batches: dict[str, tuple[Array, Array]] = {}
+    with path.open("rb") as stream:
+        verify(stream, _CIFAR_ARCHIVE, path)
+        with tarfile.open(fileobj=stream, mode="r|gz") as archive:
+            for member in archive:
+                if member.name not in _CIFAR:
+                    continue
+                # None, or a link's target, if it is not a file
+                file = archive.extractfile(member) if member.isreg() else None
+                if file is None:
+                    raise ValueError(f"{member.name} in {path} is not a regular file")
+                content = file.read(ORIGINALS[member.name].size + 1)
+                verify_content(content, member.name, f"{member.name} in {path}")
+                batches[member.name] = read_cifar(content)
+    if missing := [file for file in _CIFAR if file not in batches]:
+        raise ValueError(f"{path} has no {missing[0]}")
+    return batches
 
 
-def _read_svhn(root: Path, download: bool) -> Parts:
-    svhn = import_torchvision().datasets.SVHN
-    if not download:
-        for part in ("train", "test"):
-            _, file, md5 = svhn.split_list[part]
-            _verify(root / file, md5)
-    train, test = (svhn(root, split=part, download=download) for part in ("train", "test"))
-    images = [torch.from_numpy(np.ascontiguousarray(part.data)) for part in (train, test)]
-    return images[0], images[1], _labels(train.labels, "train"), _labels(test.labels, "test")
+def _read_svhn(root: Path) -> Parts:
+    parts: list[tuple[Tensor, Tensor | None]] = []
+    for file in ("train_32x32.mat", "test_32x32.mat"):
+        arrays = read_mat(read_original(root, file), ("X", "y"))
+        images, digits = arrays["X"], arrays["y"]
+        if images.ndim != 4 or images.shape[:3] != (32, 32, 3):
+            raise ValueError(f"X in {file} has shape {images.shape} instead of (32, 32, 3, N)")
+        if not np.isin(digits, range(1, 11)).all():
+            raise ValueError(f"y in {file} does not hold labels 1 to 10")
+        labels = digits.reshape(-1).astype(np.int64) % 10  # 10 is SVHN's name for the digit 0
+        parts.append((_images(np.moveaxis(images, 3, 0), f"X in {file}"), _labels(labels, file)))
+    (train, train_labels), (test, test_labels) = parts
+    return train, test, train_labels, test_labels
 
 
-def _read_celeba(root: Path, download: bool) -> Parts:
-    from PIL import Image
-
-    celeba = import_torchvision().datasets.CelebA
-    if not download:
-        for _, md5, file in celeba.file_list:
-            if file.endswith(".txt"):  # the archive may be deleted once unpacked
-                _verify(root / celeba.base_folder / file, md5)
+def _read_omniglot(root: Path) -> Parts:
+    arrays = read_mat(read_original(root, "chardata.mat"), ("data", "testdata"))
     parts: list[Tensor] = []
-    for split in ("train", "test"):
-        dataset = celeba(root, split=split, target_type=[], download=download)
-        # 2 GB as uint8 for all training images: filled one by one, never held twice
-        images = torch.empty(len(dataset), 3, 64, 64, dtype=torch.uint8)
-        for index in range(len(dataset)):
-            with dataset[index][0] as image:
-                if image.size != (178, 218):
-                    raise ValueError(f"an image of size {image.size} instead of (178, 218)")
-                face = image.convert("RGB").crop((15, 35, 163, 183))  # the central 148 x 148
-                face = face.resize((64, 64), Image.Resampling.BICUBIC)  # antialiased in Pillow
-            images[index] = torch.from_numpy(np.array(face)).movedim(2, 0)
-        parts.append(images)
-    return parts[0], parts[1], None, None
-
-
-_CHARDATA_URL = (
-    "https://raw.githubusercontent.com/yburda/iwae/master/datasets/OMNIGLOT/chardata.mat"
-)
-
-
-def _read_omniglot(root: Path, download: bool) -> Parts:
-    from scipy.io import loadmat
-
-    file = root / "chardata.mat"
-    if download and not file.exists():
-        with urllib.request.urlopen(_CHARDATA_URL, timeout=60) as stream:
-            _write(file, stream)
-    arrays = loadmat(file, variable_names=["data", "testdata"])
-    parts: list[Tensor] = []
-    for key in ("data", "testdata"):
-        if key not in arrays:
-            raise ValueError(f"it has no array {key!r}")
-        array = arrays[key]
+    for key, array in arrays.items():
         if array.ndim != 2 or array.shape[0] != 784:
             raise ValueError(f"{key!r} has shape {array.shape} instead of (784, N)")
-        if array.dtype.kind != "f" or not (array.min() >= 0 and array.max() <= 1):
+        floats = array.dtype.kind == "f" and array.size > 0
+        if not (floats and array.min() >= 0 and array.max() <= 1):
             raise ValueError(f"{key!r} does not hold floats in [0, 1]")
         # MATLAB stores columns one after the other: (N, W, H)
         pixels = np.rint(255 * array.T).astype(np.uint8).reshape(-1, 28, 28)
@@ -168,29 +165,83 @@ def _read_omniglot(root: Path, download: bool) -> Parts:
     return parts[0], parts[1], None, None
 
 
-def _write(path: Path, stream: IO[bytes]) -> None:
-    # Under another name first, so that what an interruption leaves is never taken for the file.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        shutil.copyfileobj(stream, file)
-    part.replace(path)
+def _read_celeba(root: Path) -> Parts:
+    text = read_original(root, _PARTITION).decode("ascii")
+    rows = re.findall(r"^(\d{6}\.jpg) ([012])\s*$", text, re.M)
+    if len(rows) != len(text.splitlines()):
+        raise ValueError(f"{root / _PARTITION} has a line that is not like '000001.jpg 0'")
+    train, test = ([name for name, part in rows if part == wanted] for wanted in "02")
+    path = root / _CELEBA_ARCHIVE
+    if not path.exists():  # only unpacked: the single pictures have no published checksums
+        read = partial(_picture, path.with_suffix(""))
+        return _faces(train, read), _faces(test, read), None, None
+    with path.open("rb") as stream:
+        verify(stream, _CELEBA_ARCHIVE, path)
+        with zipfile.ZipFile(stream) as archive:
+            check_zip(archive, _CELEBA_LIMIT)
+            read = partial(_packed_picture, archive)
+            return _faces(train, read), _faces(test, read), None, None
+
+
+def _picture(folder: Path, name: str) -> bytes:
+    with (folder / name).open("rb") as file:
+        return file.read(_FACE_LIMIT + 1)
+
+
+def _packed_picture(archive: zipfile.ZipFile, name: str) -> bytes:
+    member, stream = open_member(archive, f"img_align_celeba/{name}")
+    with stream:
+        if member.file_size > _FACE_LIMIT:
+            raise ValueError(f"{name} announces {member.file_size:,} bytes, more than a face has")
+        return bytes(read_member(member, stream))
+
+
+def _faces(names: list[str], read: Callable[[str], bytes]) -> Tensor:
+    from PIL import Image
+
+    # 2 GB as uint8 for all training images: filled one by one, never held twice
+    images = torch.empty(len(names), 3, 64, 64, dtype=torch.uint8)
+    for index, name in enumerate(names):
+        content = read(name)
+        if len(content) > _FACE_LIMIT:
+            raise ValueError(f"{name} has more than {_FACE_LIMIT:,} bytes")
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            if image.size != (178, 218):  # known before any pixel is decoded
+                raise ValueError(f"{name} has size {image.size} instead of (178, 218)")
+            face = image.convert("RGB").crop((15, 35, 163, 183))  # the central 148 x 148
+            face = face.resize((64, 64), Image.Resampling.BICUBIC)  # antialiased in Pillow
+        images[index] = torch.from_numpy(np.array(face)).movedim(2, 0)
+    return images
+
+
+_IDX = tuple(
+    f"{file}-ubyte"
+    for file in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+)
+_CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
+_CIFAR = tuple(
+    f"cifar-10-batches-py/{batch}"
+    for batch in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+)
+_PARTITION = "celeba/list_eval_partition.txt"
+_CELEBA_ARCHIVE = "celeba/img_align_celeba.zip"
+_CELEBA_LIMIT = 4 * 2**30
+_FACE_LIMIT = 256 * 2**10  # the pictures have some 7 KB
 
 
 class Source(NamedTuple):
     """How a data set is published, and who reads it."""
 
-    read: Callable[[Path, bool], Parts]
-    files: tuple[str, ...]  # below the root, as published
+    read: Callable[[Path], Parts]
+    files: tuple[tuple[str, ...], ...]  # all are needed, each unpacked or, last, as it is fetched
     sizes: tuple[int, int]  # of the published training and test sets
     note: str
 
 
 def _idx_source(dataset: str) -> Source:
-    files = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     return Source(
         partial(_read_idx, dataset),
-        tuple(f"{dataset}/raw/{file}-ubyte" for file in files),
+        tuple((f"{dataset}/raw/{file}", f"{dataset}/raw/{file}.gz") for file in _IDX),
         (60_000, 10_000),
         "The official training and test sets, complete.",
     )
@@ -201,35 +252,25 @@ SOURCES: dict[str, Source] = {
     "fashion_mnist": _idx_source("FashionMNIST"),
     "omniglot": Source(
         _read_omniglot,
-        ("chardata.mat",),
+        (("chardata.mat",),),
         (24_345, 8_070),
         "Omniglot, 28x28, in the split of Burda et al. (2016), complete.",
     ),
     "cifar10": Source(
         _read_cifar10,
-        tuple(
-            f"cifar-10-batches-py/{batch}"
-            for batch in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
-        ),
+        tuple((file, _CIFAR_ARCHIVE) for file in _CIFAR),
         (50_000, 10_000),
         "The official training and test sets, complete.",
     ),
     "svhn": Source(
         _read_svhn,
-        ("train_32x32.mat", "test_32x32.mat"),
+        (("train_32x32.mat",), ("test_32x32.mat",)),
         (73_257, 26_032),
         "The official training and test sets without the extra images, complete.",
     ),
     "celeba": Source(
         _read_celeba,
-        (
-            "celeba/img_align_celeba",
-            "celeba/list_eval_partition.txt",
-            "celeba/identity_CelebA.txt",
-            "celeba/list_attr_celeba.txt",
-            "celeba/list_bbox_celeba.txt",
-            "celeba/list_landmarks_align_celeba.txt",
-        ),
+        (("celeba/img_align_celeba", _CELEBA_ARCHIVE), (_PARTITION,)),
         (162_770, 19_962),
         "The official training and test sets, complete: central 148x148 pixels, resized to 64x64.",
     ),

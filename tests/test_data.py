@@ -6,8 +6,6 @@ import io
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import zipfile
 from importlib import resources
 from pathlib import Path
@@ -15,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from any_torchvision import import_torchvision
 from PIL import Image
 from scipy.io import savemat
 
 from pyro_gpvae import readers as module
-from pyro_gpvae._torchvision import import_torchvision
 from pyro_gpvae.data import (
     ImageData,
     available_data,
@@ -28,6 +26,7 @@ from pyro_gpvae.data import (
     split_validation,
     to_float,
 )
+from pyro_gpvae.integrity import ORIGINALS, Original
 
 
 def pixels(*shape, seed=0):
@@ -38,12 +37,13 @@ def images(*shape, seed=0):
     return torch.from_numpy(pixels(*shape, seed=seed))
 
 
-def md5(path):
-    return hashlib.md5(path.read_bytes()).hexdigest()
+# The published formats, written small. The table of checksums gets those of what was written, so
+# the check itself stays in force, and any later change of a file is refused.
 
 
-# The published formats, written small. torchvision's table of checksums is replaced by those of
-# what was written, so the check itself stays in force, and any later change of a file is refused.
+def publish(monkeypatch, file, content):
+    original = Original(len(content), hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(ORIGINALS, file, original)
 
 
 def write_idx(root, monkeypatch, dataset="MNIST", packed=False):
@@ -55,20 +55,16 @@ def write_idx(root, monkeypatch, dataset="MNIST", packed=False):
     }
     raw = root / dataset / "raw"
     raw.mkdir(parents=True)
-    checksums = []
     for name, array in arrays.items():
         header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(
             f">{array.ndim}I", *array.shape
         )
         content = header + array.tobytes()
+        publish(monkeypatch, f"{dataset}/raw/{name}", content)
         if packed:
-            (raw / f"{name}.gz").write_bytes(gzip.compress(content))
-            checksums.append((f"{name}.gz", md5(raw / f"{name}.gz")))
-        else:
-            (raw / name).write_bytes(content)
-    if packed:
-        kind = getattr(import_torchvision().datasets, dataset)
-        monkeypatch.setattr(kind, "resources", checksums)
+            content = gzip.compress(content)
+            publish(monkeypatch, f"{dataset}/raw/{name}.gz", content)
+        (raw / (f"{name}.gz" if packed else name)).write_bytes(content)
     train, _, test, _ = arrays.values()
     return train[:, None], test[:, None], torch.arange(5), torch.arange(3)
 
@@ -81,34 +77,27 @@ def write_cifar10(root, monkeypatch):
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     for i, name in enumerate(names):
         part = slice(2 * i, 2 * i + 2)
-        (folder / name).write_bytes(pickle.dumps({"data": rows[part], "labels": labels[part]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": ["x"] * 10}))
-    kind = import_torchvision().datasets.CIFAR10
-    checksums = [[name, md5(folder / name)] for name in names]
-    monkeypatch.setattr(kind, "train_list", checksums[:5])
-    monkeypatch.setattr(kind, "test_list", checksums[5:])
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(folder / "batches.meta")})
+        content = pickle.dumps({"data": rows[part], "labels": labels[part]})
+        (folder / name).write_bytes(content)
+        publish(monkeypatch, f"cifar-10-batches-py/{name}", content)
     expected = rows.reshape(-1, 3, 32, 32)
     return expected[:10], expected[10:], torch.tensor(labels[:10]), torch.tensor(labels[10:])
 
 
 def write_svhn(root, monkeypatch):
-    kind = import_torchvision().datasets.SVHN
     train, test = pixels(5, 3, 32, 32), pixels(3, 3, 32, 32, seed=1)
-    table = dict(kind.split_list)
     for split, array in (("train", train), ("test", test)):
         file = root / f"{split}_32x32.mat"
-        labels = np.arange(1, len(array) + 1)[:, None]
+        labels = np.arange(1, len(array) + 1, dtype=np.uint8)[:, None]
         labels[-1] = 10  # SVHN's name for the digit 0
-        savemat(file, {"X": array.transpose(2, 3, 1, 0), "y": labels})
-        table[split] = [table[split][0], file.name, md5(file)]
-    monkeypatch.setattr(kind, "split_list", table)
+        arrays = {"X": array.transpose(2, 3, 1, 0), "y": labels}
+        savemat(file, arrays, do_compression=split == "train")
+        publish(monkeypatch, file.name, file.read_bytes())
     return train, test, torch.tensor([1, 2, 3, 4, 0]), torch.tensor([1, 2, 0])
 
 
 def write_celeba(root, monkeypatch):
     transforms = import_torchvision().transforms
-    kind = import_torchvision().datasets.CelebA
     folder = root / "celeba"
     (folder / "img_align_celeba").mkdir(parents=True)
     preprocess = transforms.Compose(
@@ -127,17 +116,9 @@ def write_celeba(root, monkeypatch):
         with Image.open(folder / "img_align_celeba" / name) as image:
             parts[part].append(preprocess(image).numpy())
         partition.append((name, part))
-    rows = "".join(f"{name} {part}\n" for name, part in partition)
-    header = f"{len(partition)}\na b\n"
-    for name in ("list_attr_celeba", "list_bbox_celeba", "list_landmarks_align_celeba"):
-        (folder / f"{name}.txt").write_text(header + rows)
-    for name in ("list_eval_partition", "identity_CelebA"):
-        (folder / f"{name}.txt").write_text(rows)
-    table = [
-        (key, "" if name.endswith(".zip") else md5(folder / name), name)
-        for key, _, name in kind.file_list
-    ]
-    monkeypatch.setattr(kind, "file_list", table)
+    rows = "".join(f"{name} {part} \n" for name, part in partition)
+    (folder / "list_eval_partition.txt").write_text(rows)
+    publish(monkeypatch, "celeba/list_eval_partition.txt", rows.encode())
     return np.stack(parts[0]), np.stack(parts[2]), None, None
 
 
@@ -203,16 +184,16 @@ def test_reads_the_published_format(name, download, tmp_path, monkeypatch):
     assert "not the published split" in data.note  # it is smaller
 
 
-def test_packed_idx_files_are_checked_before_they_are_unpacked(tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", [[], ["t10k-labels-idx1-ubyte"]])
+def test_packed_idx_files_are_read_as_they_are(left, tmp_path, monkeypatch):
     expected = write_packed(tmp_path, monkeypatch)
-    equal(load_data("mnist", root=tmp_path), *expected)
-
     raw = tmp_path / "MNIST" / "raw"
-    (raw / "train-images-idx3-ubyte").unlink()
-    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"something else"))
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz does not have the publ"):
-        load_data("mnist", root=tmp_path)
-    assert not (raw / "train-images-idx3-ubyte").exists()
+    for name in left:
+        (raw / name).write_bytes(gzip.decompress((raw / f"{name}.gz").read_bytes()))
+        (raw / f"{name}.gz").unlink()
+    before = sorted(raw.iterdir())
+    equal(load_data("mnist", root=tmp_path), *expected)
+    assert sorted(raw.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -221,7 +202,7 @@ def test_a_missing_file_is_named_and_not_fetched(name, tmp_path):
         load_data(name, root=tmp_path)
     message = str(caught.value)
     assert f"{tmp_path / name}.npz" in message
-    assert all(file in message for file in module.SOURCES[name].files)
+    assert all(file in message for names in module.SOURCES[name].files for file in names)
     assert "download=True" in message
     assert "PYRO_GPVAE_DATA" in message
     assert list(tmp_path.iterdir()) == []
@@ -273,28 +254,6 @@ class Exploit:
         return exec, ("raise SystemExit('a file of the data set was executed')",)
 
 
-@pytest.mark.parametrize("file", ["data_batch_2", "test_batch", "batches.meta"])
-def test_a_changed_pickle_is_never_opened(file, tmp_path, monkeypatch):
-    write_cifar10(tmp_path, monkeypatch)
-    (tmp_path / "cifar-10-batches-py" / file).write_bytes(pickle.dumps(Exploit()))
-    with pytest.raises(ValueError, match=f"{file} does not have the published checksum"):
-        load_data("cifar10", root=tmp_path)
-    with pytest.raises(ValueError, match="cifar10 could not be read"):  # tries the network instead
-        load_data("cifar10", root=tmp_path, download=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [("svhn", "test_32x32.mat"), ("celeba", "celeba/list_eval_partition.txt")],
-)
-def test_the_file_with_another_checksum_is_named(name, file, tmp_path, monkeypatch):
-    WRITERS[name](tmp_path, monkeypatch)
-    with (tmp_path / file).open("ab") as stream:
-        stream.write(b" ")
-    with pytest.raises(ValueError, match=f"{file} does not have the published checksum"):
-        load_data(name, root=tmp_path)
-
-
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
@@ -315,7 +274,7 @@ def test_omniglot_is_fetched_only_when_asked_for(tmp_path, monkeypatch):
     (tmp_path / "server").mkdir()
     expected = write_omniglot(tmp_path / "server")
     url = (tmp_path / "server" / "chardata.mat").as_uri()
-    monkeypatch.setattr(module, "_CHARDATA_URL", url)
+    monkeypatch.setitem(ORIGINALS, "chardata.mat", Original(100_000, None, url))
     root = tmp_path / "new" / "root"
     with pytest.raises(FileNotFoundError):
         load_data("omniglot", root=root)
@@ -324,7 +283,8 @@ def test_omniglot_is_fetched_only_when_asked_for(tmp_path, monkeypatch):
 
 
 def test_a_failed_download_is_an_error_with_the_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHARDATA_URL", (tmp_path / "nowhere.mat").as_uri())
+    url = (tmp_path / "nowhere.mat").as_uri()
+    monkeypatch.setitem(ORIGINALS, "chardata.mat", Original(100_000, None, url))
     with pytest.raises(ValueError, match="omniglot could not be read"):
         load_data("omniglot", root=tmp_path, download=True)
     assert list(tmp_path.iterdir()) == []
@@ -333,7 +293,9 @@ def test_a_failed_download_is_an_error_with_the_name(tmp_path, monkeypatch):
 def test_labels_must_match_the_images(tmp_path, monkeypatch):
     write_idx(tmp_path, monkeypatch)
     labels = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    labels.write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, 2) + bytes([1, 2]))
+    content = struct.pack(">BBBBI", 0, 0, 8, 1, 2) + bytes([1, 2])
+    labels.write_bytes(content)
+    publish(monkeypatch, "MNIST/raw/train-labels-idx1-ubyte", content)
     with pytest.raises(ValueError, match=r"mnist could not be read.*train_labels.*\(5,\)"):
         load_data("mnist", root=tmp_path)
 
@@ -510,26 +472,6 @@ def test_the_embedded_digits_are_balanced_and_disjoint(tmp_path):
     distinct = {image.numpy().tobytes() for image in torch.cat([data.train, data.test])}
     assert len(distinct) == 5000
     assert "do not compare" in data.note
-
-
-def test_importing_does_not_import_torchvision():
-    code = "import sys, pyro_gpvae.data; print('torchvision' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
-
-
-def test_torchvision_is_imported_once_and_its_other_failures_stay_visible(monkeypatch):
-    torchvision = import_torchvision()
-    assert import_torchvision() is torchvision is sys.modules["torchvision"]
-    assert torchvision.utils.make_grid(torch.zeros(4, 1, 2, 2)).ndim == 3
-
-    def fail(name):
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr("importlib.import_module", fail)
-    with pytest.raises(RuntimeError, match="something else"):
-        import_torchvision()
-    assert sys.modules["torchvision"] is torchvision
 
 
 # ImageData, splits, conversions

@@ -24,10 +24,6 @@ def import_torchvision() -> Any:
     Raises:
         ModuleNotFoundError: torchvision is not installed.
         RuntimeError: torchvision fails to import for any other reason.
-
-    Example:
-        >>> import_torchvision().datasets.CIFAR10.base_folder
-        'cifar-10-batches-py'
     """
     try:
         return importlib.import_module("torchvision")
