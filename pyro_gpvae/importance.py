@@ -3,11 +3,13 @@ r"""log p(x) of each image by importance sampling, on Pyro's vectorised importan
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -16,12 +18,29 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pyro_gpvae.data import to_float
 from pyro_gpvae.elbo import in_data_plate
 from pyro_gpvae.model import DATA_PLATE
+from pyro_gpvae.nonfinite import NonFiniteError, refused_parameters
 from pyro_gpvae.randomness import seeded
 
-__all__ = ["Evidence", "default_chunk_size", "evidence_curve", "log_evidence", "log_weights"]
+__all__ = [
+    "Evidence",
+    "ParetoWarning",
+    "as_pixels",
+    "default_chunk_size",
+    "evidence_curve",
+    "log_evidence",
+    "log_weights",
+    "pareto_k",
+]
+
+#: Above it, importance sampling does not converge at any practical rate (Vehtari et al. 2024).
+PARETO_LIMIT = 0.7
+
+
+class ParetoWarning(UserWarning):
+    """The weights of some images have so heavy a tail that their estimate cannot be trusted."""
+
 
 Program = Callable[[Tensor], Any]
 
@@ -45,7 +64,7 @@ def log_weights(
     Arguments:
         model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``.
         guide: A Pyro guide for it.
-        x: Images (B, C, H, W), uint8 or floats in [0, 1].
+        x: Images (B, C, H, W), uint8, or floats (see :func:`as_pixels`).
         num_samples: The number K of samples per image.
         chunk_size: How many latent vectors are decoded at once; bounds the memory. It changes
             the order of random numbers, nothing else.
@@ -55,29 +74,29 @@ def log_weights(
 
     Raises:
         ValueError: If x is not a batch of images, or K or chunk_size is less than 1.
+        NonFiniteError: If a log weight is NaN or +∞; names the images. -∞ is an impossible draw.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    if not isinstance(x, Tensor) or len(x) == 0:
-        raise ValueError(f"x must be a tensor with at least one image, got {type(x).__name__}")
-    device, dtype = _device_and_dtype(model, x)
+    _check_batch(model, x)
+    device, _ = _device_and_dtype(model, x)
     if chunk_size is None:
         chunk_size = default_chunk_size(device)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    if hasattr(model, "check_shape"):  # before the guide's encoder stumbles over it
-        model.check_shape(x)
     columns = []
     size = min(chunk_size, _MAX_IMAGES)
     for start in range(0, len(x), size):
-        batch = to_float(x[start : start + size].to(device), dtype)
+        batch = as_pixels(model, x[start : start + size])
         try:
-            weights = _log_weights_of_batch(model, guide, batch, num_samples, chunk_size)
-        except LinAlgError as error:
+            with refused_parameters():
+                weights = _log_weights_of_batch(model, guide, batch, num_samples, chunk_size)
+            _check_weights(weights)
+        except (LinAlgError, NonFiniteError) as error:
             if start == 0:
                 raise
             where = f"{error} (images are counted from image {start} of the batch)"
-            raise LinAlgError(where) from error
+            raise type(error)(where) from error
         columns.append(weights)
     return torch.cat(columns, dim=1)
 
@@ -93,6 +112,8 @@ class Evidence:
         effective_sample_size: (Σ wᵢ)² / Σ wᵢ², between 1 and K. Where it is small, the bound is
             loose, and its standard error is too small as well.
         elbo: The mean of the log weights: the ELBO of the guide's marginal q(z|x).
+        pareto_k: The shape k̂ of the weights' tail, see :func:`pareto_k`. Above 0.7 neither the
+            estimate nor its standard error can be trusted. Not a number for K < 25.
         num_samples: K.
     """
 
@@ -100,6 +121,7 @@ class Evidence:
     standard_error: Tensor
     effective_sample_size: Tensor
     elbo: Tensor
+    pareto_k: Tensor
     num_samples: int
 
     @staticmethod
@@ -118,6 +140,7 @@ class Evidence:
             standard_error=error,
             effective_sample_size=ess,
             elbo=log_weights.mean(0),
+            pareto_k=pareto_k(log_weights),
             num_samples=num_samples,
         )
 
@@ -154,7 +177,8 @@ def log_evidence(
 ) -> Evidence:
     r"""Estimates log p(x) of every image: :math:`\log \frac1K \sum_i p(x, z_i) / q(z_i|x)`.
 
-    Supplement, section 4. A lower bound in expectation, and tighter the larger K.
+    Supplement, section 4. A lower bound in expectation, and tighter the larger K. Warns of images
+    whose weights have a Pareto k̂ above 0.7.
 
     Arguments:
         model, guide, x, num_samples, chunk_size: See :func:`log_weights`.
@@ -172,7 +196,63 @@ def log_evidence(
     device, _ = _device_and_dtype(model, x)
     with nullcontext() if seed is None else seeded(seed, device):
         weights = log_weights(model, guide, x, num_samples, chunk_size=chunk_size)
-    return Evidence.from_log_weights(weights)
+    evidence = Evidence.from_log_weights(weights)
+    heavy = int((evidence.pareto_k > PARETO_LIMIT).sum())
+    if heavy:
+        warnings.warn(
+            f"Pareto k above {PARETO_LIMIT} for {heavy} of {len(x)} images: their log p(x) by "
+            f"importance sampling (K = {num_samples}) is too low by an unknown amount, and so is "
+            "its standard error",
+            ParetoWarning,
+            stacklevel=2,
+        )
+    return evidence
+
+
+@torch.no_grad()
+def pareto_k(log_weights: Tensor) -> Tensor:
+    """Returns the shape k̂ of the generalised Pareto tail of each image's weights, (B,).
+
+    Weights have about 1/k finite moments: below 0.5 the central limit theorem holds, up to 0.7
+    estimates still converge at a practical rate. An image whose five largest weights are equal has
+    k̂ = 0; one where they span more than the exponential function can, k̂ = ∞.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto smoothed importance sampling*, 2024.
+        https://arxiv.org/abs/1507.02646
+
+    Arguments:
+        log_weights: Log weights (K, B) in nats.
+
+    Returns:
+        k̂, (B,); not a number for K < 25, where a tail has fewer than five weights, or for
+        weights that are not numbers.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> exponential = -torch.rand(10_000, 1, generator=generator).log()
+        >>> k = pareto_k(0.9 * exponential)  # Pareto with shape 0.9
+        >>> bool((k - 0.9).abs() < 0.1)
+        True
+    """
+    k = torch.full_like(log_weights[0], math.nan)
+    if len(log_weights) < 25:
+        return k
+    import arviz_stats.base  # a second to import
+
+    statistics: Any = arviz_stats.base.array_stats  # type: ignore[attr-defined]
+
+    top = log_weights.topk(5, dim=0).values
+    same, far = top[0] == top[-1], top[0] - top[-1] > 700
+    k[same], k[far] = 0.0, math.inf
+    rest = ~(log_weights.isnan().any(0) | same | far)
+    if not rest.any():
+        return k
+    with np.errstate(all="ignore"):
+        # of the logarithm of 1/w, as in leave-one-out cross-validation
+        found = statistics.psislw(-log_weights[:, rest].double().cpu().numpy(), axis=0)[1]
+    k[rest] = torch.from_numpy(np.nan_to_num(found, nan=np.inf)).to(k)
+    return k
 
 
 def evidence_curve(log_weights: Tensor, num_samples: Sequence[int]) -> dict[int, Tensor]:
@@ -238,6 +318,53 @@ def _log_weights_of_batch(
         # is unbiased, dividing by their density as well would not be
         rows[-1] = rows[-1] - _site_sum(guide_trace, model_trace, (count, len(x)))
     return torch.cat(rows)
+
+
+def as_pixels(model: Any, x: Tensor) -> Tensor:
+    """Returns images as floats on the model's device, in the dtype of its parameters.
+
+    Arguments:
+        model: The model, which may be any callable.
+        x: Images (B, C, H, W): uint8, which are divided by 255, or floats, which are taken as they
+            are: images simulated from a model of Gaussian pixels lie in no interval.
+
+    Raises:
+        ValueError: If x is another type of number, not finite, or obviously not on the scale of
+            pixels/255: beyond ±100, or above 2 with no value below zero.
+    """
+    device, dtype = _device_and_dtype(model, x)
+    if x.dtype == torch.uint8:
+        return x.to(device).to(dtype) / 255
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"images must be uint8 values or floats in [0, 1], got {x.dtype}")
+    low, high = float(x.min()), float(x.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"images must be finite, found {high if math.isfinite(low) else low}")
+    if max(-low, high) > 100 or (high > 2 and low >= 0):
+        raise ValueError(
+            f"images must be uint8, or floats on the scale [0, 1], got floats between {low:g} and "
+            f"{high:g}: divide values 0 to 255 by 255"
+        )
+    return x.to(device, dtype)
+
+
+def _check_batch(model: Any, x: Any) -> None:
+    """Refuses what is no batch of images, before a guide's encoder stumbles over it."""
+    if not isinstance(x, Tensor) or len(x) == 0:
+        raise ValueError(f"x must be a tensor with at least one image, got {type(x).__name__}")
+    if hasattr(model, "check_shape"):
+        model.check_shape(x)
+
+
+def _check_weights(log_weights: Tensor) -> None:
+    wrong = (~(log_weights < math.inf)).any(0).nonzero().flatten().tolist()
+    if wrong:
+        names = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        raise NonFiniteError(
+            f"log p(x, z) - log q(z|x) is not finite for image {names}: a density of the guide or "
+            f"of the model is NaN or overflows {log_weights.dtype}",
+            images=wrong,
+        )
 
 
 def _is_global(site: Any) -> bool:

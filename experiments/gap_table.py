@@ -1,0 +1,240 @@
+"""Where the inference gap of every guide family comes from, on the embedded digits.
+
+    python experiments/gap_table.py --epochs 20 --seeds 1
+
+Trains each family end to end (finished runs of the same configuration are used again, also those
+of ``experiments/compare.py`` with ``--runs runs/compare``), decomposes the gap of the first test
+images into approximation, amortisation and, for the GPVAE, the prices of its spread, and scores
+every decoder by its own guide, by one common refined proposal, and by annealed importance
+sampling. For random encoders it adds the rank correlation of their uncertainty with the gap.
+
+It first prints about how long that takes. Interrupted, the same command goes on: finished runs,
+checkpoints of runs, and every 25 finished images are kept in --runs. It writes
+``results/gap.json``, ``.csv`` and ``.md``, and ``images/gap.png``, to --docs; ``--render`` makes
+text and picture again from JSON and CSV.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import tyro
+
+from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
+from pyro_gpvae.config import RunConfig
+from pyro_gpvae.files import read_json, write_text
+from pyro_gpvae.gap import decompose
+from pyro_gpvae.gap_report import (
+    gap_caption,
+    gap_markdown,
+    measure_gaps,
+    read_table,
+    write_gaps,
+)
+from pyro_gpvae.importance import ParetoWarning
+from pyro_gpvae.plots.gap import gap_ladder
+from pyro_gpvae.runs import load_run, train_run
+from pyro_gpvae.uncertainty_report import add_uncertainty, correlate, correlation_markdown
+
+#: Names, options and folders as in experiments/compare.py, whose runs can be used again.
+GUIDES = (
+    "vae", "gp", "full", "lowrank:4", "iaf:2", "hf:4", "me:2", "rme:2", "iterative:3", "sa:1",
+    "vlae:1",
+)  # fmt: skip
+#: Options of a run that do not change what is trained.
+_IRRELEVANT = ("device", "chunk_size", "root", "download", "test_images", "num_samples")
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options of the table.
+
+    Attributes:
+        data: Name of a data set or path of an .npz file.
+        root: Folder of data sets.
+        epochs: Passes over the training images.
+        seeds: How many seeds, from 0 on.
+        latent_dim: Dimension p of z.
+        train_images: Use only the first so many training images; None is all.
+        images: Decompose the gaps of the first so many test images.
+        guides: Only these guides; none is all.
+        num_samples: Samples K per image for each ELBO.
+        reference_samples: Samples K per image from the best full Gaussian.
+        ais_chains: Chains per image of annealed importance sampling; 0 is none.
+        ais_steps: Its steps.
+        device: "cpu" or "cuda"; None is CUDA if there is one.
+        runs: Folder of runs and of finished images.
+        docs: Folder of the results.
+        render: Only make text and picture again.
+        estimate: Only print about how long it takes.
+    """
+
+    data: str = "mnist5k"
+    root: str | None = None
+    epochs: int = 20
+    seeds: int = 1
+    latent_dim: int = 10
+    train_images: int | None = None
+    images: int = 100
+    guides: tuple[str, ...] = ()
+    num_samples: int = 500
+    reference_samples: int = 1000
+    ais_chains: int = 8
+    ais_steps: int = 30
+    device: str | None = None
+    runs: Path = Path("runs/gap_table")
+    docs: Path = Path("docs")
+    render: bool = False
+    estimate: bool = False
+
+
+def main(options: Options) -> None:
+    results = options.docs / "results"
+    if not options.render:
+        print(estimate(options), flush=True)
+        if options.estimate:
+            return
+        collect(options)
+    record, table = read_json(results / "gap.json"), read_table(results / "gap.csv")
+    caption = f"{gap_caption(record)} The paper trains for 2000 epochs."
+    text = gap_markdown(table, caption) + correlations_markdown(record)
+    write_text(results / "gap.md", text)
+    (options.docs / "images").mkdir(parents=True, exist_ok=True)
+    gap_ladder(table, caption).savefig(options.docs / "images" / "gap.png", dpi=150)
+    print(text)
+
+
+def collect(options: Options) -> None:
+    """Trains and measures what is missing; writes the record and the table of images."""
+    folders, labels = [], []
+    for config in configurations(options):
+        folder = _folder(options, config)
+        if not (folder / "record.json").exists():
+            print(f"training {folder}", flush=True)
+            with warnings.catch_warnings():
+                # of the guide's own importance weights, which are not what is measured here
+                warnings.simplefilter("ignore", ParetoWarning)
+                train_run(config, folder)
+        _check(config, folder)
+        folders.append(folder)
+        labels.append(config.guide)
+    budget = _budget(options)
+    table, runs = measure_gaps(
+        folders,
+        options.runs,
+        num_images=options.images,
+        labels=labels,
+        root=options.root,
+        device=options.device,
+        **budget,
+    )
+    correlations = []
+    for folder in folders:
+        run = load_run(folder, root=options.root, device=options.device)
+        if hasattr(run.guide, "moments"):
+            rows = correlate(add_uncertainty(table[table["run"] == str(folder)], run))
+            rows = rows.assign(guide=run.config.guide, seed=run.config.seed)
+            correlations += rows.to_dict("records")
+    # what is committed names no folder of this machine
+    table["run"] = table["run"].map(lambda run: str(Path(run).relative_to(options.runs)))
+    for description in runs:
+        description["run"] = str(Path(description["run"]).relative_to(options.runs))
+    write_gaps(options.docs / "results", table.round(4), runs, budget, correlations=correlations)
+
+
+def configurations(options: Options) -> list[RunConfig]:
+    """The runs of the table."""
+    return [
+        RunConfig(
+            data=options.data,
+            root=options.root,
+            guide=guide,
+            epochs=options.epochs,
+            latent_dim=options.latent_dim,
+            train_images=options.train_images,
+            test_images=options.images,
+            seed=seed,
+            device=options.device,
+        )
+        for guide in (options.guides or GUIDES)
+        for seed in range(options.seeds)
+    ]
+
+
+def estimate(options: Options) -> str:
+    """About how long it takes, from a few steps of each guide and the gaps of eight images."""
+    configs = configurations(options)
+    missing = [c for c in configs if not (_folder(options, c) / "record.json").exists()]
+    data = load_data(options.data, root=options.root).take(options.train_images)
+    few, few_images = data.train[:256], min(8, options.images)
+    steps = options.epochs * -(-len(data.train) // 128)
+    training = 0.0
+    model = ImageModel(data.image_shape, options.latent_dim, sigma=initial_sigma(few))
+    for guide in dict.fromkeys(config.guide for config in missing):
+        program = make_guide(guide, model)
+        for _ in range(2):  # the first time is a warm-up
+            start = time.perf_counter()
+            fit(model, program, few, epochs=1, device=options.device, progress=False)
+            seconds = (time.perf_counter() - start) / -(-len(few) // 128)
+        training += seconds * steps * sum(config.guide == guide for config in missing)
+    program = make_guide("vae", model)
+    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    program.to(next(model.parameters()).device)
+    start = time.perf_counter()
+    decompose(model, program, data.test[:few_images], **_budget(options))
+    measuring = (time.perf_counter() - start) / few_images * options.images * len(configs)
+    return (
+        f"about {(training + measuring) / 60:.0f} minutes: {training / 60:.0f} to train "
+        f"{len(missing)} of {len(configs)} runs, {measuring / 60:.0f} to measure "
+        f"{options.images} images of each, less those that were finished before"
+    )
+
+
+def correlations_markdown(record: dict[str, Any]) -> str:
+    """Does the uncertainty of a random encoder know its gap? A table for each run."""
+    if not record["correlations"]:
+        return ""
+    lines = ["", "Spearman's ρ of an image's scores with its gap, 95 % bootstrap intervals over "]
+    lines[-1] += "the images. The first two are the inference uncertainty of the random encoder, "
+    lines[-1] += "the others need none."
+    for (guide, seed), rows in pd.DataFrame(record["correlations"]).groupby(
+        ["guide", "seed"], sort=False
+    ):
+        lines += ["", f"`{guide}`, seed {seed}:", "", correlation_markdown(rows)]
+    return "\n".join([*lines, ""])
+
+
+def _budget(options: Options) -> dict[str, Any]:
+    return {
+        "num_samples": options.num_samples,
+        "reference_samples": options.reference_samples,
+        "num_chains": options.ais_chains,
+        "num_steps": options.ais_steps,
+        "seed": 0,
+    }
+
+
+def _folder(options: Options, config: RunConfig) -> Path:
+    return options.runs / f"seed-{config.seed}" / config.guide.replace(":", "-")
+
+
+def _check(config: RunConfig, folder: Path) -> None:
+    """Refuses a finished run of another configuration."""
+    run = load_run(folder)
+    for option, wanted in vars(config).items():
+        found = getattr(run.config, option)
+        if wanted != found and option not in _IRRELEVANT:
+            raise ValueError(
+                f"{folder} was trained with {option} = {found!r}, not {wanted!r}: choose another "
+                "--runs, or delete it"
+            )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

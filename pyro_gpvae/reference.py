@@ -1,0 +1,289 @@
+r"""log p(x) of each image by the most reliable of several estimators, named image by image."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from tqdm.auto import tqdm
+
+from pyro_gpvae.annealing import annealed_evidence
+from pyro_gpvae.chains import image_seed
+from pyro_gpvae.guide import make_guide
+from pyro_gpvae.importance import (
+    _MAX_IMAGES,
+    PARETO_LIMIT,
+    Evidence,
+    _check_batch,
+    as_pixels,
+    log_weights,
+)
+from pyro_gpvae.randomness import seeded
+
+__all__ = ["Estimate", "ReferenceEvidence", "reference_evidence"]
+
+Program = Callable[[Tensor], Any]
+#: log p(x), its standard error, and k̂ where there is one; each (B,).
+Estimate = tuple[Tensor, Tensor, Tensor]
+
+# by how many standard errors, and nats more for weights of heavy tail, a bound refutes another
+_REFUTING_ERRORS, _REFUTING_NATS = 3.0, 3.0
+
+
+@dataclass(frozen=True, repr=False)
+class ReferenceEvidence:
+    """Reference estimates of log p(x) for B images, in nats; tensors have shape (B,).
+
+    Attributes:
+        log_evidence: log p(x).
+        standard_error: Its Monte-Carlo standard error.
+        estimator: Which estimator gave it, a name an image, a key of ``estimates``.
+        pareto_k: Its Pareto k̂; not a number for annealing.
+        estimates: What every estimator said of every image, by name.
+    """
+
+    log_evidence: Tensor
+    standard_error: Tensor
+    estimator: tuple[str, ...]
+    pareto_k: Tensor
+    estimates: Mapping[str, Estimate]
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self.estimator.count(n)} by {n}" for n in self.estimates)
+        return (
+            f"ReferenceEvidence({len(self.log_evidence)} images, {counts}: mean log p(x) = "
+            f"{float(self.log_evidence.mean()):.2f} nats, largest standard error "
+            f"{float(self.standard_error.max()):.2g})"
+        )
+
+
+@torch.no_grad()
+def reference_evidence(
+    model: Program,
+    x: Tensor,
+    guide: Program | None = None,
+    *,
+    num_samples: int = 5000,
+    num_chains: int = 16,
+    num_steps: int = 50,
+    target_error: float | None = None,
+    chunk_size: int | None = None,
+    seed: int = 0,
+    first_image: int = 0,
+    progress: bool | str = False,
+) -> ReferenceEvidence:
+    r"""Estimates log p(x) of every image as well as it can, and says how.
+
+    Up to three estimators are run for every image:
+
+    * ``IWAE(K)``: importance sampling from the guide;
+    * ``IWAE(K), instance:full``: from the Gaussian of highest ELBO of each image, for an
+      :class:`pyro_gpvae.ImageModel`; optimised once per image, from the guide's mean if any;
+    * ``AIS(T)``: :func:`pyro_gpvae.annealing.annealed_evidence` from that Gaussian, else from the
+      guide, else from the prior.
+
+    All are lower bounds in expectation: the *true* best is the highest. But the highest of noisy
+    estimates is too high, the more so the noisier they are, so the choice is by reliability:
+
+    1. An importance estimate is trusted if its Pareto k̂ is at most 0.7; annealing is trusted.
+    2. An estimate is refuted by a trusted one that is more than three joint standard errors
+       higher; such a gap is no noise but a tail or a mode that the lower one has not found. By
+       Markov's inequality even weights of heavy tail overshoot p(x) by a factor :math:`e^t` with
+       probability at most :math:`e^{-t}`, so that an untrusted estimate refutes others if it is
+       higher by three nats more.
+    3. Of the trusted ones left, the one of smallest standard error is taken; if none is left,
+       the highest of the rest.
+
+    The smallest of several estimated errors favours weights that have missed their tail, whose
+    estimate is too low: the rule errs to the side of a lower bound. Rule 1 is there to limit that.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto smoothed importance sampling*, 2024.
+        Wu, Burda, Salakhutdinov and Grosse, *On the quantitative analysis of decoder-based
+        generative models*, 2017.
+
+    Arguments:
+        model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``.
+        x: Images (B, C, H, W), uint8, or floats, which are taken as they are.
+        guide: A guide for it; None leaves out what needs one.
+        num_samples: K.
+        num_chains: Chains of annealing; 0 leaves it out.
+        num_steps: Its steps T.
+        target_error: The standard error that is wanted, in nats. Warns of images that miss it,
+            and says which K or number of chains would do.
+        chunk_size: How many latent vectors are decoded at once; bounds the memory.
+        seed: The same seed gives the same numbers; the global random state is left as it was.
+        first_image: The index of the first image of x, where x is a part of a data set. Every
+            image has random numbers of its own, in whatever batch it comes.
+        progress: Whether to show a progress bar; a text is its label.
+
+    Raises:
+        ValueError: If a number is not positive, x is not a batch of images, or no estimator is
+            possible: no guide, no ImageModel and no chains.
+
+    Example:
+        >>> from pyro_gpvae.testing import linear_gaussian
+        >>> model = linear_gaussian((1, 4, 4), latent_dim=2).double()
+        >>> x = model.images(3)
+        >>> result = reference_evidence(model, x, num_samples=200)
+        >>> result.estimator[0]
+        'IWAE(200), instance:full'
+        >>> bool(((result.log_evidence - model.log_evidence(x)).abs() < 0.01).all())
+        True
+    """
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    if num_chains < 0 or num_chains == 1:
+        raise ValueError(f"num_chains must be 0 (no annealing) or at least 2, got {num_chains}")
+    if target_error is not None and not target_error > 0:
+        raise ValueError(f"target_error must be positive, got {target_error}")
+    _check_batch(model, x)
+    can_optimise = hasattr(model, "log_joint") and hasattr(model, "likelihood")
+    if guide is None and not can_optimise and not num_chains:
+        raise ValueError(
+            "without a guide, an ImageModel or chains there is no way to estimate log p(x)"
+        )
+    label = progress if isinstance(progress, str) else "reference"
+    parts: list[dict[str, Estimate]] = []
+    with tqdm(total=len(x), desc=label, unit="image", disable=not progress) as bar:
+        for begin in range(0, len(x), _MAX_IMAGES):
+            images = as_pixels(model, x[begin : begin + _MAX_IMAGES])
+            first = first_image + begin
+            start: Any = guide if hasattr(guide, "posterior") else None
+            proposals: dict[str, Any] = {f"IWAE({num_samples})": guide}
+            if can_optimise:
+                with seeded(image_seed(seed, first, "optimum"), images.device):
+                    optimiser = make_guide("instance:full", model, warm_start=start)
+                    start = _Known(optimiser.posterior(images))
+                proposals[f"IWAE({num_samples}), instance:full"] = start
+            columns: dict[str, list[Tensor]] = {
+                k: [] for k, q in proposals.items() if q is not None
+            }
+            for n in range(len(images)):
+                for name in columns:
+                    q = proposals[name]
+                    with seeded(image_seed(seed, first + n, name), images.device):
+                        weights = log_weights(
+                            model,
+                            q.image(n) if isinstance(q, _Known) else q,
+                            images[n : n + 1],
+                            num_samples,
+                            chunk_size=chunk_size,
+                        )
+                    columns[name].append(weights)
+                bar.update()
+            part: dict[str, Estimate] = {}
+            for name, column in columns.items():
+                found = Evidence.from_log_weights(torch.cat(column, dim=1))
+                part[name] = found.log_evidence, found.standard_error, found.pareto_k
+            if num_chains:
+                annealed = annealed_evidence(
+                    model,
+                    images,
+                    start,
+                    num_chains=num_chains,
+                    num_steps=num_steps,
+                    chunk_size=chunk_size,
+                    seed=seed,
+                    first_image=first,
+                    progress=f"{label}: annealing" if progress else False,
+                )
+                no_k = torch.full_like(annealed.log_evidence, math.nan)
+                part[f"AIS({num_steps})"] = annealed.log_evidence, annealed.standard_error, no_k
+            parts.append(part)
+    estimates: dict[str, Estimate] = {}
+    for name in parts[0]:
+        value, error, k = (torch.cat(c) for c in zip(*(p[name] for p in parts), strict=True))
+        estimates[name] = value, error, k
+    result = _choose(estimates)
+    if target_error is not None:
+        _check_target(result, target_error, num_samples, num_chains)
+    return result
+
+
+class _Known:
+    """A guide for one batch of images, whose Gaussian posteriors are known."""
+
+    def __init__(self, q: Distribution) -> None:
+        self.q = q
+
+    def posterior(self, x: Tensor) -> Distribution:
+        return self.q
+
+    def image(self, n: int) -> _Known:
+        """The same for one of the images."""
+        q: Any = self.q
+        part = slice(n, n + 1)
+        return _Known(type(q)(q.loc[part], scale_tril=q.scale_tril[part]))
+
+    def __call__(self, x: Tensor) -> None:
+        raise NotImplementedError("only the posterior is used")
+
+
+def _choose(estimates: Mapping[str, Estimate]) -> ReferenceEvidence:
+    """Applies the rule of :func:`reference_evidence`."""
+    names = list(estimates)
+    value, error, k = (torch.stack(rows) for rows in zip(*estimates.values(), strict=True))
+    annealed = torch.tensor([name.startswith("AIS") for name in names], device=value.device)
+    trusted = annealed.unsqueeze(-1) | (k <= PARETO_LIMIT)
+    # [i, j]: how much higher estimate j is than i, and what would still be noise
+    excess = value.unsqueeze(0) - value.unsqueeze(1)
+    noise = _REFUTING_ERRORS * torch.hypot(error.unsqueeze(0), error.unsqueeze(1))
+    noise = noise + _REFUTING_NATS * (~trusted).unsqueeze(0)
+    standing = ~(excess > noise).any(dim=1)
+    usable = standing & trusted
+    by_error = torch.where(usable, error, math.inf).argmin(0)
+    by_value = torch.where(standing, value, -math.inf).argmax(0)
+    best = torch.where(usable.any(0), by_error, by_value)
+    taken = [rows.gather(0, best.unsqueeze(0))[0] for rows in (value, error, k)]
+    chosen = tuple(names[index] for index in best.tolist())
+    return ReferenceEvidence(taken[0], taken[1], chosen, taken[2], estimates)
+
+
+def _check_target(
+    result: ReferenceEvidence, target: float, num_samples: int, num_chains: int
+) -> None:
+    """Warns of images whose error is above the target, and says what would do."""
+    missed = ~(result.standard_error <= target)
+    if not missed.any():
+        return
+    needs: dict[str, float] = {}
+    unknown = 0
+    for n in missed.nonzero()[:, 0].tolist():
+        ratio = float(result.standard_error[n]) / target
+        if result.estimator[n].startswith("AIS"):
+            name, count = "num_chains", num_chains * ratio**2
+        else:
+            # the error of a mean falls as 1/√K for k̂ < 1/2, then as K^(k̂ - 1)
+            k = float(result.pareto_k[n])
+            if not k <= PARETO_LIMIT:
+                unknown += 1
+                continue
+            name, count = "num_samples", num_samples * ratio ** (1 / (1 - max(k, 0.5)))
+        needs[name] = max(needs.get(name, 0.0), count)
+    advice = [f"{name} = {_rounded_up(count):,} would do" for name, count in needs.items()]
+    if unknown:
+        advice.append(
+            f"no num_samples is known to do for {unknown} (Pareto k above {PARETO_LIMIT}): anneal "
+            "(num_chains, num_steps), or give a guide"
+        )
+    warnings.warn(
+        f"the standard error of log p(x) is above target_error = {target} nats for "
+        f"{int(missed.sum())} of {len(missed)} images, {float(result.standard_error.max()):.2g} "
+        f"at most: {'; '.join(advice)}",
+        stacklevel=4,
+    )
+
+
+def _rounded_up(count: float) -> int:
+    """To two digits."""
+    if not math.isfinite(count):
+        return 0
+    unit = 10 ** max(0, math.floor(math.log10(count)) - 1)
+    return math.ceil(count / unit) * unit
