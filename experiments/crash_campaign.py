@@ -21,6 +21,7 @@ import traceback
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -121,11 +122,12 @@ def main(options: Options) -> Summary:
     text = report(options, summary)
     print(text)
     if options.out is not None:
-        write_json(
-            options.out / "crash_campaign.json",
-            {"options": asdict(options), "summary": asdict(summary)}
-            | environment(torch.device("cpu")),
-        )
+        record: dict[str, Any] = {
+            "options": asdict(options) | {"out": str(options.out)},
+            "summary": asdict(summary),
+            **environment(torch.device("cpu")),
+        }
+        write_json(options.out / "crash_campaign.json", record)
         write_text(options.out / "crash_campaign.md", text)
     return summary
 

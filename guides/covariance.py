@@ -17,7 +17,7 @@ from torch.distributions import (
     register_kl,
 )
 
-from guides.gaussian import GaussianGuide
+from guides.gaussian import GaussianGuide, check_finite
 
 __all__ = ["FullCovarianceGuide", "LowRankGuide"]
 
@@ -65,7 +65,9 @@ class FullCovarianceGuide(GaussianGuide):
         rows, columns = torch.tril_indices(self.latent_dim, self.latent_dim, -1, device=loc.device)
         scale_tril = torch.diag_embed(log_scale.exp())
         scale_tril[..., rows, columns] = self.lower(features)
-        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        q = dist.MultivariateNormal(loc, scale_tril=scale_tril)
+        check_finite("the variance", q.variance)
+        return q
 
 
 class LowRankGuide(GaussianGuide):
@@ -75,7 +77,8 @@ class LowRankGuide(GaussianGuide):
         D = \mathrm{diag}(s^2), \quad F = \mathrm{diag}(s)\, \mathrm{Linear}(\phi(x))
 
     with F of shape (p, r). Rank 0 is the VAE. F starts small but not at zero, a saddle point.
-    Trained with the analytic KL.
+    Trained with the analytic KL. Where F drowns D, so that :math:`I + F^\top D^{-1} F` is
+    singular to rounding, D is widened until it is not.
 
     References:
         Ong, Nott and Smith, *Gaussian Variational Approximation with a Factor Covariance
@@ -118,7 +121,14 @@ class LowRankGuide(GaussianGuide):
         features, loc, log_scale = self.encode(x)
         scale = log_scale.exp()
         factor = self.factor(features).unflatten(-1, (self.latent_dim, self.rank))
-        return dist.LowRankMultivariateNormal(loc, scale.unsqueeze(-1) * factor, scale.square())
+        # torch factorises I + GᵀG, G = D^(-1/2) F, which rounding makes singular where tr GᵀG is
+        # near 1/eps: D grows with what exceeds a hundredth of that, and never for an ordinary q
+        limit = 0.01 / torch.finfo(factor.dtype).eps
+        jitter = (factor.square().sum((-2, -1)) / limit - 1).clamp(min=0).unsqueeze(-1)
+        variance = scale.square() * (1 + jitter)
+        q = dist.LowRankMultivariateNormal(loc, scale.unsqueeze(-1) * factor, variance)
+        check_finite("the variance", q.variance)
+        return q
 
 
 @register_kl(MultivariateNormal, Independent)  # type: ignore[untyped-decorator]

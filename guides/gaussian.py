@@ -11,13 +11,16 @@ import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
+from pyro_gpvae.distributions import bounded
 from pyro_gpvae.elbo import Objective
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.networks import build_encoder, feature_dim
+from pyro_gpvae.nonfinite import NonFiniteError
 from pyro_gpvae.program import Program
 
-__all__ = ["GaussianGuide"]
+__all__ = ["GaussianGuide", "check_finite"]
 
 
 class GaussianGuide(Program):
@@ -27,7 +30,8 @@ class GaussianGuide(Program):
         \qquad (m, \log s) = \mathrm{Linear}(\phi(x))
 
     Trained with the analytic KL (``TraceMeanField_ELBO``). Other guides extend this class: they
-    replace :meth:`posterior`, and keep the encoder.
+    replace :meth:`posterior`, and keep the encoder. All scales are
+    :func:`pyro_gpvae.distributions.bounded`.
 
     References:
         Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014.
@@ -41,6 +45,9 @@ class GaussianGuide(Program):
 
     Raises:
         ValueError: If both an encoder and a warm start are given, or they do not fit.
+        NonFiniteError: From :meth:`posterior`, if the encoder's output is not finite; names the
+            images. (Like the arguments of distributions, not checked where
+            ``pyro.enable_validation(False)`` says so.)
 
     Example:
         >>> import torch
@@ -90,8 +97,10 @@ class GaussianGuide(Program):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the features φ (B, d), the mean m (B, p) and log s (B, p) of images x."""
         features: Tensor = self.encoder(x)
-        loc, log_scale = self.head(features).chunk(2, dim=-1)
-        return features, loc, log_scale
+        output = self.head(features)
+        check_finite("the encoder's mean or log-scale", output)
+        loc, log_scale = output.chunk(2, dim=-1)
+        return features, loc, bounded(log_scale)
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Returns q(z|x): batch shape (B,), event shape (p,)."""
@@ -105,3 +114,21 @@ class GaussianGuide(Program):
 
     def elbo(self) -> Objective:
         return TraceMeanField_ELBO()
+
+
+def check_finite(what: str, value: Tensor, images: Tensor | None = None) -> None:
+    """Raises NonFiniteError, which names the images, unless all of value (..., B, p) is finite.
+
+    ``images`` are their numbers, by default 0 to B - 1. Only checks where distributions check
+    their arguments, because it makes a GPU wait.
+    """
+    if not Distribution._validate_args or bool(value.isfinite().all()):
+        return
+    wrong = (~value.isfinite().all(-1)).reshape(-1, value.shape[-2]).any(0)
+    numbers = (wrong.nonzero().flatten() if images is None else images[wrong]).tolist()
+    names = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    raise NonFiniteError(
+        f"{what} is not finite for image {names} of the batch: a weight is not finite, or a "
+        f"product overflows {value.dtype}",
+        images=numbers,
+    )

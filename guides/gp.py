@@ -14,8 +14,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from guides.gaussian import GaussianGuide
-from pyro_gpvae.distributions import MarginalPosterior
+from guides.gaussian import GaussianGuide, check_finite
+from pyro_gpvae.distributions import MarginalPosterior, bounded
 from pyro_gpvae.model import DATA_PLATE
 
 __all__ = ["GPGuide", "GaussianRows"]
@@ -138,7 +138,7 @@ class GPGuide(GaussianGuide):
                     log_h = log_s + _times(weights["U"], phi)
                 else:
                     f, log_h = self._sample_functions(m, log_s, phi)
-                q = dist.Normal(f, log_h.exp()).to_event(1)
+                q = dist.Normal(f, bounded(log_h).exp()).to_event(1)
             z: Tensor = pyro.sample("z", q)
         return z
 
@@ -169,7 +169,7 @@ class GPGuide(GaussianGuide):
             = \tfrac12 \sum_j [a_j^2 + v_j + e^{2 b_j + 2 r_j} - 1 - 2 b_j]
         """
         a, v, b, r = self.moments(x)
-        return 0.5 * (a.square() + v + (2 * b + 2 * r).exp() - 1 - 2 * b).sum(-1)
+        return 0.5 * (a.square() + v + (2 * bounded(b + r)).exp() - 1 - 2 * b).sum(-1)
 
     def kl_weights(self) -> Tensor:
         """KL(q(W, U) ‖ N(0, I)) in nats; eq. (2) divides it by N. Zero for points."""
@@ -183,7 +183,7 @@ class GPGuide(GaussianGuide):
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns a, v, b, r, each (B, p): mean and variance of f(x) and of log h(x)."""
         m, log_s, phi = self._encode(x)
-        a, b = m + self.W.mean(phi), log_s + self.U.mean(phi)
+        a, b = self._means(m, log_s, phi)
         return a, self.W.variance(phi), b, self.U.variance(phi)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,8 +195,14 @@ class GPGuide(GaussianGuide):
             phi = torch.cat([phi, phi.new_ones(len(phi), 1)], dim=-1)
         return m, log_s, phi
 
-    def _posterior(self, m: Tensor, log_s: Tensor, phi: Tensor) -> TorchDistribution:
+    def _means(self, m: Tensor, log_s: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b, the means of f(x) and of log h(x)."""
         a, b = m + self.W.mean(phi), log_s + self.U.mean(phi)
+        check_finite("the mean of the random encoder", torch.cat([a, b], dim=-1))
+        return a, bounded(b)
+
+    def _posterior(self, m: Tensor, log_s: Tensor, phi: Tensor) -> TorchDistribution:
+        a, b = self._means(m, log_s, phi)
         if self.covariance == "point":
             return dist.Normal(a, b.exp()).to_event(1)
         q: TorchDistribution = MarginalPosterior(
@@ -206,8 +212,9 @@ class GPGuide(GaussianGuide):
 
     def _sample_functions(self, m: Tensor, log_s: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """f(x) and log h(x) of each image. W and U imply them: they cost nothing of their own."""
-        q_f = dist.Normal(m + self.W.mean(phi), self.W.deviation(phi)).to_event(1)
-        q_log_h = dist.Normal(log_s + self.U.mean(phi), self.U.deviation(phi)).to_event(1)
+        a, b = self._means(m, log_s, phi)
+        q_f = dist.Normal(a, self.W.deviation(phi)).to_event(1)
+        q_log_h = dist.Normal(b, self.U.deviation(phi)).to_event(1)
         with poutine.mask(mask=False):
             f = pyro.sample("f", q_f, infer={"is_auxiliary": True})
             log_h = pyro.sample("log_h", q_log_h, infer={"is_auxiliary": True})
@@ -269,7 +276,9 @@ class GaussianRows(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Standard deviations (p, d), or the diagonal of the Cholesky factors of V."""
-        return torch.zeros_like(self.loc) if self.log_scale is None else self.log_scale.exp()
+        if self.log_scale is None:
+            return torch.zeros_like(self.loc)
+        return bounded(self.log_scale).exp()
 
     def _scale_tril(self) -> Tensor:
         assert self.lower is not None

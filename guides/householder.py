@@ -109,7 +109,12 @@ class _Vectors(nn.Module):
 
 
 def _nonzero(v: Tensor) -> Tensor:
-    """v, or the first unit vector where v is zero: Pyro divides by the norm as it stands."""
+    """v, or the first unit vector where v is zero: Pyro divides by the norm as it stands.
+
+    Where the norm overflows, v in units of its largest element.
+    """
     first = torch.zeros_like(v)
     first[..., 0] = 1
-    return torch.where(v.norm(dim=-1, keepdim=True) > torch.finfo(v.dtype).eps, v, first)
+    norm = v.norm(dim=-1, keepdim=True)
+    v = torch.where(norm.isinf(), v / v.abs().amax(-1, keepdim=True).clamp(min=1), v)
+    return torch.where(norm > torch.finfo(v.dtype).eps, v, first)

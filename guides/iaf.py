@@ -16,7 +16,8 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from guides.gaussian import GaussianGuide
+from guides.gaussian import GaussianGuide, check_finite
+from pyro_gpvae.distributions import bounded
 
 __all__ = ["FlowPosterior", "IAFGuide"]
 
@@ -98,7 +99,7 @@ class IAFGuide(GaussianGuide):
             warnings.filterwarnings("ignore", "ConditionalAutoRegressiveNN input_dim = 1")
             self.steps = nn.ModuleList(
                 ConditionalAffineAutoregressive(
-                    ConditionalAutoRegressiveNN(
+                    _MaskedNetwork(
                         self.latent_dim,
                         context_dim,
                         [hidden_dim],
@@ -121,6 +122,14 @@ class IAFGuide(GaussianGuide):
         return FlowPosterior(base, self.steps, context)
 
 
+class _MaskedNetwork(ConditionalAutoRegressiveNN):
+    """Pyro's network, whose gates can never close for good: z would be lost, and its density."""
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logit = super().forward(x, context)
+        return mu, bounded(logit)
+
+
 class FlowPosterior(TorchDistribution):
     r"""Distribution of :math:`z = f_T \circ \dots \circ f_1(z_0)`, :math:`z_0 \sim` base.
 
@@ -135,6 +144,9 @@ class FlowPosterior(TorchDistribution):
 
     A remembered density depends on the parameters through the sample's own computation. To
     differentiate it by z itself, score ``z.detach().requires_grad_()``.
+
+    Raises:
+        NonFiniteError: If z overflows in a step, forward or backward; names the images.
 
     Arguments:
         base: A reparametrised distribution with batch shape (B,) and event shape (p,).
@@ -176,8 +188,9 @@ class FlowPosterior(TorchDistribution):
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         z: Tensor = self.base.rsample(torch.Size(sample_shape))
         log_q = self.base.log_prob(z)
-        for step in self.steps:
+        for t, step in enumerate(self.steps, start=1):
             z, log_det = self._apply(step, z)
+            check_finite(f"z after step {t} of the flow", z)
             log_q = log_q - log_det
         self._last = _Draw(z, log_q)
         return z
@@ -193,6 +206,7 @@ class FlowPosterior(TorchDistribution):
         for step in reversed(self.steps):
             z, log_det_of_step = self._apply(step, z, inverse=True)
             log_det = log_det + log_det_of_step
+        check_finite("z before the flow", z)
         log_q: Tensor = self.base.log_prob(z) - log_det
         return log_q
 

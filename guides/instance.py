@@ -15,6 +15,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from guides.autoguides import Stack, fit_autoguide, load_autoguide
+from guides.gaussian import check_finite
 from guides.laplace import inverse_cholesky, line_search, linearize
 from pyro_gpvae.importance import default_chunk_size
 from pyro_gpvae.model import DATA_PLATE
@@ -42,6 +43,8 @@ class InstanceOptimum:
         gap: How far that is below the optimum nearby, as estimated from the last gradients.
         converged: Whether the gap is below the tolerance.
         steps: How many steps each image took.
+        jitter: What the precision at the mode, where they start, had to have added to its
+            diagonal, as a share of its mean; see :func:`guides.laplace.inverse_cholesky`.
     """
 
     posterior: TorchDistribution
@@ -49,6 +52,7 @@ class InstanceOptimum:
     gap: Tensor
     converged: Tensor
     steps: Tensor
+    jitter: Tensor
 
 
 class InstanceGuide(Program):
@@ -179,37 +183,40 @@ class InstanceGuide(Program):
     @torch.no_grad()
     def optimise(self, x: Tensor) -> InstanceOptimum:
         """Optimises the posterior of each image of x (B, C, H, W)."""
-        loc, factor = self._laplace(x)
+        start = self._laplace(x)
         if self.autoguide is not None:
-            return self._optimise_autoguide(x, loc, factor)
-        return self._optimise_gaussian(x, loc, factor)
+            return self._optimise_autoguide(x, *start)
+        return self._optimise_gaussian(x, *start)
 
-    def _laplace(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mode of highest Laplace evidence, (B, p), and S with S Sᵀ = Λ⁻¹, (B, p, p)."""
+    def _laplace(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mode of highest Laplace evidence, (B, p), S with S Sᵀ = Λ⁻¹, (B, p, p), jitter."""
         model, (start,) = self._model[0], self._start
         origin = x.new_zeros(len(x), self.latent_dim) if start is None else _mean(start, x)
         generator = torch.Generator().manual_seed(0)
         for index in range(self.num_starts):
             shift = torch.randn(self.latent_dim, generator=generator, dtype=torch.float64) / 2
             mode, precision = _mode(model, x, origin + shift.to(origin) if index else origin)
-            factor = inverse_cholesky(precision)
+            factor, jitter = inverse_cholesky(precision)
             volume = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             evidence = model.log_joint(x, mode) + volume
             if self.covariance == "diagonal":
                 # the mean-field optimum for a Gaussian posterior: variances 1 / Λ_jj
                 factor = torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
             if index == 0:
-                best = evidence, mode, factor
+                best = evidence, mode, factor, jitter
             else:
                 better = evidence > best[0]
                 best = (
                     torch.where(better, evidence, best[0]),
                     torch.where(better[:, None], mode, best[1]),
                     torch.where(better[:, None, None], factor, best[2]),
+                    torch.where(better, jitter, best[3]),
                 )
-        return best[1], best[2].to(origin.dtype)
+        return best[1], best[2].to(origin.dtype), best[3]
 
-    def _optimise_gaussian(self, x: Tensor, loc: Tensor, factor: Tensor) -> InstanceOptimum:
+    def _optimise_gaussian(
+        self, x: Tensor, loc: Tensor, factor: Tensor, jitter: Tensor
+    ) -> InstanceOptimum:
         """Natural-gradient ascent from N(loc, S Sᵀ); an image that has converged drops out."""
         p = self.latent_dim
         entropy = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + p / 2 * math.log(
@@ -227,6 +234,7 @@ class InstanceGuide(Program):
             S = factor[active]
             z = loc[active] + torch.einsum("bij,sj->sbi", S, points)
             log_joint, gradient = self._gradient(x[active], z)
+            check_finite("the gradient of log p(x, z)", gradient, active)
             a = torch.einsum("bji,sbj,s->bi", S, gradient, weights)
             A = eye + torch.einsum("bji,sbj,sk,s->bik", S, gradient, points, weights)
             A = A * eye if self.covariance == "diagonal" else (A + A.mT) / 2
@@ -260,14 +268,14 @@ class InstanceGuide(Program):
             root = torch.linalg.qr(factor.mT).R.mT
             root = root * root.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
             posterior = dist.MultivariateNormal(loc, scale_tril=root)
-        return InstanceOptimum(posterior, elbo, gap, gap < self.tolerance, steps)
+        return InstanceOptimum(posterior, elbo, gap, gap < self.tolerance, steps, jitter)
 
     def _gradient(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x, z) (S, B) and its gradient (S, B, p) for latents z (S, B, p)."""
         size = max(1, default_chunk_size(z.device) // len(z))
         values, gradients = [], []
         for images, latents in zip(x.split(size), z.split(size, dim=1), strict=True):
-            with torch.enable_grad():
+            with torch.enable_grad(), pyro.validation_enabled(False):
                 latents = latents.detach().requires_grad_()
                 log_joint = self._model[0].log_joint(images, latents)
                 (gradient,) = torch.autograd.grad(log_joint.sum(), latents)
@@ -275,7 +283,9 @@ class InstanceGuide(Program):
             gradients.append(gradient)
         return torch.cat(values, dim=1), torch.cat(gradients, dim=1)
 
-    def _optimise_autoguide(self, x: Tensor, loc: Tensor, factor: Tensor) -> InstanceOptimum:
+    def _optimise_autoguide(
+        self, x: Tensor, loc: Tensor, factor: Tensor, jitter: Tensor
+    ) -> InstanceOptimum:
         """Fits Pyro's autoguide to each image in turn, in the coordinates of its scales."""
         assert self.autoguide is not None
         options = self.autoguide, self.tolerance, self.max_steps
@@ -292,6 +302,7 @@ class InstanceGuide(Program):
             gap,
             gap < self.tolerance,
             torch.tensor(steps, device=x.device),
+            jitter,
         )
 
 
@@ -302,7 +313,7 @@ def _mode(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     active = torch.arange(len(z), device=z.device)
     for _ in range(_MODE_STEPS):
         gradient, precision[active] = linearize(model, x[active], z[active])
-        factor = inverse_cholesky(precision[active], active)
+        factor, _ = inverse_cholesky(precision[active], active)
         whitened = (factor.mT @ gradient.unsqueeze(-1)).squeeze(-1)
         direction = (factor @ whitened.unsqueeze(-1)).squeeze(-1).to(z.dtype)
         new = line_search(model, x[active], z[active], direction)

@@ -9,7 +9,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from guides.gaussian import GaussianGuide
+from guides.gaussian import GaussianGuide, check_finite
+from pyro_gpvae.distributions import bounded
 from pyro_gpvae.elbo import Objective
 from pyro_gpvae.mixtures import StratifiedELBO, gaussian_mixture
 
@@ -84,8 +85,10 @@ class MixtureGuide(GaussianGuide):
         heads = [self.head, *self.heads][:count]
         features = [encoder(x) for encoder in encoders]
         outputs = [head(phi) for head, phi in zip(heads, features, strict=True)]
+        log_mass = self._log_mass(features)
+        check_finite("a component's mean, log-scale or weight", torch.cat([*outputs, log_mass], -1))
         loc, log_scale = torch.stack(outputs, dim=-2).chunk(2, dim=-1)
-        return self._log_mass(features), loc, log_scale
+        return log_mass, loc, bounded(log_scale)
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Returns Q(z|x): batch shape (B,), event shape (p,)."""

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from guides.gaussian import GaussianGuide
+from guides.gaussian import GaussianGuide, check_finite
 from guides.mixture import MixtureGuide, gate
+from pyro_gpvae.distributions import bounded
 from pyro_gpvae.mixtures import gaussian_mixture
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.training import Block
@@ -131,8 +132,10 @@ class RecursiveMixtureGuide(MixtureGuide):
 
         def guide(x: Tensor) -> None:
             phi = [self.encoder, *self.encoders][m - 1](x)
-            loc, log_scale = [self.head, *self.heads][m - 1](phi).chunk(2, dim=-1)
-            q = dist.Normal(loc, log_scale.exp()).to_event(1)
+            output = [self.head, *self.heads][m - 1](phi)
+            check_finite(f"the mean or log-scale of component {m}", output)
+            loc, log_scale = output.chunk(2, dim=-1)
+            q = dist.Normal(loc, bounded(log_scale).exp()).to_event(1)
             with pyro.plate(DATA_PLATE, len(x), dim=-1):
                 pyro.sample("z", q)
                 if m > 1:

@@ -13,7 +13,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from guides.gaussian import GaussianGuide
+from guides.gaussian import GaussianGuide, check_finite
+from pyro_gpvae.distributions import bounded
 from pyro_gpvae.program import References
 
 __all__ = ["RefiningGuide", "SemiAmortizedGuide"]
@@ -80,8 +81,10 @@ class RefiningGuide(GaussianGuide):
         """
         _, loc, log_scale = self.encode(x)
         path, elbos = [(loc, log_scale)], []
-        for _ in range(self.num_steps):
+        for t in range(1, self.num_steps + 1):
             loc, log_scale, elbo = self.step(x, loc, log_scale)
+            check_finite(f"the mean or log-scale after step {t}", torch.cat([loc, log_scale], -1))
+            log_scale = bounded(log_scale)
             path.append((loc, log_scale))
             elbos.append(elbo)
         return path, elbos
@@ -99,7 +102,7 @@ class RefiningGuide(GaussianGuide):
             noise: The ε of each sample (S, B, p).
         """
         (model,) = self._model
-        scale = log_scale.exp()
+        scale = bounded(log_scale).exp()
         # The sites of the steps are no sites of the guide, and a line search may try values
         # that validation would refuse: they get an ELBO of -inf or NaN instead.
         with poutine.block(), pyro.validation_enabled(False):

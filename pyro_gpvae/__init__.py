@@ -1,16 +1,19 @@
 r"""How well a variational autoencoder infers: models, guides and measurements in Pyro."""
 
+from pyro_gpvae.annealing import annealed_evidence, bidirectional
 from pyro_gpvae.checkpoint import Checkpoints
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data
 from pyro_gpvae.distributions import MarginalPosterior
 from pyro_gpvae.elbo import PerImage, elbo_terms
+from pyro_gpvae.gap import Gap, decompose
 from pyro_gpvae.guide import available_guides, load_guide, make_guide
 from pyro_gpvae.importance import Evidence, evidence_curve, log_evidence, log_weights
 from pyro_gpvae.mixtures import StratifiedELBO
 from pyro_gpvae.model import ImageModel, initial_sigma
 from pyro_gpvae.networks import build_decoder, build_encoder
 from pyro_gpvae.program import Program
+from pyro_gpvae.reference import ReferenceEvidence, reference_evidence
 from pyro_gpvae.runs import Run, evaluate_run, load_run, resume_run, train_run
 from pyro_gpvae.training import Block, History, NonFiniteError, fit
 
@@ -20,6 +23,7 @@ __all__ = [
     "Block",
     "Checkpoints",
     "Evidence",
+    "Gap",
     "History",
     "ImageData",
     "ImageModel",
@@ -27,12 +31,16 @@ __all__ = [
     "NonFiniteError",
     "PerImage",
     "Program",
+    "ReferenceEvidence",
     "Run",
     "RunConfig",
     "StratifiedELBO",
+    "annealed_evidence",
     "available_guides",
+    "bidirectional",
     "build_decoder",
     "build_encoder",
+    "decompose",
     "elbo_terms",
     "evaluate_run",
     "evidence_curve",
@@ -44,6 +52,7 @@ __all__ = [
     "log_evidence",
     "log_weights",
     "make_guide",
+    "reference_evidence",
     "resume_run",
     "train_run",
 ]

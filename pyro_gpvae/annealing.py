@@ -14,13 +14,13 @@ from tqdm.auto import tqdm
 
 from pyro_gpvae.chains import Path, image_seed, num_pilots_for, start_distributions
 from pyro_gpvae.importance import (
-    _MAX_IMAGES,
+    MAX_IMAGES,
     Evidence,
-    _check_batch,
-    _device_and_dtype,
-    _is_global,
     as_pixels,
+    check_batch,
     default_chunk_size,
+    device_and_dtype,
+    is_global,
 )
 from pyro_gpvae.randomness import seeded
 
@@ -161,10 +161,10 @@ def annealed_evidence(
         >>> bool(((result.log_evidence - model.log_evidence(x)).abs() < 0.2).all())
         True
     """
-    _check_batch(model, x)
+    check_batch(model, x)
     schedule = sigmoidal_schedule(num_steps)
     seed = _seed(seed)
-    device, _ = _device_and_dtype(model, x)
+    device, _ = device_and_dtype(model, x)
     size = _images_at_once(num_chains, num_leapfrog, chunk_size, device)
     found = []
     with seeded(seed, device), _progress(len(x), size, num_steps, progress) as bar:
@@ -283,7 +283,7 @@ def _paths(
     size: int,
 ) -> Iterator[Path]:
     """The paths of all images, so many images at a time; the guide is asked for more at once."""
-    outer = max(size, _MAX_IMAGES // size * size)
+    outer = max(size, MAX_IMAGES // size * size)
     for begin in range(0, len(x), outer):
         images = as_pixels(model, x[begin : begin + outer])
         indices = range(first_image + begin, first_image + begin + len(images))
@@ -295,7 +295,7 @@ def _paths(
 
 def _simulate(model: Program, like: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """One image (1, C, H, W) and its z (1, p), drawn from the model."""
-    local = poutine.block(model, hide_fn=_is_global)
+    local = poutine.block(model, hide_fn=is_global)
     with seeded(seed, like.device), torch.no_grad():
         trace = poutine.trace(poutine.uncondition(local)).get_trace(like)
     images = [

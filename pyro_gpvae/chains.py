@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 from tqdm.auto import tqdm
 
 from pyro_gpvae.elbo import in_data_plate
-from pyro_gpvae.importance import _is_global, _site_sum
+from pyro_gpvae.importance import is_global, site_sum
 from pyro_gpvae.randomness import seeded
 
 __all__ = ["Forward", "Path", "image_seed", "num_pilots_for", "start_distributions"]
@@ -279,7 +279,7 @@ def _slices(q: Distribution) -> list[Distribution] | None:
 
 def _prior(model: Program, image: Tensor) -> Any:
     """The model's distribution of z for one image; refuses models with other latent sites."""
-    local = poutine.block(model, hide_fn=_is_global)
+    local = poutine.block(model, hide_fn=is_global)
     sites = {
         name: site
         for name, site in poutine.trace(local).get_trace(image).nodes.items()
@@ -295,14 +295,14 @@ def _prior(model: Program, image: Tensor) -> Any:
 
 def log_joint_of(model: Program, x: Tensor) -> Callable[[Tensor], Tensor]:
     """log p(x, z) in nats, (C, B), as a function of z (C, B, p); global sites do not enter."""
-    local = poutine.block(model, hide_fn=_is_global)
+    local = poutine.block(model, hide_fn=is_global)
 
     def log_joint(z: Tensor) -> Tensor:
         # checks would refuse the infinities of a step that is about to be rejected
         with pyro.validation_enabled(False), pyro.plate("chains", len(z), dim=-2):
             trace = poutine.trace(poutine.condition(local, data={"z": z})).get_trace(x)
             trace.compute_log_prob()
-        return _site_sum(trace, trace, (len(z), len(x)))
+        return site_sum(trace, trace, (len(z), len(x)))
 
     return log_joint
 

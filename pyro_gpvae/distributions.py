@@ -1,4 +1,4 @@
-r"""The marginal posterior of the GPVAE, eq. (7)."""
+r"""The marginal posterior of the GPVAE, eq. (7), and the range of scales."""
 
 from __future__ import annotations
 
@@ -12,7 +12,30 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
-__all__ = ["MarginalPosterior"]
+__all__ = ["LOG_SCALE_BOUND", "MarginalPosterior", "bounded"]
+
+#: Standard deviations lie between exp(-20) = 2e-9 and exp(20) = 5e8: see :func:`bounded`.
+LOG_SCALE_BOUND = 20.0
+
+
+def bounded(log_scale: Tensor) -> Tensor:
+    r"""Returns the logarithm of a scale, clamped to ±20, before anything exponentiates it.
+
+    :math:`\log \sigma`, :math:`\log s`, :math:`\log h`, the log standard deviations of W and U,
+    and the logits of gates come out of linear maps and optimisers, which know no limit; in
+    float32 :math:`e^{2 \log s}` overflows from 44.4 on, and is zero, with infinite gradients of
+    :math:`z / s`, from -52. Within ±20 squares, inverse squares, and their sums over a million
+    pixels or latents are finite. A clamp is the identity where it does nothing, so ordinary
+    results do not change; where it holds its gradient is zero. Pixels and latents are of order
+    one, so that a posterior which needs a scale beyond the bound does not exist.
+
+    Not a number stays what it is, for whoever checks.
+
+    Example:
+        >>> bounded(torch.tensor([-1e30, -2.5, 50.0, math.nan]))
+        tensor([-20.0000,  -2.5000,  20.0000,      nan])
+    """
+    return log_scale.clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND)
 
 
 class MarginalPosterior(TorchDistribution):
@@ -29,7 +52,7 @@ class MarginalPosterior(TorchDistribution):
     deviations. The Gaussian with the same mean and variance is wrong by nats in 50 dimensions.
 
     Parameters are given as standard deviations, because :math:`v = r = 0` is allowed, and gives
-    :math:`N(a, e^{2b})`.
+    :math:`N(a, e^{2b})`. In samples, nodes and variance :math:`\log h` is :func:`bounded`.
 
     Arguments:
         loc: The mean a of f.
@@ -95,7 +118,7 @@ class MarginalPosterior(TorchDistribution):
     def variance(self) -> Tensor:
         """Var[z] = v + exp(2b + 2r)."""
         r = self.log_scale_scale.square()
-        return self.loc_scale.square() + (2 * self.log_scale + 2 * r).exp()
+        return self.loc_scale.square() + (2 * bounded(self.log_scale + r)).exp()
 
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -103,7 +126,7 @@ class MarginalPosterior(TorchDistribution):
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         f = self.loc + self.loc_scale * torch.randn_like(noise)
         log_h = self.log_scale + self.log_scale_scale * torch.randn_like(noise)
-        return f + log_h.exp() * noise
+        return f + bounded(log_h).exp() * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -112,7 +135,7 @@ class MarginalPosterior(TorchDistribution):
         # ℓ, the log variance of each node and its normaliser do not depend on the sample
         shape = (-1,) + (1,) * self.loc.dim()
         ell = self.log_scale + self.log_scale_scale * self.loc.new_tensor(nodes).reshape(shape)
-        variance = self.loc_scale.square() + (2 * ell).exp()
+        variance = self.loc_scale.square() + (2 * bounded(ell)).exp()
         log_mass = self.loc.new_tensor(log_weights).reshape(shape) - 0.5 * variance.log()
         square = (value - self.loc).square()
         exponent = -0.5 * square.unsqueeze(-self.loc.dim() - 1) / variance + log_mass

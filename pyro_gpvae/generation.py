@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_gpvae.elbo import in_data_plate
-from pyro_gpvae.importance import _device_and_dtype, as_pixels, default_chunk_size
+from pyro_gpvae.importance import as_pixels, default_chunk_size, device_and_dtype
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.networks import ImageShape
 from pyro_gpvae.randomness import seeded
@@ -40,7 +40,7 @@ Program = Callable[[Tensor], Any]
 PathKind = Literal["spherical", "linear"]
 
 # images encoded or refined at once
-_MAX_IMAGES = 512
+MAX_IMAGES = 512
 # draws that stand for the mean of a posterior which does not tell it, such as a flow's
 _MEAN_DRAWS = 64
 
@@ -107,7 +107,7 @@ def decode(
         ValueError: If the model is not as above, or what it decodes is not finite.
     """
     shape = _image_shape(model, image_shape)
-    device, dtype = _device_and_dtype(model, z)
+    device, dtype = device_and_dtype(model, z)
     parts = []
     for part in z.reshape(-1, z.shape[-1]).to(device, dtype).split(default_chunk_size(device)):
         blank = torch.zeros(len(part), *shape, device=device, dtype=dtype)
@@ -351,7 +351,7 @@ def program_sites(model: Program, x: Tensor, z: Tensor | None = None) -> tuple[A
     return nodes["z"], observed[0]
 
 
-def float_batches(model: Program, images: Tensor, size: int = _MAX_IMAGES) -> Sequence[Tensor]:
+def float_batches(model: Program, images: Tensor, size: int = MAX_IMAGES) -> Sequence[Tensor]:
     """Images as floats where the model is, so many at once."""
     if not isinstance(images, Tensor) or images.dim() != 4 or len(images) == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -376,4 +376,4 @@ def _shape_of(x: Tensor) -> ImageShape:
 
 def seeded_for(model: Program, x: Tensor, seed: int | None) -> AbstractContextManager[None]:
     """Seeds the device that the model is on, if there is a seed: see :func:`seeded`."""
-    return nullcontext() if seed is None else seeded(seed, _device_and_dtype(model, x)[0])
+    return nullcontext() if seed is None else seeded(seed, device_and_dtype(model, x)[0])

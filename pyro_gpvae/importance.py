@@ -78,14 +78,14 @@ def log_weights(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-    _check_batch(model, x)
-    device, _ = _device_and_dtype(model, x)
+    check_batch(model, x)
+    device, _ = device_and_dtype(model, x)
     if chunk_size is None:
         chunk_size = default_chunk_size(device)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     columns = []
-    size = min(chunk_size, _MAX_IMAGES)
+    size = min(chunk_size, MAX_IMAGES)
     for start in range(0, len(x), size):
         batch = as_pixels(model, x[start : start + size])
         try:
@@ -189,11 +189,11 @@ def log_evidence(
         >>> from pyro_gpvae import ImageModel
         >>> from guides import GaussianGuide
         >>> model = ImageModel((1, 28, 28), latent_dim=2)
-        >>> result = log_evidence(model, GaussianGuide(model), torch.rand(3, 1, 28, 28), seed=0)
+        >>> result = log_evidence(model, GaussianGuide(model), torch.rand(3, 1, 28, 28), 10, seed=0)
         >>> result.log_evidence.shape
         torch.Size([3])
     """
-    device, _ = _device_and_dtype(model, x)
+    device, _ = device_and_dtype(model, x)
     with nullcontext() if seed is None else seeded(seed, device):
         weights = log_weights(model, guide, x, num_samples, chunk_size=chunk_size)
     evidence = Evidence.from_log_weights(weights)
@@ -285,7 +285,7 @@ def default_chunk_size(device: torch.device) -> int:
 
 
 # images refined or encoded at once by guides that do much work per image
-_MAX_IMAGES = 512
+MAX_IMAGES = 512
 
 
 def _log_weights_of_batch(
@@ -300,7 +300,7 @@ def _log_weights_of_batch(
                 pyro.sample("z", q)
 
         # W and U are not even sampled for many particles: q(z|x) has them integrated out
-        local_model: Program = poutine.block(model, hide_fn=_is_global)
+        local_model: Program = poutine.block(model, hide_fn=is_global)
         local_guide: Program = proposal
     else:
         # drawn for every particle, but no business of an image's weight
@@ -313,10 +313,10 @@ def _log_weights_of_batch(
         _, model_trace, guide_trace = vectorized_importance_weights(
             local_model, local_guide, x, num_samples=count, max_plate_nesting=1
         )
-        rows.append(_site_sum(model_trace, model_trace, (count, len(x))))
+        rows.append(site_sum(model_trace, model_trace, (count, len(x))))
         # a guide's auxiliary sites are absent from the model: p(x, z) / q(z | x, auxiliary)
         # is unbiased, dividing by their density as well would not be
-        rows[-1] = rows[-1] - _site_sum(guide_trace, model_trace, (count, len(x)))
+        rows[-1] = rows[-1] - site_sum(guide_trace, model_trace, (count, len(x)))
     return torch.cat(rows)
 
 
@@ -332,7 +332,7 @@ def as_pixels(model: Any, x: Tensor) -> Tensor:
         ValueError: If x is another type of number, not finite, or obviously not on the scale of
             pixels/255: beyond ±100, or above 2 with no value below zero.
     """
-    device, dtype = _device_and_dtype(model, x)
+    device, dtype = device_and_dtype(model, x)
     if x.dtype == torch.uint8:
         return x.to(device).to(dtype) / 255
     if not x.dtype.is_floating_point:
@@ -348,7 +348,7 @@ def as_pixels(model: Any, x: Tensor) -> Tensor:
     return x.to(device, dtype)
 
 
-def _check_batch(model: Any, x: Any) -> None:
+def check_batch(model: Any, x: Any) -> None:
     """Refuses what is no batch of images, before a guide's encoder stumbles over it."""
     if not isinstance(x, Tensor) or len(x) == 0:
         raise ValueError(f"x must be a tensor with at least one image, got {type(x).__name__}")
@@ -367,15 +367,15 @@ def _check_weights(log_weights: Tensor) -> None:
         )
 
 
-def _is_global(site: Any) -> bool:
+def is_global(site: Any) -> bool:
     return site["type"] == "sample" and not (in_data_plate(site) or site_is_subsample(site))
 
 
 def _untraced_if_global(site: Any) -> Any:
-    return {"is_auxiliary": True, "_do_not_trace": True} if _is_global(site) else {}
+    return {"is_auxiliary": True, "_do_not_trace": True} if is_global(site) else {}
 
 
-def _site_sum(trace: Any, model_trace: Any, shape: tuple[int, int]) -> Tensor:
+def site_sum(trace: Any, model_trace: Any, shape: tuple[int, int]) -> Tensor:
     """Σ of log densities per particle and image, over sites that the model has too."""
     terms = [
         site["unscaled_log_prob"].expand(shape)
@@ -385,7 +385,7 @@ def _site_sum(trace: Any, model_trace: Any, shape: tuple[int, int]) -> Tensor:
     return torch.stack(terms).sum(0) if terms else torch.zeros(shape)
 
 
-def _device_and_dtype(model: Any, x: Tensor) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(model: Any, x: Tensor) -> tuple[torch.device, torch.dtype]:
     """Where and how precisely to evaluate: as the model's parameters, if it is a module."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     first = next(parameters, None)

@@ -25,7 +25,7 @@ def gaussian_mixture(logits: Tensor, loc: Tensor, scale: Tensor) -> dist.Mixture
     r"""Returns :math:`Q(z) = \sum_k \alpha_k N(z; m_k, \mathrm{diag}\, s_k^2)`.
 
     The weights never leave the logarithm, so that a component whose :math:`\alpha_k` underflows
-    does no harm.
+    does no harm, whatever the logits.
 
     Arguments:
         logits: :math:`\log \alpha_k` up to a constant, shape (..., M).
@@ -46,7 +46,8 @@ def gaussian_mixture(logits: Tensor, loc: Tensor, scale: Tensor) -> dist.Mixture
         (torch.Size([5]), torch.Size([2]))
     """
     components = dist.Normal(loc, scale).to_event(1)
-    return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+    # torch subtracts logsumexp, in which equal logits of 1e30 lose their log 2
+    return dist.MixtureSameFamily(dist.Categorical(logits=logits.log_softmax(-1)), components)
 
 
 class StratifiedELBO(ELBO):
@@ -181,7 +182,8 @@ class _Stratify(Messenger):
                 continue
             log_prob = site["log_prob"]
             if self.plates <= {frame.name for frame in site["cond_indep_stack"]}:
-                log_prob = self.mass * log_prob
+                # a component without mass counts nothing, however impossible its draws
+                log_prob = self.mass * torch.where(self.mass > 0, log_prob, 0.0)
             elif log_prob.dim() > self.max_plate_nesting:
                 raise ValueError(
                     f"site {name!r} depends on the mixture {self.site!r}, but is outside its "

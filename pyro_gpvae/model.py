@@ -12,6 +12,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_gpvae.distributions import bounded
 from pyro_gpvae.networks import ImageShape, build_decoder
 from pyro_gpvae.program import Program
 
@@ -93,13 +94,18 @@ class ImageModel(Program):
         """The prior N(0, I) of one image's z: batch shape (), event shape (p,)."""
         return dist.Normal(self._zero, torch.ones_like(self._zero)).to_event(1)
 
+    @property
+    def sigma(self) -> Tensor | None:
+        """The standard deviation of a pixel, a scalar; None for Bernoulli pixels."""
+        return None if self.log_sigma is None else bounded(self.log_sigma).exp()
+
     def likelihood(self, z: Tensor) -> TorchDistribution:
         """The distribution of an image given z (..., p): batch shape (...), event (C, H, W)."""
         flat: Tensor = self.decoder(z.reshape(-1, self.latent_dim))
         output = flat.reshape(*z.shape[:-1], *self.image_shape)
-        if self.log_sigma is None:
+        if self.sigma is None:
             return dist.Bernoulli(logits=output).to_event(3)
-        return dist.Normal(output, self.log_sigma.exp()).to_event(3)
+        return dist.Normal(output, self.sigma).to_event(3)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """Returns log p(x, z) in nats, shape (..., B), of images (B, C, H, W), z (..., B, p)."""

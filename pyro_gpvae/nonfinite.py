@@ -116,7 +116,7 @@ def _not_finite_terms(programs: tuple[PerImage, PerImage], x: Tensor) -> tuple[l
                     terms.append(f"log density of site {name!r} in the {program}")
                     if in_data_plate(site) and wrong.shape[-1:] == bad.shape:
                         bad |= wrong.reshape(-1, len(x)).any(0)
-    except (ValueError, RuntimeError):  # what cannot even run is found by its gradient, or not
+    except (ValueError, RuntimeError, ArithmeticError):  # its gradient may tell more
         pass
     finally:
         Distribution.set_default_validate_args(validate)
@@ -137,7 +137,7 @@ def _not_finite_gradients(
         try:
             loss: Any = objective.differentiable_loss(*programs, x[i : i + 1])
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, ArithmeticError):
             bad[i] = True
             continue
         for name, gradient in zip(trained, gradients, strict=True):

@@ -17,11 +17,11 @@ from pyro_gpvae.annealing import annealed_evidence
 from pyro_gpvae.chains import image_seed
 from pyro_gpvae.guide import make_guide
 from pyro_gpvae.importance import (
-    _MAX_IMAGES,
+    MAX_IMAGES,
     PARETO_LIMIT,
     Evidence,
-    _check_batch,
     as_pixels,
+    check_batch,
     log_weights,
 )
 from pyro_gpvae.randomness import seeded
@@ -143,7 +143,7 @@ def reference_evidence(
         raise ValueError(f"num_chains must be 0 (no annealing) or at least 2, got {num_chains}")
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be positive, got {target_error}")
-    _check_batch(model, x)
+    check_batch(model, x)
     can_optimise = hasattr(model, "log_joint") and hasattr(model, "likelihood")
     if guide is None and not can_optimise and not num_chains:
         raise ValueError(
@@ -152,8 +152,8 @@ def reference_evidence(
     label = progress if isinstance(progress, str) else "reference"
     parts: list[dict[str, Estimate]] = []
     with tqdm(total=len(x), desc=label, unit="image", disable=not progress) as bar:
-        for begin in range(0, len(x), _MAX_IMAGES):
-            images = as_pixels(model, x[begin : begin + _MAX_IMAGES])
+        for begin in range(0, len(x), MAX_IMAGES):
+            images = as_pixels(model, x[begin : begin + MAX_IMAGES])
             first = first_image + begin
             start: Any = guide if hasattr(guide, "posterior") else None
             proposals: dict[str, Any] = {f"IWAE({num_samples})": guide}

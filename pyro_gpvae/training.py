@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -392,7 +392,9 @@ def _parameters(model: Program, guide: Program, x: Tensor) -> dict[str, Tensor]:
 
     The guide is run once, since Pyro's autoguides create their parameters then.
     """
-    with torch.no_grad(), poutine.trace(param_only=True) as capture:
+    capture = poutine.trace(param_only=True)
+    # what is not finite here will not be in the first step, which says where
+    with suppress(NonFiniteError), torch.no_grad(), refused_parameters(), capture:
         guide_trace = poutine.trace(guide).get_trace(x)
         poutine.replay(model, trace=guide_trace)(x)
     named: dict[str, Tensor] = {}
@@ -412,9 +414,9 @@ def _parameters(model: Program, guide: Program, x: Tensor) -> dict[str, Tensor]:
 def _monitor(model: Program, guide: Program, x: Tensor, num_images: int) -> dict[str, float]:
     """The terms of eq. (2), σ, and the guide's diagnostics, on some training images."""
     row = elbo_terms(model, guide, x, num_images)
-    log_sigma = getattr(model, "log_sigma", None)
-    if log_sigma is not None:
-        row["sigma"] = float(log_sigma.detach().exp())
+    sigma = getattr(model, "sigma", None)
+    if sigma is not None:
+        row["sigma"] = float(sigma.detach())
     if hasattr(guide, "diagnostics"):
         with torch.no_grad():
             row |= {name: float(value) for name, value in guide.diagnostics(x).items()}

@@ -10,6 +10,7 @@ from toy import exact_evidence, exact_posterior, images, linear_encoder, linear_
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import Evidence, ImageModel, evidence_curve, log_evidence, log_weights
+from pyro_gpvae.importance import ParetoWarning, as_pixels, pareto_k
 
 
 class ExactGuide(nn.Module):
@@ -179,8 +180,10 @@ def test_the_marginal_is_tighter_than_replaying_the_weights():
     model, x = linear_model(), images(50)
     torch.manual_seed(0)
     guide = GPGuide(model, linear_encoder(), initial_scale=0.5, estimator="weights").double()
-    tight = log_evidence(model, guide, x, 100, seed=0).mean
-    loose = log_evidence(model, ReplayedGuide(guide), x, 100, seed=0).mean
+    with pytest.warns(ParetoWarning, match=r"Pareto k above 0.7 for \d+ of 50 images"):
+        tight = log_evidence(model, guide, x, 100, seed=0).mean
+    with pytest.warns(ParetoWarning):
+        loose = log_evidence(model, ReplayedGuide(guide), x, 100, seed=0).mean
     assert tight > loose
 
 
@@ -273,3 +276,78 @@ def test_no_image_is_an_error():
     model = linear_model()
     with pytest.raises(ValueError, match="at least one image"):
         log_evidence(model, gaussian(model), images(2)[:0])
+
+
+def test_the_tail_of_known_weights():
+    generator = torch.Generator().manual_seed(0)
+    exponential = -torch.rand(5000, 40, generator=generator).double().log()
+    for shape in (0.3, 0.6, 0.9, 1.5):  # Pareto: P(w > t) = t^(-1/k)
+        k = pareto_k(shape * exponential)
+        assert abs(float(k.mean()) - shape) < 0.1
+    assert bool((pareto_k(0.3 * exponential) < 0.7).all())
+    assert bool((pareto_k(1.5 * exponential) > 0.7).all())
+    # bounded weights, and any factor
+    bounded = torch.rand(5000, 40, generator=generator).double().log()
+    assert bool((pareto_k(bounded) < 0).all())
+    torch.testing.assert_close(pareto_k(exponential - 700), pareto_k(exponential))
+    torch.testing.assert_close(
+        pareto_k(exponential.float()).double(), pareto_k(exponential), rtol=0, atol=1e-4
+    )
+
+
+def test_arviz_agrees_on_the_tail():
+    arviz = pytest.importorskip("arviz_stats.base").array_stats
+    weights = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).double() * 2
+    expected = [float(arviz.psislw(-column.numpy())[1]) for column in weights.mT]  # of log 1/w
+    torch.testing.assert_close(pareto_k(weights), torch.tensor(expected).double())
+    torch.testing.assert_close(Evidence.from_log_weights(weights).pareto_k, pareto_k(weights))
+
+
+def test_the_tail_of_odd_weights():
+    assert bool(pareto_k(torch.randn(24, 2)).isnan().all())
+    assert not bool(pareto_k(torch.randn(25, 2)).isnan().any())
+    few = torch.full((100, 4), -math.inf).double()
+    few[:3, 0] = 0.0  # only three weights at all
+    few[:, 1] = 0.0  # all equal
+    few[:, 2] = torch.arange(100) * -1000.0  # a span that has no exponential
+    few[:, 3] = math.nan
+    k = pareto_k(few)
+    assert float(k[0]) == math.inf
+    assert float(k[1]) == 0.0
+    assert float(k[2]) == math.inf
+    assert bool(k[3].isnan())
+
+
+def test_heavy_tails_are_warned_of_and_light_ones_are_not():
+    model, x = linear_model(), images(4)
+    guide = ExactGuide(model)
+    assert bool((log_evidence(model, guide, x, 100, seed=0).pareto_k <= 0.7).all())
+    narrow = gaussian(model)
+    with torch.no_grad():
+        narrow.head.bias[2:] = -8.0
+    with pytest.warns(ParetoWarning, match=r"for [1-4] of 4 images: .*\(K = 200\)") as caught:
+        result = log_evidence(model, narrow, x, 200, seed=0)
+    assert f"for {int((result.pareto_k > 0.7).sum())} of 4 images" in str(caught[0].message)
+
+
+def test_simulated_images_lie_in_no_interval():
+    model = linear_model()
+    x = images(3) * 1.5 - 0.3
+    assert torch.equal(as_pixels(model, x), x)
+    weights = log_weights(model, ExactGuide(model), x, 1)
+    torch.testing.assert_close(weights[0], exact_evidence(model, x))
+    assert as_pixels(model, x.float()).dtype == torch.float64  # as the model
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (images(2) * 255, "between .* and .*: divide values 0 to 255 by 255"),
+        (images(2) * 255 - 128, "divide values 0 to 255 by 255"),
+        (images(2).log() * math.inf, "must be finite"),
+        ((images(2) * 255).long(), "must be uint8 values or floats in .*, got torch.int64"),
+    ],
+)
+def test_other_scales_are_refused(x, message):
+    with pytest.raises(ValueError, match=message):
+        as_pixels(linear_model(), x)

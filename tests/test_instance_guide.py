@@ -74,7 +74,7 @@ class TestLinearGaussian:
         best = guide.optimise(x)
         loc = best.posterior.mean + torch.tensor([0.5, -0.3, 0.2]).double()
         factor = 2 * torch.eye(3).double().repeat(4, 1, 1)
-        found = guide._optimise_gaussian(x, loc, factor)
+        found = guide._optimise_gaussian(x, loc, factor, torch.zeros(len(x)))
         assert found.converged.all()
         assert found.steps.min() > 5
         close(found.posterior.mean, best.posterior.mean, 1e-3)
@@ -116,7 +116,7 @@ class TestOptimum:
         guide = InstanceGuide(model, covariance, warm_start=vae, tolerance=0.01)
         optimum = guide.optimise(x)
         assert optimum.converged.all()
-        loc, factor = guide._laplace(x)
+        loc, factor, _ = guide._laplace(x)
         laplace = dist.MultivariateNormal(loc, factor @ factor.mT)
         torch.manual_seed(0)
         elbos = []

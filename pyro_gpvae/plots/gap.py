@@ -74,7 +74,7 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
         )  # fmt: skip
     left.set_yticks(places, labels)
     left.set_xlabel("mean over images (nats per image)")
-    left.margins(x=0.12)
+    left.set_xlim(min(1.1 * below.min(), 0.0), 1.15 * above.max())  # room for the numbers
     left.axvline(0, color="black", linewidth=0.8)
     gaps = [table.loc[table["label"] == label, "gap"].clip(lower=1e-2) for label in labels]
     right.boxplot(

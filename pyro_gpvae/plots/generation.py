@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_gpvae.plots._style import COLOURS, finish
-from pyro_gpvae.plots.images import _mosaic, _pixels, _show, image_grid, reconstructions
+from pyro_gpvae.plots.images import image_grid, reconstructions, show_pixels, tile, to_pixels
 
 __all__ = ["active_units_chart", "generated_figures", "image_table", "traversals"]
 
@@ -61,7 +61,8 @@ def generated_figures(
         ),
         "interpolations.png": image_table(
             np.concatenate(
-                [_pixels(images[:-1])[:, None], _table(paths), _pixels(images[1:])[:, None]], axis=1
+                [to_pixels(images[:-1])[:, None], _table(paths), to_pixels(images[1:])[:, None]],
+                axis=1,
             ),
             [f"{a} → {b}" for a, b in pairwise(shown)],
             ["image", *(f"{value:.3g}" for value in t), "image"],
@@ -119,7 +120,7 @@ def image_table(
         dpi=150,
     )
     axes = figure.subplots()
-    _show(axes, _mosaic(table.reshape(-1, *table.shape[2:]), len(columns)))
+    show_pixels(axes, tile(table.reshape(-1, *table.shape[2:]), len(columns)))
     _ticks(axes, len(rows), len(columns), height, width)
     axes.set_yticklabels(rows, fontsize=8)
     axes.set_xticklabels(columns, fontsize=8)
@@ -235,7 +236,7 @@ def _information(record: Mapping[str, Any]) -> str:
 def _table(images: ArrayLike) -> NDArray[np.floating[Any]]:
     """Images (R, S, C, H, W) as floats (R, S, H, W, C) in [0, 1]."""
     array = np.asarray(images)
-    flat = _pixels(array.reshape(-1, *array.shape[2:]))
+    flat = to_pixels(array.reshape(-1, *array.shape[2:]))
     return flat.reshape(*array.shape[:2], *flat.shape[1:])
 
 

@@ -32,14 +32,14 @@ def image_grid(
     """
     if not panels or columns < 1:
         raise ValueError("image_grid needs at least one panel and one column")
-    mosaics = {name: _mosaic(_pixels(images), columns) for name, images in panels.items()}
+    mosaics = {name: tile(to_pixels(images), columns) for name, images in panels.items()}
     ratio = max(m.shape[0] / m.shape[1] for m in mosaics.values())
     width = 4.4
     figure = Figure(figsize=(width * len(mosaics), width * ratio + 1.1), dpi=150)
     for axes, (name, mosaic) in zip(
         figure.subplots(1, len(mosaics), squeeze=False)[0], mosaics.items(), strict=True
     ):
-        _show(axes, mosaic)
+        show_pixels(axes, mosaic)
         axes.set_title(name, fontsize=10)
     return finish(figure, caption, title)
 
@@ -57,7 +57,7 @@ def reconstructions(
     Raises:
         ValueError: If the shapes differ or are not those of images.
     """
-    rows = {"image": _pixels(images)} | {name: _pixels(x) for name, x in decoded.items()}
+    rows = {"image": to_pixels(images)} | {name: to_pixels(x) for name, x in decoded.items()}
     for name, row in rows.items():
         if row.shape != rows["image"].shape:
             raise ValueError(f"{name!r} has shape {row.shape}, the images {rows['image'].shape}")
@@ -65,7 +65,7 @@ def reconstructions(
     figure = Figure(figsize=(0.75 * count + 1.2, 0.8 * len(rows) + 0.6), dpi=150)
     all_axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (name, row) in zip(all_axes, rows.items(), strict=True):
-        _show(axes, _mosaic(row, count))
+        show_pixels(axes, tile(row, count))
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     return finish(figure, caption)
 
@@ -104,7 +104,7 @@ def uncertain_images(
     )
 
 
-def _pixels(images: ArrayLike) -> NDArray[np.floating[Any]]:
+def to_pixels(images: ArrayLike) -> NDArray[np.floating[Any]]:
     """Images (N, C, H, W) as floats (N, H, W, C) in [0, 1]."""
     array = np.asarray(images)
     if array.ndim != 4 or array.shape[1] not in (1, 3) or not len(array):
@@ -113,7 +113,7 @@ def _pixels(images: ArrayLike) -> NDArray[np.floating[Any]]:
     return np.clip(array.astype(float) / scale, 0, 1).transpose(0, 2, 3, 1)
 
 
-def _mosaic(images: NDArray[np.floating[Any]], columns: int) -> NDArray[np.floating[Any]]:
+def tile(images: NDArray[np.floating[Any]], columns: int) -> NDArray[np.floating[Any]]:
     """Images (N, H, W, C) as one (H', W', C), with white lines between them."""
     _, height, width, channels = images.shape
     columns = min(columns, len(images))
@@ -125,7 +125,7 @@ def _mosaic(images: NDArray[np.floating[Any]], columns: int) -> NDArray[np.float
     return mosaic
 
 
-def _show(axes: Axes, mosaic: NDArray[np.floating[Any]]) -> None:
+def show_pixels(axes: Axes, mosaic: NDArray[np.floating[Any]]) -> None:
     grey = mosaic.shape[-1] == 1
     axes.imshow(mosaic[..., 0] if grey else mosaic, cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])

@@ -13,7 +13,7 @@ from matplotlib.patches import Ellipse, Patch
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_gpvae.plots._style import COLOURS, finish
-from pyro_gpvae.plots.images import _pixels, _show
+from pyro_gpvae.plots.images import show_pixels, to_pixels
 
 __all__ = ["posterior_panels"]
 
@@ -46,7 +46,7 @@ def posterior_panels(
     Raises:
         ValueError: If there is no image, or not one title for each.
     """
-    pixels = _pixels(images)
+    pixels = to_pixels(images)
     if len(titles) != len(pixels) or len(record["f"]) != len(pixels):
         raise ValueError(
             f"expected a title and a posterior for each of {len(pixels)} images, got "
@@ -62,7 +62,7 @@ def posterior_panels(
             picture.set_axis_off()
             axes.set_axis_off()
             continue
-        _show(picture, pixels[index])
+        show_pixels(picture, pixels[index])
         _panel(axes, {name: values[index] for name, values in record.items()})
         axes.set_title(titles[index], fontsize=10)
     figure.legend(

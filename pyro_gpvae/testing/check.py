@@ -75,7 +75,7 @@ def check_guide(
     ============= ==============================================================================
 
     Thresholds: 1e-6 relative for equalities (1e-3 in float32), a p-value of 2e-5 for
-    goodness-of-fit tests, |z| < 4 for estimates; several images share one threshold
+    goodness-of-fit tests, ``|z| < 4`` for estimates; several images share one threshold
     (Bonferroni, or a χ² of all their z). A correct guide fails by chance in ``density``,
     ``noise`` or ``trace`` with probability 2e-5 each, in ``evidence`` or ``linear`` with 6e-5,
     in ``monotone`` with about 1e-4. The seed is fixed, so that it passes always or never.

@@ -16,6 +16,7 @@ from torch.distributions import kl_divergence
 
 from pyro_gpvae.importance import log_weights
 from pyro_gpvae.model import DATA_PLATE
+from pyro_gpvae.nonfinite import NonFiniteError
 from pyro_gpvae.testing.kit import Kit, all_equal, log_density
 from pyro_gpvae.testing.tools import (
     ConstantNoise,
@@ -138,13 +139,16 @@ def _posterior_problems(guide: Any, x: Tensor) -> list[str]:
 def check_finite(kit: Kit) -> Finding:
     model, guide = copy.deepcopy(kit.given)
     torch.manual_seed(kit.seed)
-    with pyro.validation_enabled(False):  # which stops at the first
-        weights = log_weights(paired(model, guide), guide, kit.given_x, 4)
-    count = int((~weights.isfinite()).sum())
-    account = (
-        f"{count} of {weights.numel()} log weights are NaN or infinite.\nLikely cause: a scale "
-        "that over- or underflows, or a density of zero where it samples."
+    cause = (
+        "\nLikely cause: a scale that over- or underflows, or a density of zero where it samples."
     )
+    try:
+        with pyro.validation_enabled(False):  # which stops at the first
+            weights = log_weights(paired(model, guide), guide, kit.given_x, 4)
+    except NonFiniteError as error:
+        return Finding("not finite", "0", False, f"{error}.{cause}")
+    count = int((~weights.isfinite()).sum())  # -∞ is left
+    account = f"{count} of {weights.numel()} log weights are infinite.{cause}"
     return Finding(f"{count} not finite", "0", count == 0, account)
 
 

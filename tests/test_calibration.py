@@ -1,0 +1,164 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from guides import LaplaceGuide
+from pyro_gpvae import ImageModel
+from pyro_gpvae.testing import linear_gaussian
+from pyro_gpvae.testing.calibration import _null, _smallest_tail, simulation_based_calibration
+
+MODEL = linear_gaussian((1, 4, 4), latent_dim=3).double()
+
+
+def changed(scale=1.0, shift=0.0):
+    """The exact posterior, but for its width and its place in posterior standard deviations."""
+
+    def posterior(x):
+        q = MODEL.posterior(x)
+        loc = q.mean + shift * q.stddev
+        return dist.MultivariateNormal(loc, scale_tril=scale * q.scale_tril)
+
+    return SimpleNamespace(posterior=posterior)
+
+
+def as_program(guide):
+    def program(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", guide.posterior(x))
+
+    return program
+
+
+@pytest.mark.parametrize("form", [lambda guide: guide, as_program], ids=["posterior", "program"])
+def test_the_exact_posterior_passes(form):
+    found = simulation_based_calibration(MODEL, form(MODEL))
+    assert found.ranks.shape == (500, 3)
+    assert found.p_value.shape == (3,)
+    assert found.passed()
+    assert "500 simulations, 99 draws: calibrated" in repr(found)
+
+
+def test_the_laplace_guide_is_exact_for_a_linear_model():
+    guide = LaplaceGuide(MODEL, 1, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4)))
+    assert simulation_based_calibration(MODEL, guide.double()).passed()
+
+
+@pytest.mark.parametrize(
+    ("options", "column", "low", "high"),
+    [
+        ({"scale": 0.5}, "spread", 1.2, 2.0),
+        ({"scale": 2.0}, "spread", 0.3, 0.8),
+        ({"shift": 0.5}, "centre", 0.2, 0.4),
+        ({"shift": -0.5}, "centre", 0.6, 0.8),
+    ],
+)
+@pytest.mark.parametrize("form", [lambda guide: guide, as_program], ids=["posterior", "program"])
+def test_wrong_posteriors_fail_and_the_table_tells_how(form, options, column, low, high):
+    found = simulation_based_calibration(MODEL, form(changed(**options)))
+    assert not found.passed()
+    assert "not calibrated" in repr(found)
+    table = found.table()
+    assert table[column].between(low, high).all()
+    if column == "spread":
+        assert table["centre"].between(0.4, 0.6).all()
+
+
+def test_one_wrong_coordinate_is_enough():
+    def posterior(x):
+        q = MODEL.posterior(x)
+        scale = torch.tensor([1.0, 1.0, 0.5]).double() * q.scale_tril
+        return dist.MultivariateNormal(q.mean, scale_tril=scale)
+
+    assert not simulation_based_calibration(MODEL, SimpleNamespace(posterior=posterior)).passed()
+
+
+def test_one_in_a_hundred_exact_guides_fails():
+    # fails for right code with probability 5e-4: more than 5 of 100 at 1 % (Bonferroni: less)
+    failed = [
+        not simulation_based_calibration(MODEL, MODEL, 200, 49, seed=s).passed() for s in range(100)
+    ]
+    assert sum(failed) <= 5
+
+
+@pytest.mark.parametrize(("simulations", "draws"), [(500, 99), (20, 9), (50, 199), (1, 1)])
+def test_p_values_are_right_for_uniform_ranks(simulations, draws):
+    # 2000 sets of ranks of their own: a share of 0.05 has standard error 0.005; the test is
+    # conservative where there are few possible ranks
+    rng = np.random.default_rng(1)
+    null = _null(simulations, draws)
+    tails = [_smallest_tail(rng.integers(0, draws + 1, simulations), draws) for _ in range(2000)]
+    p_values = np.searchsorted(null, tails, side="right") / len(null)
+    for level in (0.01, 0.05, 0.5):
+        error = math.sqrt(level * (1 - level) / 2000)
+        assert (p_values <= level).mean() < level + 4 * error
+        if simulations == 500:
+            assert (p_values <= level).mean() > level - 4 * error - 0.002
+
+
+def test_the_band_is_simultaneous():
+    rng = np.random.default_rng(0)
+    tails = [_smallest_tail(rng.integers(0, 100, 500), 99) for _ in range(500)]
+    pointwise = np.mean([tail < 0.005 for tail in tails])
+    assert pointwise > 0.05  # a band of pointwise intervals would fail too many exact guides
+
+
+def test_seeds():
+    state = torch.random.get_rng_state()
+    first, again, other = (simulation_based_calibration(MODEL, MODEL, seed=s) for s in (0, 0, 1))
+    assert torch.equal(first.ranks, again.ranks)
+    assert not torch.equal(first.ranks, other.ranks)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_model_of_ones_own():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            loc = z[..., None, None].expand(*z.shape[:-1], 1, 1, 2)
+            pyro.sample("pixels", dist.Normal(loc, 1.0).to_event(3), obs=x)
+
+    def guide(x, scale=(1 / 3) ** 0.5):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.sum((-1, -2)) / 3, scale).to_event(1))
+
+    assert simulation_based_calibration(model, guide, image_shape=(1, 1, 2)).passed()
+    narrow = simulation_based_calibration(model, lambda x: guide(x, 0.3), image_shape=(1, 1, 2))
+    assert not narrow.passed()
+    with pytest.raises(ValueError, match=r"pass image_shape=\(C, H, W\)"):
+        simulation_based_calibration(model, guide)
+
+
+def test_binary_images():
+    # the posterior of the prior: x says nothing about z
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Unflatten(1, (1, 2, 2)))
+    model = ImageModel((1, 2, 2), 2, decoder, likelihood="bernoulli")
+    with torch.no_grad():
+        decoder[0].weight.zero_()
+    prior = SimpleNamespace(posterior=lambda x: model.prior().expand([len(x)]))
+    assert simulation_based_calibration(model, prior).passed()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_simulations": 0}, "num_simulations must be at least 1, got 0"),
+        ({"num_draws": 0}, "num_draws must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        simulation_based_calibration(MODEL, MODEL, **options)
+
+
+def test_a_model_without_an_observed_image():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="one observed site"):
+        simulation_based_calibration(model, MODEL, image_shape=(1, 1, 2))

@@ -1,0 +1,204 @@
+import math
+import warnings
+
+import pyro
+import pytest
+import torch
+from torch import nn
+
+from guides import GaussianGuide
+from pyro_gpvae.reference import _choose, reference_evidence
+from pyro_gpvae.testing import linear_gaussian
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def double_precision():
+    """Also for programs that have no parameters to tell."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = linear_gaussian(SHAPE, 10).double()
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    return model, GaussianGuide(model, nn.Flatten()).double(), model.images(6)
+
+
+@pytest.fixture(scope="module")
+def reference(toy):
+    return reference_evidence(*toy_order(toy), num_samples=1000)
+
+
+def toy_order(toy):
+    model, guide, x = toy
+    return model, x, guide
+
+
+def test_the_reference_is_the_exact_evidence(toy, reference):
+    model, _, x = toy
+    exact = model.log_evidence(x)
+    # the best Gaussian is the posterior of this model: two estimators have no error at all
+    assert "IWAE(1000)" not in reference.estimator
+    torch.testing.assert_close(reference.log_evidence, exact, rtol=0, atol=1e-6)
+    assert list(reference.estimates) == ["IWAE(1000)", "IWAE(1000), instance:full", "AIS(50)"]
+    own, _, annealed = (value for value, _, _ in reference.estimates.values())
+    assert float((own - exact).mean()) < -0.1  # untrained
+    torch.testing.assert_close(annealed, exact, rtol=0, atol=1e-6)
+    assert "6 images, 0 by IWAE(1000), " in repr(reference)
+
+
+def test_an_image_has_the_same_numbers_in_any_batch_and_chunk(toy, reference):
+    model, guide, x = toy
+    part = reference_evidence(model, x[4:], guide, num_samples=1000, first_image=4)
+    for name, columns in part.estimates.items():
+        # k̂ of weights that agree to the last digits is noise
+        count = 3 if name == "IWAE(1000)" else 2
+        for column, whole in list(zip(columns, reference.estimates[name], strict=True))[:count]:
+            torch.testing.assert_close(column, whole[4:], rtol=0, atol=1e-7, msg=name)
+
+
+def test_the_seed_decides_and_the_global_state_is_untouched(toy):
+    model, guide, x = toy
+    state = torch.random.get_rng_state()
+    first = reference_evidence(model, x, guide, num_samples=30, num_steps=2).estimates
+    assert torch.equal(torch.random.get_rng_state(), state)
+    other = reference_evidence(model, x, guide, num_samples=30, num_steps=2, seed=1).estimates
+    assert all(bool((first[name][0] != other[name][0]).any()) for name in first)
+
+
+def plain(model):
+    """The same model as a user's function, of which only the sites are known."""
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", model.prior())
+            pyro.sample("x", model.likelihood(z), obs=x)
+
+    return program
+
+
+def test_a_plain_pyro_model_is_annealed(toy):
+    model, guide, x = toy
+    program = plain(model)
+    alone = reference_evidence(program, x, num_steps=200, num_chains=32)
+    assert alone.estimator == ("AIS(200)",) * 6
+    both = reference_evidence(program, x, guide, num_steps=20, num_samples=100)
+    assert set(both.estimates) == {"IWAE(100)", "AIS(20)"}
+    difference = (alone.log_evidence - model.log_evidence(x)) / alone.standard_error
+    assert float(difference.abs().max()) < 3.5
+    with pytest.raises(ValueError, match="without a guide, an ImageModel or chains"):
+        reference_evidence(program, x, num_chains=0)
+
+
+def estimates(**rows):
+    """(log p(x), error, k̂) of one image for each estimator."""
+    return {name: tuple(torch.tensor([v]).double() for v in row) for name, row in rows.items()}
+
+
+nan = math.nan
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        # the smaller error, not the higher value
+        ({"IWAE": (1.1, 0.2, 0.4), "AIS": (1.0, 0.1, nan)}, "AIS"),
+        ({"IWAE": (1.0, 0.01, 0.7), "AIS": (1.1, 0.1, nan)}, "IWAE"),
+        # heavy tails, or too few samples to know: not trusted, however small the error
+        ({"IWAE": (1.0, 0.01, 0.71), "AIS": (1.1, 0.1, nan)}, "AIS"),
+        ({"IWAE": (1.0, 0.01, nan), "AIS": (1.1, 0.1, nan)}, "AIS"),
+        # refuted by a trusted one that is far higher
+        ({"IWAE": (1.0, 0.01, 0.3), "AIS": (1.4, 0.1, nan)}, "AIS"),
+        ({"IWAE": (1.0, 0.01, 0.3), "AIS": (1.2, 0.1, nan)}, "IWAE"),
+        # by an untrusted one only if that can hardly be chance
+        ({"IWAE": (3.0, 0.1, 0.9), "AIS": (1.0, 0.1, nan)}, "AIS"),
+        ({"IWAE": (6.0, 0.1, 0.9), "AIS": (1.0, 0.1, nan)}, "IWAE"),
+        # nothing trusted: the highest
+        ({"IWAE": (1.0, 0.1, 0.9), "IWAE2": (1.5, 0.3, 0.8)}, "IWAE2"),
+    ],
+)
+def test_the_choice(rows, chosen):
+    result = _choose(estimates(**rows))
+    assert result.estimator == (chosen,)
+    assert float(result.log_evidence) == pytest.approx(rows[chosen][0])
+    assert float(result.standard_error) == pytest.approx(rows[chosen][1])
+
+
+def test_the_choice_errs_downwards():
+    """Three estimators of equal quality: their maximum would be 0.85 errors too high."""
+    torch.manual_seed(0)
+    count, error = 2000, 0.1
+    rows = {}
+    for name in ("IWAE", "IWAE2", "AIS"):
+        # log-normal weights: 100 of them, standard deviation 1 in logarithm
+        weights = torch.randn(100, count).double() - 0.5
+        value = weights.logsumexp(0) - math.log(100)
+        deviation = weights.exp().std(0) / weights.exp().mean(0) / 10
+        rows[name] = value, deviation, torch.full((count,), 0.5).double()
+    maximum = torch.stack([value for value, _, _ in rows.values()]).max(0).values
+    assert float(maximum.mean()) > 0.05
+    chosen = _choose(rows).log_evidence
+    assert -error < float(chosen.mean()) < 0
+
+
+def test_a_missed_target_says_what_would_do(toy):
+    model, guide, x = toy
+    with pytest.warns(UserWarning, match=r"for 6 of 6 images.*num_chains = [\d,]+ would do"):
+        reference_evidence(plain(model), x, num_steps=20, target_error=1e-3)
+    with pytest.warns(UserWarning, match="no num_samples is known to do for 6 "):
+        reference_evidence(plain(model), x, guide, num_samples=20, num_chains=0, target_error=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference_evidence(model, x, num_samples=30, num_chains=0, target_error=0.1)
+
+
+def test_the_advised_number_of_samples_does(toy):
+    model, _, x = toy
+    wide = _Wide(model)
+    options = {"num_chains": 0, "target_error": 0.02}
+    with pytest.warns(UserWarning, match="num_samples = ") as caught:
+        reference_evidence(plain(model), x, wide, num_samples=200, **options)
+    text = str(caught[0].message)
+    advised = int(text.split("num_samples = ")[1].split(" ")[0].replace(",", ""))
+    assert 300 < advised < 20_000
+    found = reference_evidence(plain(model), x, wide, num_samples=2 * advised, num_chains=0)
+    assert float(found.standard_error.max()) < 0.02
+
+
+class _Wide:
+    """Wider than the posterior, so that its weights are bounded."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def posterior(self, x):
+        q = self.model.posterior(x)
+        return type(q)(q.loc, scale_tril=1.3 * q.scale_tril)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
+        ({"num_chains": 1}, r"num_chains must be 0 \(no annealing\) or at least 2, got 1"),
+        ({"target_error": 0.0}, "target_error must be positive, got 0.0"),
+        ({"x": torch.rand(0, *SHAPE)}, "at least one image"),
+    ],
+)
+def test_bad_input(toy, options, message):
+    model, guide, x = toy
+    with pytest.raises(ValueError, match=message):
+        reference_evidence(**({"model": model, "x": x, "guide": guide} | options))
+
+
+def test_progress_is_shown(toy, capsys):
+    model, guide, x = toy
+    reference_evidence(model, x, guide, num_samples=30, num_steps=2, progress="digits")
+    shown = capsys.readouterr().err
+    assert "digits: 100%" in shown
+    assert "digits: annealing: 100%" in shown
