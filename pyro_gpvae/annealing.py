@@ -283,7 +283,7 @@ def _paths(
     size: int,
 ) -> Iterator[Path]:
     """The paths of all images, so many images at a time; the guide is asked for more at once."""
-    outer = max(size, MAX_IMAGES // size * size)
+    outer = -(-MAX_IMAGES // size) * size  # whole parts, at least MAX_IMAGES
     for begin in range(0, len(x), outer):
         images = as_pixels(model, x[begin : begin + outer])
         indices = range(first_image + begin, first_image + begin + len(images))

@@ -12,7 +12,7 @@ import tyro
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.checkpoint import NewerFormatError
-from pyro_gpvae.commands import Demo, Evaluate, Gap, Generate, Guides, Train, Uncertainty
+from pyro_gpvae.commands import Demo, Evaluate, Gap, Generate, Guides, Results, Train, Uncertainty
 from pyro_gpvae.commands._text import one_line
 from pyro_gpvae.interrupts import Terminated, terminating
 from pyro_gpvae.training import NonFiniteError
@@ -33,6 +33,7 @@ _Command = (
     | Annotated[Gap, tyro.conf.subcommand("gap")]
     | Annotated[Uncertainty, tyro.conf.subcommand("uncertainty")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Results, tyro.conf.subcommand("results")]
     | Annotated[Guides, tyro.conf.subcommand("guides")]
 )
 

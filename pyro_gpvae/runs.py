@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_gpvae.checkpoint import Checkpoints, OnError, load_weights, save_weights
+from pyro_gpvae.companion import companion_scores, width_images
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data, split_validation, to_float
 from pyro_gpvae.files import (
@@ -47,7 +49,9 @@ from pyro_gpvae.training import fit
 __all__ = [
     "RUN_FILES",
     "Run",
+    "check_trust",
     "evaluate_run",
+    "load_images",
     "load_run",
     "resume_run",
     "train_into",
@@ -96,7 +100,7 @@ class Run:
         Raises:
             ValueError: If they are not the same images as in the run.
         """
-        data = _load(self.config)
+        data = load_images(self.config)
         for part, images in (("train", data.train), ("test", data.test)):
             if sha256(images) != self.record["data"][f"{part}_sha256"]:
                 raise ValueError(
@@ -116,6 +120,8 @@ def train_run(
     checkpoint_every: int | str = "5m",
     on_checkpoint_error: OnError = "continue",
     trust_guide: bool = False,
+    data: ImageData | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains a guide and a model, evaluates them on the test images, and writes a run folder.
 
@@ -133,6 +139,8 @@ def train_run(
         on_checkpoint_error: "continue" or "stop" if a checkpoint cannot be written.
         trust_guide: Whether the guide of the warm start may be code outside the registered
             guides; see :func:`load_run`.
+        data: The data set that the options name, whole, if it is loaded already.
+        plan: What the record says of the plan that the run is part of.
 
     Returns:
         The content of ``record.json``.
@@ -152,7 +160,8 @@ def train_run(
         )
         write_json(folder / "config.json", dataclasses.asdict(_resolved(config)))
         start = _start(config, trust_guide)
-        return train_into(folder, config, start, progress=progress, checkpoints=checkpoints)
+        how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
+        return train_into(folder, config, start, checkpoints=checkpoints, **how)
 
 
 def resume_run(
@@ -162,6 +171,8 @@ def resume_run(
     checkpoint_every: int | str = "5m",
     on_checkpoint_error: OnError = "continue",
     trust_guide: bool = False,
+    data: ImageData | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Continues a run of :func:`train_run` that was stopped or killed, with its own options.
 
@@ -170,8 +181,8 @@ def resume_run(
 
     Arguments:
         out: The run folder, as it was given to :func:`train_run`.
-        progress, checkpoint_every, on_checkpoint_error, trust_guide: As for :func:`train_run`;
-            ``trust_guide`` is about the run's own guide as well.
+        progress, checkpoint_every, on_checkpoint_error, trust_guide, data, plan: As for
+            :func:`train_run`; ``trust_guide`` is about the run's own guide as well.
 
     Returns:
         The content of ``record.json``.
@@ -196,9 +207,10 @@ def resume_run(
         )
         source = folder / "config.json"
         config = RunConfig.from_json(read_json(source), source)
-        _check_trust(config.guide, source, trust_guide)
+        check_trust(config.guide, source, trust_guide)
         start = _start(config, trust_guide)
-        return train_into(folder, config, start, progress=progress, checkpoints=checkpoints)
+        how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
+        return train_into(folder, config, start, checkpoints=checkpoints, **how)
 
 
 def train_into(
@@ -208,13 +220,15 @@ def train_into(
     *,
     progress: bool | str = True,
     checkpoints: Checkpoints | None = None,
+    data: ImageData | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Does the work of :func:`train_run` in an existing folder, from a run that is at hand, and
     from the newest of the checkpoints if there is one."""
     config.check()
     config = _resolved(config)
     device = _device(config.device)
-    data = _load(config)
+    data = load_images(config, data)
     train, validation = data.train, None
     if config.validation:
         train, validation = split_validation(data.train, config.validation)
@@ -270,9 +284,13 @@ def train_into(
             "evaluation": time.monotonic() - trained,
         },
         "scores": scores,
-        "sigma": None if model.log_sigma is None else float(model.log_sigma.detach().exp()),
+        "sigma": None if model.sigma is None else float(model.sigma.detach()),
         "diagnostics": _diagnostics(guide, data.test, device, len(train)),
     }
+    if start is not None:  # so that the record alone tells how to repeat the run
+        record["warm_start"] = start.record
+    if plan is not None:
+        record["plan"] = dict(plan)
     save_weights(folder / "weights.safetensors", model, guide)
     write_text(folder / "history.csv", history.to_csv(index=False))
     write_text(folder / "scores.csv", table.to_csv(index=False))
@@ -318,7 +336,7 @@ def load_run(
         check_manifest(folder)
     source = folder / "config.json"
     config = RunConfig.from_json(read_json(source), source)
-    _check_trust(config.guide, source, trust_guide)
+    check_trust(config.guide, source, trust_guide)
     config = dataclasses.replace(
         config,
         data=data or config.data,
@@ -361,6 +379,7 @@ def evaluate_run(
     data: str | None = None,
     root: str | None = None,
     device: str | None = None,
+    companion: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     trust_guide: bool = False,
@@ -375,13 +394,16 @@ def evaluate_run(
         guide: Another guide over the run's decoder, such as "vlae:2"; it starts from the run's
             encoder if it takes a ``warm_start``, and from random weights otherwise. It is not
             trained.
+        companion: For the first so many of the images, also the scores that tell a better model
+            from a better proposal; see :func:`pyro_gpvae.companion.companion_scores`.
         out: A folder to write ``record.json`` and ``scores.csv`` to.
         overwrite: Whether to replace an earlier evaluation there.
         trust_guide: Whether the run's guide may be code outside the registered guides.
 
     Returns:
-        ``run``, ``guide``, ``config``, ``scores``, ``recorded`` (the scores of the run),
-        ``diagnostics``, ``seconds``, and versions, commit, device and threads.
+        ``run``, ``guide``, ``trained_guide`` (the run's own), ``config``, ``data``, ``scores``,
+        ``recorded`` (the scores of the run), ``diagnostics``, ``seconds``, versions, commit,
+        device and threads, and ``companion`` if asked for.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`load_run`; or if an option is wrong.
@@ -404,6 +426,8 @@ def evaluate_run(
         if isinstance(program, torch.nn.Module):
             program.to(target).eval()
     images = run.data.take(test=test_images).test
+    if companion is not None and not 1 <= companion <= len(images):
+        raise ValueError(f"companion must be 1 to {len(images)} test images, got {companion}")
 
     files = ("record.json", "scores.csv")
     with (
@@ -416,7 +440,9 @@ def evaluate_run(
         result = {
             "run": str(folder),
             "guide": config.guide,
+            "trained_guide": run.config.guide,
             "config": dataclasses.asdict(config),
+            "data": run.record["data"],
             **environment(target),
             "seconds": {"evaluation": time.monotonic() - begin},
             "scores": scores,
@@ -425,6 +451,19 @@ def evaluate_run(
                 program, images, target, run.record["data"]["train_images"]
             ),
         }
+        if companion is not None:
+            chosen_on, source = width_images(run.data.train, run.config.validation)
+            result["companion"], columns = companion_scores(
+                run.model,
+                program,
+                images[:companion],
+                chosen_on,
+                num_samples=config.num_samples,
+                chunk_size=config.chunk_size,
+                seed=config.seed,
+            )
+            result["companion"]["validation"] = source
+            table = table.join(columns)  # empty for the images that follow
         if target_folder is not None:
             write_text(target_folder / "scores.csv", table.to_csv(index=False))
             write_json(target_folder / "record.json", result)
@@ -445,8 +484,8 @@ def _resolved(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, device=str(device), chunk_size=chunk_size)
 
 
-def _check_trust(guide: str, source: Path, trust_guide: bool) -> None:
-    """Refuses to import code because a file says so."""
+def check_trust(guide: str, source: Path, trust_guide: bool) -> None:
+    """Refuses to import code because a file says so: ValueError unless the guide is trusted."""
     if not trust_guide and guide.partition(":")[0] not in available_guides():
         raise ValueError(
             f"{source} names the guide {guide!r}, which is not registered: to load it, Python "
@@ -455,9 +494,18 @@ def _check_trust(guide: str, source: Path, trust_guide: bool) -> None:
         )
 
 
-def _load(config: RunConfig) -> ImageData:
-    """The images of a configuration: cut down and binarised as it says."""
-    data = load_data(config.data, root=config.root, download=config.download)
+def load_images(config: RunConfig, data: ImageData | None = None) -> ImageData:
+    """The images of a configuration: cut down and binarised as it says.
+
+    Arguments:
+        config: The options.
+        data: The whole data set, if it is loaded already.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`pyro_gpvae.load_data`.
+    """
+    if data is None:
+        data = load_data(config.data, root=config.root, download=config.download)
     data = data.take(config.train_images, config.test_images)
     return data.binarized() if config.likelihood == "bernoulli" else data
 

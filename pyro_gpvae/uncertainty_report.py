@@ -118,7 +118,7 @@ def measure_uncertainty(
 
     Writes ``uncertainty.csv`` (a row an image), ``uncertainty.json``, ``uncertainty.md``,
     ``images.npz``, and for p = 2 ``posterior.npz``: all that :func:`render_uncertainty` needs.
-    For the arguments see :class:`pyro_gpvae.commands.uncertainty.Uncertainty`.
+    For the arguments see ``pyro-gpvae uncertainty --help``.
 
     Raises:
         FileNotFoundError, ValueError: If the run cannot be read, its guide is not a random

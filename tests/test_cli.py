@@ -208,6 +208,7 @@ def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
         ("evaluate", [field.name for field in fields(commands.Evaluate)][1:]),
         ("gap", [field.name for field in fields(commands.Gap)][1:]),
         ("uncertainty", [field.name for field in fields(commands.Uncertainty)][1:]),
+        ("results", [field.name for field in fields(commands.Results)][1:]),
         ("generate", [field.name for field in fields(commands.Generate)][1:]),
     ],
 )

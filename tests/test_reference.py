@@ -202,3 +202,10 @@ def test_progress_is_shown(toy, capsys):
     shown = capsys.readouterr().err
     assert "digits: 100%" in shown
     assert "digits: annealing: 100%" in shown
+
+
+def test_more_images_than_are_annealed_at_once(toy):
+    model, _, x = toy
+    many = x[:1].expand(512, *x.shape[1:])
+    result = reference_evidence(model, many, num_samples=2, num_chains=2, num_steps=1, chunk_size=9)
+    assert result.log_evidence.shape == (512,)

@@ -335,7 +335,9 @@ def test_a_run_of_a_newer_version_is_refused(vae, tmp_path):
 def test_a_file_imports_no_code_unless_it_is_trusted(vae, tmp_path, monkeypatch):
     """A stranger's run folder names a module that lies beside it."""
     canary = tmp_path / "canary"
-    (tmp_path / "evil_guides.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).touch()\nGuide = print")
+    (tmp_path / "evil_guides.py").write_text(
+        f"import pathlib\npathlib.Path({str(canary)!r}).touch()\nGuide = print"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     folder = tmp_path / "run"
     shutil.copytree(vae[0], folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -29,6 +29,9 @@ class Evaluate:
         data: Name or .npz path of the run's data, if they have moved.
         root: Folder of data sets, if it has moved.
         device: "cpu", "cuda" or "cuda:INDEX"; None is the run's.
+        companion: For the first so many test images, also IWAE with a wider q and with each
+            image's optimum as proposal, and annealed importance sampling: what is a better
+            model, and what only a better proposal? Takes seconds per image at worst.
         out: Folder for record.json and for scores.csv with a row for each image; None is none.
         overwrite: Replace an earlier evaluation in that folder.
         trust_guide: Import the guide MODULE:CLASS that the run names.
@@ -43,6 +46,7 @@ class Evaluate:
     data: str | None = None
     root: str | None = None
     device: str | None = None
+    companion: int | None = None
     out: Path | None = None
     overwrite: bool = False
     trust_guide: bool = False
@@ -51,6 +55,8 @@ class Evaluate:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         result = evaluate_run(options.pop("run_folder"), **options)
         print_scores(result)
+        if "companion" in result:
+            _print_companion(result["companion"])
         recorded = result["recorded"]
         if self.guide is not None:
             print(f"recorded log p(x)  {recorded['log_evidence']:.4f}  (the run's own guide)")
@@ -59,3 +65,28 @@ class Evaluate:
         print(
             f"recorded log p(x)  {recorded['log_evidence']:.4f}  ({'equal' if same else 'differs'})"
         )
+
+
+def _print_companion(companion: dict[str, Any]) -> None:
+    """The scores of better and better proposals, a line each."""
+    k = companion["num_samples"]
+    print(f"of the first {companion['num_images']} test images:")
+    for name, label in (
+        ("own", f"IWAE({k}), its own q"),
+        ("width", f"IWAE({k}), q of best width"),
+        ("optimum", f"IWAE({k}), optimal q"),
+        ("annealed", "annealed sampling"),
+    ):
+        found = companion[name]
+        if "missing" in found:
+            print(f"{label:<25} - ({found['missing']})")
+            continue
+        notes = [f"Monte-Carlo error {found['monte_carlo_error']:.3f}"]
+        if "elbo" in found and name != "width":
+            notes.append(f"ELBO {found['elbo']:.4f}")
+        if "factor" in found:
+            images = f"{found['validation_images']} {companion['validation']}"
+            notes.append(f"c = {found['factor']:g}, chosen on {images}")
+        if found.get("not_converged"):
+            notes.append(f"{found['not_converged']} images not converged")
+        print(f"{label:<25} {found['log_evidence']:.4f}  ({'; '.join(notes)})")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pyro_gpvae.commands._text import print_scores
 from pyro_gpvae.config import RunConfig
+from pyro_gpvae.reproduce import reproduce_run
 from pyro_gpvae.runs import resume_run, train_run
 
 __all__ = ["Train"]
@@ -22,6 +23,9 @@ class Train(RunConfig):
         out: The run folder: it appears when the run is finished; until then it is OUT.partial.
         resume: Continue this run folder, stopped or killed, with its own options; a finished one
             is left as it is. None starts a new run.
+        from_record: Repeat the run of this record.json in OUT, with its options, images and
+            threads: on the same device it gets the same score. The options data, root and device
+            may say where things are now.
         overwrite: Replace an earlier run in that folder, finished or not.
         checkpoint_every: Steps between checkpoints, or minutes such as "5m".
         on_checkpoint_error: If the disk is full or read-only, "continue" without a checkpoint, or
@@ -32,6 +36,7 @@ class Train(RunConfig):
 
     out: Path = Path("run")
     resume: Path | None = None
+    from_record: Path | None = None
     overwrite: bool = False
     checkpoint_every: str = "5m"
     on_checkpoint_error: Literal["continue", "stop"] = "continue"
@@ -48,10 +53,21 @@ class Train(RunConfig):
             "trust_guide": self.trust_guide,
         }
         try:
-            if self.resume is None:
+            if self.from_record is not None:
+                self._check_options(options, self.from_record, ("data", "root", "device"))
+                record = reproduce_run(
+                    self.from_record,
+                    out,
+                    data=self.data if self.data != RunConfig.data else None,
+                    root=self.root,
+                    device=self.device,
+                    overwrite=self.overwrite,
+                    **how,
+                )
+            elif self.resume is None:
                 record = train_run(RunConfig(**options), out, overwrite=self.overwrite, **how)
             else:
-                self._check_resume(options)
+                self._check_options(options, self.resume)
                 record = resume_run(out, **how)
         except (KeyboardInterrupt, SystemExit):
             print(f"continue with: pyro-gpvae train --resume {out}", file=sys.stderr)
@@ -59,16 +75,25 @@ class Train(RunConfig):
         print_scores(record)
         print(f"written to {out}")
 
-    def _check_resume(self, options: dict[str, Any]) -> None:
-        """A run that is continued has its options already."""
-        given = [f.name for f in fields(RunConfig) if options[f.name] != f.default]
-        given += [
-            name
-            for name, value in (("out", self.out != Path("run")), ("overwrite", self.overwrite))
-            if value
+    def _check_options(
+        self, options: dict[str, Any], source: Path, but: tuple[str, ...] = ()
+    ) -> None:
+        """A run that is continued or repeated has its options already."""
+        given = [
+            f.name for f in fields(RunConfig) if options[f.name] != f.default and f.name not in but
         ]
+        if self.resume is not None:
+            given += [
+                name
+                for name, value in (
+                    ("out", self.out != Path("run")),
+                    ("overwrite", self.overwrite),
+                    ("from_record", self.from_record is not None),
+                )
+                if value
+            ]
         if given:
+            what = "--from-record repeats" if self.resume is None else "--resume continues"
             raise ValueError(
-                f"--resume continues {self.resume} with its own options: drop "
-                f"--{given[0].replace('_', '-')}"
+                f"{what} {source} with its own options: drop --{given[0].replace('_', '-')}"
             )

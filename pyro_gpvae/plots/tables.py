@@ -3,6 +3,7 @@ r"""Tables as pictures: a dot and an interval for each method, the published val
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from numpy.typing import NDArray
 
 from pyro_gpvae.plots._style import COLOURS, MARKERS, finish
 
@@ -59,7 +61,7 @@ def score_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Figur
             )  # fmt: skip
         if has_vae or rows["mean"].isna().all():
             axes.errorbar(
-                rows["published_difference_to_vae"], places + 0.25,
+                rows["published_difference_to_vae"], places + 0.3,
                 xerr=rows["published_sd"].fillna(0), fmt="o", color="0.55", markerfacecolor="none",
                 markersize=4.5, linewidth=0.7, linestyle="none",
             )  # fmt: skip
@@ -67,11 +69,10 @@ def score_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Figur
             axes.set_xlabel("nats above the VAE")
         else:
             axes.set_xlabel("nats per image")
-        for place in places[rows["mean"].isna().to_numpy()]:
-            axes.annotate(
-                "not run", (1, place), (-2, 0), xycoords=("axes fraction", "data"),
-                textcoords="offset points", ha="right", va="center", fontsize=6.5, color="0.5",
-            )  # fmt: skip
+        _not_run(axes, places[rows["mean"].isna().to_numpy()])
+        axes.margins(x=0.2)
+        if x.isna().all() and rows["published_difference_to_vae"].isna().all():
+            axes.set_xticks([])
         own, published = (_of_vae(rows, name) for name in ("mean", "published"))
         axes.set_title(f"{rows['column'].iloc[0]}\nVAE {own}, paper {published}", fontsize=9)
     handles = [
@@ -114,8 +115,11 @@ def companion_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> F
             )  # fmt: skip
         axes.set_title(rows["column"].iloc[0], fontsize=9)
         axes.set_xlabel("nats per image")
-        if rows["mean"].isna().all():
-            axes.annotate("not run", (0.5, 0.5), xycoords="axes fraction", ha="center", color="0.5")
+        run = set(rows.loc[rows["mean"].notna(), "method"])
+        absent = np.array([method not in run for method in methods])
+        _not_run(axes, np.arange(len(methods))[::-1][absent])
+        if not run:
+            axes.set_xticks([])
     handles = [
         Line2D([], [], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
                linestyle="none", label=score)
@@ -146,7 +150,7 @@ def time_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Figure
             markersize=4.5, capsize=2, linewidth=1.1, linestyle="none",
         )  # fmt: skip
         axes.plot(
-            rows["published"], places + 0.2, linestyle="none", marker="o", color="0.55",
+            rows["published"], places + 0.3, linestyle="none", marker="o", color="0.55",
             markerfacecolor="none", markersize=4.5,
         )  # fmt: skip
         axes.set_xscale("log")
@@ -155,11 +159,9 @@ def time_dots(table: pd.DataFrame, caption: str = "", title: str = "") -> Figure
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        for place in places[rows["ms"].isna().to_numpy()]:
-            axes.annotate(
-                "not run", (1, place), (-2, 0), xycoords=("axes fraction", "data"),
-                textcoords="offset points", ha="right", va="center", fontsize=6.5, color="0.5",
-            )  # fmt: skip
+        _not_run(axes, places[rows["ms"].isna().to_numpy()])
+        if not np.isfinite(values).any():
+            axes.set_xticks([])
         axes.set_title(rows["column"].iloc[0], fontsize=9)
         axes.set_xlabel("ms per 128 images")
     handles = [
@@ -186,7 +188,7 @@ def _grid(table: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]
     ]
     width = max(len(part) for part in by_panel)
     methods = max(rows["method"].nunique() for part in by_panel for rows in part)
-    height = len(by_panel) * (0.19 * methods + 1.2) + 1.2
+    height = len(by_panel) * (0.19 * methods + 1.0)
     figure = Figure(figsize=(max(2.3 * width + 1.6, 6.5), height), dpi=150)
     grid = figure.subplots(len(by_panel), width, squeeze=False)
     found = []
@@ -209,6 +211,14 @@ def _grid(table: pd.DataFrame) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]
     return figure, found
 
 
+def _not_run(axes: Axes, places: NDArray[Any]) -> None:
+    for place in places:
+        axes.annotate(
+            "not run", (1, place), (-2, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="center", fontsize=6.5, color="0.5",
+        )  # fmt: skip
+
+
 def _of_vae(rows: pd.DataFrame, name: str) -> str:
     found = rows.loc[rows["method"] == "VAE", name]
     value = float(found.iloc[0]) if len(found) else math.nan
@@ -216,14 +226,25 @@ def _of_vae(rows: pd.DataFrame, name: str) -> str:
 
 
 def _finish(figure: Figure, handles: list[Line2D], caption: str, title: str) -> Figure:
-    finish(figure, caption, title)
+    """Title and legend above the panels, the caption below, for which the figure grows."""
     width, height = figure.get_size_inches()
-    # a line for the legend between title and panels
-    top = 1 - (0.55 if title else 0.3) / height
+    columns = min(len(handles), max(1, int(width / 2.4)))
+    head = 0.38 if title else 0.1
+    # the legend's lines, and the panels' own titles
+    above = head + 0.2 * -(-len(handles) // columns) + 0.55
+    below = 0.16 * (len(caption) // int(width * 13) + 1) + 0.1
+    height += above + below
+    figure.set_size_inches(width, height)
+    finish(figure, caption)
+    figure.text(0.5, 1 - 0.1 / height, title, ha="center", va="top", fontsize=11)
     figure.legend(
-        handles=handles, loc="upper center", ncols=len(handles) if width > 8 else 3,
-        bbox_to_anchor=(0.5, 1 - (0.28 if title else 0.04) / height), frameon=False, fontsize=8,
+        handles=handles, loc="upper center", ncols=columns, frameon=False, fontsize=8,
+        bbox_to_anchor=(0.5, 1 - head / height), borderaxespad=0,
     )  # fmt: skip
-    bottom = figure.subplotpars.bottom
-    figure.subplots_adjust(top=min(figure.subplotpars.top, top - 0.42 / height), bottom=bottom)
+    top = 1 - above / height
+    spec = figure.axes[0].get_subplotspec()
+    lines = spec.get_gridspec().nrows if spec else 1
+    # between panels, eight tenths of an inch for the labels below one and the titles of the next
+    panel = (top - figure.subplotpars.bottom) * height / lines - 0.8
+    figure.subplots_adjust(top=top, hspace=0.8 / max(panel, 0.8))
     return figure

@@ -1,0 +1,299 @@
+"""Table 6: how long inference takes, per batch of 128 images.
+
+    OMP_NUM_THREADS=1 python experiments/table6.py --root ~/.cache/pyro-gpvae
+
+A benchmark, not a test. For each data set, dimension and decoder a VAE is trained for one epoch on
+a few images, and every other guide is put on its decoder, from its encoder where it can. Inference
+is the posterior q(z|x) of the same batch and one draw from it. All guides take turns in one
+process, in another order each time, after a warm-up; on CUDA every measurement waits for the
+device. The table has medians and quartiles, and their ratios to GPVAE on the same decoder: compare
+the ratios with the paper's, not the times of another device.
+
+A data set that is not there is "not run". Writes table6.json (with every single time), .md, .tex,
+.csv and .png; ``--render`` makes the last four again from the first.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from _tables import _DATA, _escape, _latex_table, _tabular, method_label, published_scores
+from torch import Tensor
+
+from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
+from pyro_gpvae.data import ImageData, to_float
+from pyro_gpvae.files import read_json, write_json, write_text
+from pyro_gpvae.networks import DecoderKind, build_decoder
+from pyro_gpvae.plots.tables import time_dots
+from pyro_gpvae.provenance import environment
+from pyro_gpvae.randomness import seeded
+from pyro_gpvae.runs import warm_guide
+
+#: Those of the paper, and the families that it does not time.
+GUIDES = (
+    "vae", "sa:1", "sa:4", "iaf:2", "hf:2", "me:2", "rme:2", "iterative:3", "vlae:1", "vlae:2",
+    "vlae:4", "vlae:8", "gp",
+)  # fmt: skip
+DECODERS: tuple[DecoderKind, ...] = ("fc", "conv")
+BATCH = 128
+_WARM_UP = 2
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options of the benchmark.
+
+    Attributes:
+        mnist: Name or .npz path of the digits; the embedded ones are from MNIST.
+        omniglot: Name or .npz path of OMNIGLOT.
+        root: Folder of data sets.
+        latent_dims: Dimensions p of z.
+        guides: What to time; "gp" is needed for the ratios.
+        repeats: Measurements of each guide.
+        train_images: What the VAE is trained on, for one epoch.
+        device: "cpu" or "cuda"; None is CUDA if there is one.
+        out: Folder of the results.
+        render: Only make text and picture again from table6.json.
+    """
+
+    mnist: str = "mnist5k"
+    omniglot: str = "omniglot"
+    root: str | None = None
+    latent_dims: tuple[int, ...] = (10, 50)
+    guides: tuple[str, ...] = GUIDES
+    repeats: int = 11
+    train_images: int = 1280
+    device: str | None = None
+    out: Path = Path("docs/results")
+    render: bool = False
+
+
+def main(options: Options) -> None:
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    if not options.render:
+        write_json(out / "table6.json", measure(options))
+    record = read_json(out / "table6.json")
+    table = frame(record["rows"], tuple(record["latent_dims"]))
+    text = caption(record)
+    write_text(out / "table6.csv", table.to_csv(index=False))
+    write_text(out / "table6.md", markdown(table, text))
+    write_text(out / "table6.tex", latex(table, text))
+    time_dots(table, text, "Table 6: inference time").savefig(out / "table6.png")
+    print(markdown(table, text))
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Builds all guides, times them in turns, and returns the record."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    places, programs, not_run = [], [], []
+    for data, source in (("mnist", options.mnist), ("omniglot", options.omniglot)):
+        try:
+            images = load_data(source, root=options.root)
+        except (FileNotFoundError, ValueError) as error:
+            print(f"{data} is not run: {error}", flush=True)
+            not_run.append({"data": data, "why": str(error).split(".")[0]})
+            continue
+        for latent_dim in options.latent_dims:
+            for decoder in DECODERS:
+                for guide, program in _programs(options, images, latent_dim, decoder, device):
+                    places.append(
+                        {"guide": guide, "data": data, "decoder": decoder, "latent_dim": latent_dim}
+                    )
+                    programs.append(program)
+    times = interleaved(programs, options.repeats, device)
+    rows = [place | {"samples_ms": samples} for place, samples in zip(places, times, strict=True)]
+    return {
+        "batch_size": BATCH,
+        "repeats": options.repeats,
+        "warm_up": _WARM_UP,
+        "train_images": options.train_images,
+        "latent_dims": list(options.latent_dims),
+        "images": {"mnist": options.mnist, "omniglot": options.omniglot},
+        **environment(device),
+        "rows": summarise(rows).to_dict("records"),
+        "not_run": not_run,
+    }
+
+
+def interleaved(
+    programs: list[Callable[[], Any]], repeats: int, device: torch.device
+) -> list[list[float]]:
+    """Milliseconds of each program, in turns: what slows the machine slows all of them."""
+    times: list[list[float]] = [[] for _ in programs]
+    order = list(range(len(programs)))
+    generator = random.Random(0)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of images that would need more steps: once is enough
+        for repeat in range(_WARM_UP + repeats):
+            generator.shuffle(order)
+            for index in order:
+                _wait(device)
+                start = time.perf_counter()
+                programs[index]()
+                _wait(device)
+                if repeat >= _WARM_UP:
+                    times[index].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def _programs(
+    options: Options,
+    data: ImageData,
+    latent_dim: int,
+    decoder: DecoderKind,
+    device: torch.device,
+) -> list[tuple[str, Callable[[], Any]]]:
+    """One inference for a batch of test images, by each guide over the same decoder."""
+    train = data.train[: options.train_images]
+    with seeded(0, device):
+        network = build_decoder(data.image_shape, latent_dim, decoder)
+        model = ImageModel(data.image_shape, latent_dim, network, sigma=initial_sigma(train))
+        vae = make_guide("vae", model)
+        fit(model, vae, train, epochs=1, device=device, progress=False)
+        guides = {g: vae if g == "vae" else warm_guide(g, model, vae) for g in options.guides}
+    x = to_float(data.test[:BATCH].to(device))
+    if len(x) < BATCH:
+        raise ValueError(f"{data.name} has {len(x)} test images, expected at least {BATCH}")
+    return [(name, _inference(guide.to(device).eval(), x)) for name, guide in guides.items()]
+
+
+def _inference(guide: Any, x: Tensor) -> Callable[[], Any]:
+    """The posterior of images and one draw from it."""
+    return lambda: guide.posterior(x).sample()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def summarise(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Medians, quartiles, and ratios of medians to GPVAE's on the same decoder."""
+    table = pd.DataFrame(rows)
+    quartiles = [np.quantile(samples, [0.25, 0.5, 0.75]) for samples in table["samples_ms"]]
+    table[["ms_low", "ms", "ms_high"]] = np.array(quartiles)
+    keys = ["data", "decoder", "latent_dim"]
+    gp = table.loc[table["guide"] == "gp", [*keys, "ms"]].rename(columns={"ms": "gp"})
+    table = table.merge(gp, on=keys, how="left")
+    table["ratio"] = table["ms"] / table.pop("gp")
+    return table
+
+
+def frame(rows: list[dict[str, Any]], latent_dims: tuple[int, ...]) -> pd.DataFrame:
+    """A row for each cell of the table, measured or not, with what was published."""
+    published = published_scores("ms")["ms"].to_dict()
+    found = {(r["guide"], r["data"], r["latent_dim"], r["decoder"]): r for r in rows}
+    # the paper's are rows in any case
+    guides = dict.fromkeys((*(key[0] for key in found), *(key[0] for key in published)))
+    lines = []
+    for decoder in DECODERS:
+        for data in ("mnist", "omniglot"):
+            for latent_dim in latent_dims:
+                place = (data, latent_dim, decoder)
+                for guide in guides:
+                    row = found.get((guide, *place), {})
+                    paper = published.get((guide, *place), math.nan)
+                    lines.append(
+                        {
+                            "panel": _panel(decoder),
+                            "column": f"{_DATA[data]}, p = {latent_dim}",
+                            "data": data,
+                            "decoder": decoder,
+                            "latent_dim": latent_dim,
+                            "method": method_label(guide),
+                            "guide": guide,
+                            **{
+                                name: row.get(name, math.nan)
+                                for name in ("ms", "ms_low", "ms_high", "ratio")
+                            },
+                            "repeats": len(row.get("samples_ms", ())),
+                            "published": paper,
+                            "published_ratio": paper / published.get(("gp", *place), math.nan),
+                        }
+                    )
+    table = pd.DataFrame(lines)
+    for name in ("ms", "ms_low", "ms_high", "ratio"):
+        table[name] = table[name].astype(float)  # JSON has None for what is not a number
+    return table
+
+
+def caption(record: dict[str, Any]) -> str:
+    threads = f"{record['threads']} thread{'s' if record['threads'] != 1 else ''}"
+    text = (
+        f"Milliseconds to infer {record['batch_size']} images, the posterior and one draw: median "
+        f"(quartiles) of {record['repeats']} measurements after {record['warm_up']} to warm up, "
+        f"all methods in turns in one process; {record['device']}, {threads}. Ratio: to GPVAE on "
+        "the same decoder. Paper: its milliseconds, on a device that it does not name, and their "
+        f"ratio. Every guide over a VAE's decoder after one epoch on {record['train_images']:,} "
+        "images; only the VAE itself is trained. "
+    )
+    ran = {row["data"] for row in record["rows"]}
+    sources = [f"{_DATA[data]} is {name}" for data, name in record["images"].items() if data in ran]
+    text += f"Images: {', '.join(sources)}. " if sources else ""
+    text += " ".join(f"{_DATA[e['data']]} was not run: {e['why']}." for e in record["not_run"])
+    decoder = [row for row in record["rows"] if row["guide"] == "gp" and row["decoder"] == "conv"]
+    if decoder and statistics.median(row["ms_high"] / row["ms_low"] for row in decoder) > 1.5:
+        text += " The machine was busy: quartiles of GPVAE differ by more than half."
+    return " ".join(text.split())
+
+
+def markdown(table: pd.DataFrame, caption: str) -> str:
+    lines = ["# Table 6: inference time", ""]
+    for panel, part in table.groupby("panel", sort=False):
+        columns = list(dict.fromkeys(part["column"]))
+        lines += [f"## {panel}", ""]
+        lines.append(
+            f"| method | {' | '.join(f'{c} (ms) | ratio | paper (ratio)' for c in columns)} |"
+        )
+        lines.append("|---|" + "--:|" * (3 * len(columns)))
+        for method, rows in part.groupby("method", sort=False):
+            name = f"`{method}`" if method == rows["guide"].iloc[0] else str(method)
+            cells = [text for _, row in rows.iterrows() for text in _texts(row)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join([*lines, caption, ""])
+
+
+def latex(table: pd.DataFrame, caption: str) -> str:
+    blocks = []
+    for panel, part in table.groupby("panel", sort=False):
+        lines = []
+        for method, rows in part.groupby("method", sort=False):
+            cells = [text for _, row in rows.iterrows() for text in _texts(row)]
+            lines.append(" & ".join(map(_escape, [str(method), *cells])))
+        heads = [[f"{column}, ms", "ratio", "paper"] for column in dict.fromkeys(part["column"])]
+        blocks.append(_tabular(str(panel), heads, lines))
+    return _latex_table("table6", caption, blocks)
+
+
+def _texts(row: Any) -> list[str]:
+    """The three cells of a method and column."""
+    measured = "not run"
+    if not math.isnan(row["ms"]):
+        measured = f"{row['ms']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})"
+    ratio = "–" if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}"
+    paper = "–"
+    if not math.isnan(row["published"]):
+        paper = f"{row['published']:.1f} ({row['published_ratio']:.2f})"
+    return [measured, ratio, paper]
+
+
+def _panel(decoder: str) -> str:
+    return {"fc": "fully-connected decoders", "conv": "convolutional decoders"}[decoder]
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
