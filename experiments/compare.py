@@ -31,7 +31,7 @@ from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import to_float
 from pyro_gpvae.files import read_json, write_json, write_text
 from pyro_gpvae.plots import gap_against_time
-from pyro_gpvae.runs import Run, evaluate_run, load_run, train_run, warm_guide
+from pyro_gpvae.runs import Run, complete_run, evaluate_run, load_run, warm_guide
 
 #: Trained end to end, and again over the VAE's decoder.
 AMORTISED = (
@@ -150,7 +150,7 @@ def collect(options: Options) -> dict[str, Any]:
 def _train(config: RunConfig, folder: Path) -> Run:
     if not (folder / "record.json").exists():
         print(f"training {folder}", flush=True)
-        train_run(config, folder)
+        complete_run(config, folder)
     run = load_run(folder)
     for option, wanted in vars(config).items():
         found = getattr(run.config, option)

@@ -39,7 +39,7 @@ from pyro_gpvae.gap_report import (
 )
 from pyro_gpvae.importance import ParetoWarning
 from pyro_gpvae.plots.gap import gap_ladder
-from pyro_gpvae.runs import load_run, train_run
+from pyro_gpvae.runs import complete_run, load_run
 from pyro_gpvae.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 
 #: Names, options and folders as in experiments/compare.py, whose runs can be used again.
@@ -120,7 +120,7 @@ def collect(options: Options) -> None:
             with warnings.catch_warnings():
                 # of the guide's own importance weights, which are not what is measured here
                 warnings.simplefilter("ignore", ParetoWarning)
-                train_run(config, folder)
+                complete_run(config, folder)
         _check(config, folder)
         folders.append(folder)
         labels.append(config.guide)

@@ -44,7 +44,7 @@ from pyro_gpvae.files import InUseError, locked, read_json, write_text
 from pyro_gpvae.plans import WHERE_IT_RUNS, Cell, Plan, parse_where, read_plan
 from pyro_gpvae.provenance import environment, sha256
 from pyro_gpvae.results import COLUMNS, read_results, score_table
-from pyro_gpvae.runs import load_images, resume_run, train_run
+from pyro_gpvae.runs import complete_run, load_images
 
 STEP_TIMES = Path(__file__).parent / "plans" / "step_times.csv"
 
@@ -265,13 +265,7 @@ def run_cell(
     }
     while True:
         try:
-            if (
-                Path(cell.name, "record.json").exists()
-                or Path(f"{cell.name}.partial", "config.json").exists()
-            ):
-                record = resume_run(cell.name, **how)
-            else:
-                record = train_run(replace(cell.config, device=device), cell.name, **how)
+            record = complete_run(replace(cell.config, device=device), cell.name, **how)
             break
         except InUseError:  # by a process that a lost node or a killed driver has left behind
             time.sleep(1)

@@ -50,6 +50,7 @@ __all__ = [
     "RUN_FILES",
     "Run",
     "check_trust",
+    "complete_run",
     "evaluate_run",
     "load_images",
     "load_run",
@@ -211,6 +212,29 @@ def resume_run(
         start = _start(config, trust_guide)
         how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
         return train_into(folder, config, start, checkpoints=checkpoints, **how)
+
+
+def complete_run(config: RunConfig, out: str | Path, **how: Any) -> dict[str, Any]:
+    """Trains a run, goes on with an unfinished one, or leaves a finished one: call it at any time.
+
+    Whether a run that is there already has these options is not checked.
+
+    Arguments:
+        config: The options.
+        out: The run folder.
+        how: Keyword arguments of :func:`train_run` but ``overwrite``.
+
+    Returns:
+        The content of ``record.json``.
+
+    Raises:
+        ValueError, FileNotFoundError, InUseError, NonFiniteError: As :func:`train_run`.
+    """
+    out = Path(out).expanduser().resolve()
+    begun = out.with_name(f"{out.name}.partial") / "config.json"
+    if begun.is_file() or (out / "record.json").is_file():
+        return resume_run(out, **how)
+    return train_run(config, out, **how)
 
 
 def train_into(

@@ -19,7 +19,7 @@ from pyro_gpvae import Checkpoints, ImageModel, log_evidence
 from pyro_gpvae.checkpoint import load_weights, save_weights
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.files import InUseError, new_folder, read_json, write_json
-from pyro_gpvae.runs import RUN_FILES, evaluate_run, load_run, resume_run, train_run
+from pyro_gpvae.runs import RUN_FILES, complete_run, evaluate_run, load_run, resume_run, train_run
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -397,14 +397,15 @@ def test_a_killed_run_is_continued_to_the_same_numbers(kind, step, vae, tmp_path
         load_run(tmp_path / "b")
     with pytest.raises(FileExistsError, match=r"unfinished run: continue it \(--resume b\)"):
         train_run(config, tmp_path / "b", progress=False)
-    found = resume_run(tmp_path / "b", progress=False)
+    found = complete_run(config, tmp_path / "b", progress=False)
     for name in ("config", "data", "steps", "scores", "sigma", "diagnostics"):
         assert found[name] == wanted[name], name
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(RUN_FILES)
     for name in ("weights.safetensors", "scores.csv"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
     assert not (tmp_path / "b.partial").exists()
-    assert resume_run(tmp_path / "b") == found, "a finished run is left as it is"
+    for call in (resume_run, lambda out: complete_run(config, out)):
+        assert call(tmp_path / "b") == found, "a finished run is left as it is"
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_be_resumed_or_started_again(tmp_path):
