@@ -9,6 +9,8 @@ import secrets
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyro_gpvae.files import (
+    MANIFEST,
+    InUseError,
     check_manifest,
+    locked,
     new_folder,
     read_json,
     take_place,
@@ -164,12 +169,12 @@ class Checkpoints:
     _written: tuple[int, float] = field(init=False, repr=False, default=(0, 0.0))
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.folder)
+        self.folder = Path(self.folder).expanduser().absolute()
         every = str(self.every).strip()
         number = every.removesuffix("m")
-        if re.fullmatch(r"\d+", every) and int(every) > 0:
+        if re.fullmatch(r"[0-9]+", every) and int(every) > 0:
             self.steps = int(every)
-        elif number != every and re.fullmatch(r"\d+\.?\d*", number) and float(number) > 0:
+        elif number != every and re.fullmatch(r"[0-9]+\.?[0-9]*", number) and float(number) > 0:
             self.seconds = 60 * float(number)
         else:
             raise ValueError(
@@ -229,6 +234,30 @@ class Checkpoints:
             )
         return None
 
+    @contextmanager
+    def in_use(self, resume: bool) -> Iterator[None]:
+        """Holds the folder for one training.
+
+        Raises:
+            InUseError: If another process trains there.
+            FileExistsError: If there are checkpoints that are not to be continued.
+        """
+        folder = Path(self.folder)
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(folder / ".lock", f"writes checkpoints to {folder}"))
+            except InUseError:
+                raise
+            except OSError:
+                pass  # it cannot be written, as the first checkpoint will say
+            if not resume and self._folders():
+                raise FileExistsError(
+                    f"{folder} holds checkpoints of a training: continue it (resume=True), or "
+                    "choose another folder"
+                )
+            yield
+
     def last_step(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
         found = self._folders()
@@ -239,12 +268,12 @@ class Checkpoints:
         folder = Path(self.folder)
         if not folder.is_dir():
             return []
-        return sorted((path for path in folder.iterdir() if _step(path) is not None), key=_key)
+        return sorted((path for path in folder.iterdir() if _is_checkpoint(path)), key=_key)
 
     def _write(self, state: TrainingState) -> None:
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.partial"):  # of a process that was killed while writing
+        for left in folder.glob(".step-*.partial"):  # of a process that was killed while writing
             shutil.rmtree(left, ignore_errors=True)
         path = folder / f"step-{state.step}"
         temporary = folder / f".{path.name}.{secrets.token_hex(4)}.partial"
@@ -264,7 +293,11 @@ class Checkpoints:
             check_manifest(path)
         except ValueError as error:
             raise OSError(f"what was written cannot be read back: {error}") from error
-        for old in self._folders()[: -self.keep]:
+        others = [other for other in self._folders() if other != path]
+        # a higher step is of a checkpoint that was damaged, or training would not be here
+        ahead = [other for other in others if _key(other) > state.step]
+        behind = [other for other in others if _key(other) < state.step]
+        for old in ahead + behind[: len(behind) - (self.keep - 1)]:
             shutil.rmtree(old)
 
     def _describe_last(self) -> str:
@@ -304,8 +337,15 @@ def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _step(path: Path) -> int | None:
-    match = re.fullmatch(r"step-(\d+)", path.name)
+    match = re.fullmatch(r"step-([0-9]+)", path.name)
     return int(match[1]) if match else None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether this is a folder of ours, damaged perhaps: nothing else is ever deleted."""
+    if _step(path) is None or not path.is_dir() or path.is_symlink():
+        return False
+    return {entry.name for entry in path.iterdir()} <= {_TENSORS, _STATE, MANIFEST}
 
 
 def _key(path: Path) -> int:

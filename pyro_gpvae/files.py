@@ -111,7 +111,7 @@ def check_manifest(folder: str | Path) -> None:
     try:
         files = dict(manifest["files"])
         expected = {str(n): (int(f["bytes"]), str(f["sha256"])) for n, f in files.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{folder / MANIFEST} is damaged: {error!r}") from error
     for name, (size, digest) in expected.items():
         path = folder / name

@@ -39,10 +39,12 @@ class Interrupts:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
             # None: a handler that was not installed from Python, and cannot be put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if kind is None and self.signal is not None:  # it came too late for the block to see
+            raise stopped(self.signal, "stopped after the last step")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Program", "References"]
 
@@ -39,6 +40,8 @@ class Program(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if am_i_wrapped():
             for name, parameter in self.named_parameters():
+                if is_lazy(parameter):  # has no value before the first call
+                    continue
                 value = parameter.detach()
                 value.unconstrained = lambda leaf=parameter: leaf  # type: ignore[attr-defined]
                 effectful(lambda value=value: value, type="param")(

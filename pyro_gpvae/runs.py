@@ -23,7 +23,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_gpvae.checkpoint import Checkpoints, OnError, load_weights, save_weights
+from pyro_gpvae.checkpoint import (
+    Checkpoints,
+    OnError,
+    load_weights,
+    named_tensors,
+    save_weights,
+)
 from pyro_gpvae.companion import companion_scores, width_images
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data, split_validation, to_float
@@ -31,6 +37,7 @@ from pyro_gpvae.files import (
     CHECKPOINTS,
     MANIFEST,
     check_manifest,
+    check_replaceable,
     new_folder,
     read_json,
     work_folder,
@@ -71,6 +78,9 @@ RUN_FILES = (
 
 # what a process that was killed at the very end may have left in a finished run
 _LEFTOVERS = (CHECKPOINTS, "lock")
+
+# of an unfinished run: the hashes of what it was begun with
+_BEGUN = "begun.json"
 
 #: The newest format of run folders that this version writes, and reads with all older ones.
 FORMAT = 1
@@ -154,13 +164,17 @@ def train_run(
         NonFiniteError: If training diverges.
     """
     config.check()
+    # what may be wrong is found before anything is overwritten
     files = (*RUN_FILES, *_LEFTOVERS)
+    check_replaceable(Path(out).expanduser().resolve(), overwrite, files)
+    data = data or load_data(config.data, root=config.root, download=config.download)
+    start = _start(config, trust_guide)
     with work_folder(out, overwrite=overwrite, files=files) as folder:
         checkpoints = Checkpoints(
             folder / CHECKPOINTS, every=checkpoint_every, on_error=on_checkpoint_error
         )
         write_json(folder / "config.json", dataclasses.asdict(_resolved(config)))
-        start = _start(config, trust_guide)
+        (folder / _BEGUN).unlink(missing_ok=True)
         how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
         return train_into(folder, config, start, checkpoints=checkpoints, **how)
 
@@ -194,6 +208,8 @@ def resume_run(
         InUseError: If another process is training in that folder.
     """
     out = Path(out).expanduser().resolve()
+    if out.name.endswith(".partial") and not out.with_name(f"{out.name}.partial").exists():
+        out = out.with_name(out.name.removesuffix(".partial"))
     partial = out.with_name(f"{out.name}.partial")
     if not (partial / "config.json").is_file():
         if (out / "record.json").is_file():
@@ -202,14 +218,14 @@ def resume_run(
             f"there is no run to continue: neither {partial} nor {out} holds one. Start it with "
             "train --out"
         )
+    source = partial / "config.json"
+    config = RunConfig.from_json(read_json(source), source)
+    check_trust(config.guide, source, trust_guide)
+    start = _start(config, trust_guide)
     with work_folder(out, files=(*RUN_FILES, *_LEFTOVERS), resume=True) as folder:
         checkpoints = Checkpoints(
             folder / CHECKPOINTS, every=checkpoint_every, on_error=on_checkpoint_error
         )
-        source = folder / "config.json"
-        config = RunConfig.from_json(read_json(source), source)
-        check_trust(config.guide, source, trust_guide)
-        start = _start(config, trust_guide)
         how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
         return train_into(folder, config, start, checkpoints=checkpoints, **how)
 
@@ -253,6 +269,8 @@ def train_into(
     config = _resolved(config)
     device = _device(config.device)
     data = load_images(config, data)
+    if checkpoints is not None:
+        _check_begun(folder, data, start)
     train, validation = data.train, None
     if config.validation:
         train, validation = split_validation(data.train, config.validation)
@@ -320,6 +338,7 @@ def train_into(
     write_text(folder / "scores.csv", table.to_csv(index=False))
     write_json(folder / "config.json", dataclasses.asdict(config))
     write_json(folder / "record.json", record)
+    (folder / _BEGUN).unlink(missing_ok=True)
     write_manifest(folder, [name for name in RUN_FILES if name != MANIFEST])
     return record
 
@@ -499,6 +518,24 @@ def _start(config: RunConfig, trust_guide: bool) -> Run | None:
     if config.warm_start is None:
         return None
     return load_run(config.warm_start, trust_guide=trust_guide)
+
+
+def _check_begun(folder: Path, data: ImageData, start: Run | None) -> None:
+    """Notes what a run begins with; refuses to go on with anything else."""
+    begun: dict[str, str] = {"train images": sha256(data.train), "test images": sha256(data.test)}
+    if start is not None:
+        tensors = [t.cpu() for t in named_tensors(start.model, start.guide).values()]
+        begun["warm start"] = sha256(torch.cat([t.reshape(-1).double() for t in tensors]))
+    if (folder / _BEGUN).exists():
+        noted = read_json(folder / _BEGUN)
+        for name, found in begun.items():
+            if noted.get(name) != found:
+                raise ValueError(
+                    f"since the run {folder} was begun, its {name} changed: put back what was "
+                    "there, or start again (--overwrite)"
+                )
+    else:
+        write_json(folder / _BEGUN, begun)
 
 
 def _resolved(config: RunConfig) -> RunConfig:

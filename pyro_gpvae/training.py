@@ -3,6 +3,8 @@ r"""Training: the loop, nothing else."""
 from __future__ import annotations
 
 import math
+import operator
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +90,8 @@ def fit(
     on from the newest checkpoint, in the middle of an epoch, and ends with the parameters, the
     moments and the history of a training that was never stopped, bit for bit (``seconds``
     excepted) on the same device with the same number of threads. SIGINT and SIGTERM end it after
-    the step at hand, with a checkpoint.
+    the step at hand, with a checkpoint. What an objective or a guide keeps in plain Python
+    attributes, such as a step counter, is not part of a checkpoint.
 
     Arguments:
         model: A Pyro model, such as :class:`pyro_gpvae.ImageModel`.
@@ -117,12 +120,16 @@ def fit(
 
     Raises:
         ValueError: If images, epochs, batch size or learning rate cannot be used, model and
-            guide have nothing to train, or a checkpoint is of another training.
+            guide have nothing to train, or a checkpoint is of another training or damaged.
+        FileExistsError: If there are checkpoints, but not ``resume``.
+        InUseError: If another process writes checkpoints to the same folder.
         NonFiniteError: If the loss or a gradient becomes NaN or infinite; names the step, the
             term, the images and the last checkpoint.
         KeyboardInterrupt, Terminated: With checkpoints, after SIGINT or SIGTERM.
     """
     check_images(images)
+    epochs, batch_size, seed = map(operator.index, (epochs, batch_size, seed))
+    learning_rate = float(learning_rate)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -132,6 +139,10 @@ def fit(
         raise ValueError(f"on_nonfinite must be one of {get_args(OnNonFinite)}, got {on_nonfinite}")
     if resume and checkpoints is None:
         raise ValueError("resume=True needs checkpoints: the folder to go on from")
+    if elbo is not None and not hasattr(elbo, "differentiable_loss"):
+        raise ValueError(
+            f"elbo must have differentiable_loss, as Trace_ELBO has; {type(elbo).__name__} has not"
+        )
     if validation is not None:
         check_images(validation, "validation")
     if hasattr(model, "check_shape"):
@@ -144,7 +155,7 @@ def fit(
         module.to(device).eval()
     if hasattr(model, "pair"):
         model.pair(guide)
-    options = {
+    options: dict[str, Any] = {
         "seed": seed,
         "num_images": len(images),
         "batch_size": batch_size,
@@ -156,7 +167,9 @@ def fit(
     if isinstance(checkpoints, str | Path):
         checkpoints = Checkpoints(checkpoints)
 
-    with seeded(seed, device), Interrupts() if checkpoints else nullcontext() as interrupts:
+    in_use = checkpoints.in_use(resume) if checkpoints else nullcontext()
+    listening = Interrupts() if checkpoints else nullcontext()
+    with seeded(seed, device), in_use, listening as interrupts:
         parameters = _parameters(model, guide, _prepare(images[:batch_size], modules))
         trained = list({id(p): p for p in parameters.values() if p.requires_grad}.values())
         if not trained:
@@ -171,21 +184,30 @@ def fit(
             for b in blocks
         ]
         optimizers = [torch.optim.Adam(b.parameters, learning_rate, fused=True) for b in blocks]
+        names = {id(p): name for name, p in parameters.items()}
+        options["objectives"] = [type(block.elbo).__name__ for block in blocks]
+        options["trained"] = [[names.get(id(p), "?") for p in b.parameters] for b in blocks]
         state = _State(model, guide, parameters, optimizers, options, device)
         if checkpoints is not None:
             saved = checkpoints.latest() if resume else None
             if saved is not None:
+                # what is set up at first use, with random numbers even, is not to happen later
+                x = _prepare(images[:batch_size], modules)
+                for block, pair in zip(blocks, programs, strict=True):
+                    with torch.no_grad(), refused_parameters(), suppress(NonFiniteError):
+                        block.elbo.differentiable_loss(*pair, x)
                 state.restore(saved)
             else:
                 checkpoints.save(state.capture())
 
         def keep(now: bool = False) -> None:
             """Writes a checkpoint if it is time for one, and ends if a signal asks for it."""
-            number = interrupts.signal if interrupts else None
-            if checkpoints is not None and (now or number or checkpoints.due(state.step)):
+            if checkpoints is None or interrupts is None:
+                return
+            if now or interrupts.signal or checkpoints.due(state.step):
                 checkpoints.save(state.capture())
-            if number is not None:
-                raise stopped(number, f"stopped after step {state.step}")
+            if interrupts.signal is not None:
+                raise stopped(interrupts.signal, f"stopped after step {state.step}")
 
         if state.epoch >= epochs:
             if state.epoch == epochs:
@@ -235,6 +257,11 @@ def fit(
                             terms = elbo_terms(model, guide, x, num_images)
                             row["validation_elbo"] = terms["log_likelihood"] - terms["kl_z"]
                 except NonFiniteError as error:
+                    if on_nonfinite == "skip":  # then it is only not logged
+                        state.rows.append(
+                            row | {"skipped": state.skipped, "seconds": state.seconds}
+                        )
+                        continue
                     found = NonFiniteError(
                         f"not finite after step {state.step}: {error}", state.step
                     )
@@ -260,16 +287,22 @@ class _State:
         self.optimizers = optimizers
         self.options = dict(options)
         self.device = device
-        # buffers as well, and parameters of programs that are no modules
-        self.weights = {n: p for n, p in parameters.items() if n.startswith("param.")}
-        for role, program in (("model", model), ("guide", guide)):
-            if isinstance(program, torch.nn.Module):
-                self.weights |= {f"{role}.{n}": t for n, t in program.state_dict().items()}
+        self.programs = {"model": model, "guide": guide}
+        self.parameters = parameters
         self.permutations = torch.Generator().manual_seed(self.options["seed"])
         self.epoch = self.step = self.skipped = 0
         self.rows: list[dict[str, float]] = []
         self._begin = time.monotonic()
         self._start_epoch()
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers as they are now, and parameters of programs without modules."""
+        found = {n: p for n, p in self.parameters.items() if n.startswith("param.")}
+        for role, program in self.programs.items():
+            if isinstance(program, torch.nn.Module):
+                found |= {f"{role}.{n}": t for n, t in program.state_dict().items()}
+        return found
 
     def _start_epoch(self) -> None:
         order = torch.randperm(self.options["num_images"], generator=self.permutations)
@@ -312,26 +345,60 @@ class _State:
         """Puts everything back as :meth:`capture` found it.
 
         Raises:
-            ValueError: If the checkpoint is of another training.
+            ValueError: If the checkpoint is of another training, or makes no sense.
         """
-        values, tensors = saved.values, dict(saved.tensors)
-        for name, value in self.options.items():
-            if values["options"].get(name) != value:
+        name = f"the checkpoint of step {saved.step}"
+        try:
+            self._check(saved.values, name)
+            self._restore(saved, name)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{name} makes no sense: {error!r}; delete it") from error
+
+    def _check(self, values: Mapping[str, Any], name: str) -> None:
+        """Compares the options, and the types and ranges of all that is no tensor."""
+        for option, wanted in self.options.items():
+            found = values["options"].get(option)
+            if found != wanted:
                 raise ValueError(
-                    f"the checkpoint of step {saved.step} is of another training: its {name} is "
-                    f"{values['options'].get(name)}, not {value}"
+                    f"{name} is of another training: its {option} is {found}, not {wanted}"
                 )
+        counts = [values[key] for key in ("epoch", "position", "seen", "skipped")]
+        whole = all(type(count) is int and count >= 0 for count in counts)
+        seconds = values["seconds"]
+        if not whole or counts[1] > self.options["num_images"] or not isinstance(seconds, float):
+            raise TypeError(f"{counts} and {seconds} seconds are no place in a training")
+        if len(values["rows"]) != values["epoch"] or not all(
+            isinstance(row, dict) for row in values["rows"]
+        ):
+            raise TypeError("its history is not one row an epoch")
+
+    def _restore(self, saved: TrainingState, name: str) -> None:
+        values, tensors = saved.values, dict(saved.tensors)
 
         def take(prefix: str) -> dict[str, Tensor]:
-            found = [name for name in tensors if name.startswith(prefix)]
-            return {name.removeprefix(prefix): tensors.pop(name) for name in found}
+            found = [key for key in tensors if key.startswith(prefix)]
+            return {key.removeprefix(prefix): tensors.pop(key) for key in found}
 
-        copy_tensors(take("weights."), self.weights, f"the checkpoint of step {saved.step}")
+        weights, expected = take("weights."), self.weights
+        for key in weights.keys() & expected.keys():
+            if weights[key].dtype != expected[key].dtype:
+                raise ValueError(
+                    f"{name} is of another training: {key} is {weights[key].dtype} there, "
+                    f"{expected[key].dtype} here"
+                )
+        copy_tensors(weights, expected, name)
         for number, optimizer in enumerate(self.optimizers):
             moments: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in take(f"moments.{number}.").items():
-                index, key = name.split(".")
-                moments.setdefault(int(index), {})[key] = tensor
+            trained = optimizer.param_groups[0]["params"]
+            for key, tensor in take(f"moments.{number}.").items():
+                index, _, moment = key.partition(".")
+                parameter = trained[int(index)]
+                if tensor.shape == parameter.shape:
+                    # Adam's fused kernels go through both in the order of memory
+                    tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+                elif tensor.dim():
+                    raise ValueError(f"{name}: {moment} has shape {tuple(tensor.shape)}")
+                moments.setdefault(int(index), {})[moment] = tensor
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         self.permutations.set_state(tensors.pop("random.permutations"))
         random = take("random.")
@@ -339,13 +406,13 @@ class _State:
             warnings.warn(
                 "the checkpoint was written on another device: the training goes on with other "
                 "random numbers",
-                stacklevel=3,
+                stacklevel=4,
             )
         set_random_state(random, self.device)
         self.order, self.loss = tensors["order"].to(self.device), tensors["loss"].to(self.device)
         self.step = saved.step
-        for name in ("epoch", "position", "seen", "skipped", "rows"):
-            setattr(self, name, values[name])
+        for key in ("epoch", "position", "seen", "skipped", "rows"):
+            setattr(self, key, values[key])
         self._begin = time.monotonic() - values["seconds"]
 
 
@@ -388,7 +455,7 @@ def _prepare(images: Tensor, modules: Sequence[torch.nn.Module]) -> Tensor:
 
 
 def _parameters(model: Program, guide: Program, x: Tensor) -> dict[str, Tensor]:
-    """The parameters of modules by name, and those of other ``pyro.param`` statements by number.
+    """The parameters of modules and of ``pyro.param`` statements, by name.
 
     The guide is run once, since Pyro's autoguides create their parameters then.
     """
@@ -402,12 +469,17 @@ def _parameters(model: Program, guide: Program, x: Tensor) -> dict[str, Tensor]:
         if isinstance(program, torch.nn.Module):
             named |= {f"{role}.{name}": p for name, p in program.named_parameters()}
     known = {id(p) for p in named.values()}
+    programs: dict[str, int] = {}
     for site in capture.trace.nodes.values():
         value: Any = site["value"]
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
         if id(leaf) not in known:
             known.add(id(leaf))
-            named[f"param.{len(known)}"] = leaf
+            # a Program that is called inside a function has a name of this process only
+            owner, dot, attribute = str(site["name"]).partition(".")
+            if re.fullmatch(r"\w+-[0-9a-f]+", owner) and dot:
+                owner = f"program-{programs.setdefault(owner, len(programs))}"
+            named[f"param.{owner}{dot}{attribute}"] = leaf
     return named
 
 

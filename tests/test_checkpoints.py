@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import RenyiELBO, Trace_ELBO
 from torch import nn
 from toy import linear_encoder, linear_model
 
@@ -180,6 +181,140 @@ def test_a_finished_training_is_not_repeated(tmp_path):
     assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*")) == before
 
 
+class Awkward(GaussianGuide):
+    """Parameters that are not in the order of memory, and a buffer that is replaced."""
+
+    def __init__(self, model, encoder):
+        super().__init__(model, encoder)
+        self.turned = nn.Parameter(torch.linalg.qr(torch.randn(4, 2)).Q.t())
+        self.wide = nn.Parameter(torch.randn(2, 3).t())
+        self.register_buffer("average", torch.zeros(2))
+
+    def posterior(self, x):
+        q = super().posterior(x)
+        shift = self.turned.sum(1) + self.wide.square().sum(1)[:2]
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * q.mean.mean(0).detach()
+        return dist.Normal(q.mean + shift + self.average, q.stddev).to_event(1)
+
+
+def test_parameters_in_any_order_of_memory_and_replaced_buffers(tmp_path):
+    undisturbed = train(tmp_path / "a", lambda: pair(Awkward))
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 4), lambda: pair(Awkward))
+    assert_equal(train(tmp_path / "b", lambda: pair(Awkward), resume=True), undisturbed)
+
+
+def test_an_objective_that_sets_itself_up_at_first_use(tmp_path):
+    """Pyro guesses max_plate_nesting in a first run, which draws random numbers."""
+
+    def options():
+        return {"elbo": Trace_ELBO(num_particles=2, vectorize_particles=True)}
+
+    undisturbed = train(tmp_path / "a", **options())
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 4), **options())
+    assert_equal(train(tmp_path / "b", resume=True, **options()), undisturbed)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_parameters_of_functions_are_known_by_name(turned, tmp_path):
+    def build(turned=False):
+        pyro.clear_param_store()
+
+        def guide(x):
+            names = ("a", "b") if not turned else ("b", "a")
+            value = {name: pyro.param(name, torch.zeros(2)) for name in names}
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(value["a"], value["b"].exp()).to_event(1))
+
+        torch.manual_seed(0)
+        return linear_model().float(), guide
+
+    with pytest.raises(Kill):
+        train(dying(tmp_path, 4), build)
+    saved = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    if turned:
+        with pytest.raises(ValueError, match="its trained is"):
+            train(tmp_path, lambda: build(turned=True), resume=True)
+    else:
+        train(tmp_path, build, resume=True, epochs=2)
+        assert not torch.equal(pyro.param("a"), saved["a"])
+
+
+def test_what_is_frozen_must_be_the_same(tmp_path):
+    def frozen():
+        model, guide = pair()
+        return model.requires_grad_(False), guide
+
+    train(tmp_path)
+    with pytest.raises(ValueError, match="its trained is"):
+        train(tmp_path, frozen, resume=True)
+
+
+def test_another_objective_or_precision_is_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="its objectives is"):
+        train(tmp_path, resume=True, elbo=Trace_ELBO())
+    with pytest.raises(ValueError, match=r"is torch.float32 there, torch.float64 here"):
+        train(tmp_path, lambda: [module.double() for module in pair()], resume=True)
+
+
+def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path):
+    train(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=r"holds checkpoints .* \(resume=True\)"):
+        train(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_checkpoints_ahead_do_not_push_out_good_ones(tmp_path):
+    undisturbed = train(tmp_path / "a")
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 5))
+    truncate(tmp_path / "b" / "step-5" / "state.json")
+    checkpoints = Checkpoints(tmp_path / "b", keep=1)
+    with pytest.warns(UserWarning, match="step-5 is damaged"):
+        state = checkpoints.latest()
+    checkpoints.save(state)
+    assert [path.name for path in (tmp_path / "b").glob("step-*")] == ["step-4"]
+    assert_equal(train(tmp_path / "b", resume=True), undisturbed)
+
+
+def test_nothing_but_checkpoints_is_deleted(tmp_path):
+    for name in (".otherwork.partial", "step-1", "step-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    train(tmp_path, every=2)
+    assert len(list(tmp_path.rglob("thesis.txt"))) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": None}, {"options": None}, {"epoch": "x"}, {"seconds": None}, {"position": -5},
+        {"position": 70}, {"epoch": -3}, {"seen": 1.5}, {"rows": [1, 2]},
+    ],
+)  # fmt: skip
+def test_a_state_that_makes_no_sense_is_refused(changes, tmp_path):
+    train(tmp_path)
+    state = newest(tmp_path) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | changes))
+    write_manifest(state.parent, CHECKPOINT_FILES)
+    with pytest.raises(ValueError, match=r"step 6 (makes no sense|is of another)"):
+        train(tmp_path, resume=True)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    options = {"batch_size": np.int64(10), "seed": np.int64(5), "epochs": np.int32(2)}
+    assert_equal(train(tmp_path / "a", **options), train(tmp_path / "b"))
+
+
+def test_an_objective_that_fit_cannot_use_is_named():
+    with pytest.raises(ValueError, match="RenyiELBO has not"):
+        train(elbo=RenyiELBO())
+
+
 def test_checkpoints_do_not_change_a_training(tmp_path):
     model, guide = pair()
     fit(model, guide, uint8(25), batch_size=10, epochs=2, learning_rate=0.01, seed=5,
@@ -299,7 +434,7 @@ def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
     (tmp_path / ".step-3.0a1b2c3d.partial").mkdir()
     (tmp_path / ".step-3.0a1b2c3d.partial" / "tensors.safetensors").write_bytes(b"half")
     assert_equal(train(tmp_path, resume=True), train(tmp_path.parent / "other"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-5", "step-6"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step-5", "step-6"]
 
 
 # --- a full or read-only disk -------------------------------------------------------------------
@@ -326,7 +461,7 @@ def test_a_full_disk_is_reported_and_training_goes_on(tmp_path, monkeypatch):
         weights, checkpoints, _ = train(tmp_path / "b")
     assert all(torch.equal(a, b) for a, b in zip(weights, undisturbed[0], strict=True))
     assert checkpoints.latest() is not None, "what was there is kept"
-    assert not list((tmp_path / "b").glob(".*")), "nothing half-written stays"
+    assert not list((tmp_path / "b").glob(".step*")), "nothing half-written stays"
 
 
 def test_or_training_stops(tmp_path, monkeypatch):

@@ -437,6 +437,26 @@ def test_unfinished_work_is_overwritten_when_told(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    train_run(tiny(guide="vae"), start, progress=False)
+    config = tiny(guide="gp", warm_start=str(start))
+    train_and_die(config, tmp_path / "b", 1, monkeypatch)
+    train_run(tiny(guide="vae", seed=7), start, overwrite=True, progress=False)
+    with pytest.raises(ValueError, match="its warm start changed"):
+        resume_run(tmp_path / "b", progress=False)
+    assert (tmp_path / "b.partial" / "checkpoints").is_dir()
+    train_run(tiny(guide="vae"), start, overwrite=True, progress=False)
+    assert resume_run(tmp_path / "b.partial", progress=False)["steps"] == 2
+
+
+def test_a_mistake_overwrites_nothing(tmp_path, monkeypatch):
+    train_and_die(tiny(guide="vae"), tmp_path / "b", 1, monkeypatch)
+    with pytest.raises(ValueError, match="minst"):
+        train_run(tiny(data="minst"), tmp_path / "b", overwrite=True, progress=False)
+    assert resume_run(tmp_path / "b", progress=False)["steps"] == 2
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no run to continue"):
         resume_run(tmp_path / "b")

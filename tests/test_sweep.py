@@ -266,7 +266,7 @@ def records(out):
     return {path.parent.name: path for path in sorted(out.glob("*/record.json"))}
 
 
-def wait_for(out, number, process, seconds=90):
+def wait_for(out, number, process, seconds=300):
     end = time.monotonic() + seconds
     while len(records(out)) < number:
         assert process.poll() is None, process.stdout.read()
