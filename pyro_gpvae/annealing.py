@@ -22,6 +22,7 @@ from pyro_gpvae.importance import (
     device_and_dtype,
     is_global,
 )
+from pyro_gpvae.nonfinite import NonFiniteError, refused_parameters
 from pyro_gpvae.randomness import seeded
 
 __all__ = [
@@ -152,6 +153,8 @@ def annealed_evidence(
     Raises:
         ValueError: If a number is not positive, x is not a batch of images, the guide has no
             density, or the model has latent sites besides z.
+        NonFiniteError: If log p(x, z) or log q(z|x) is NaN or +∞ where a chain stands; names the
+            images. Moves to such a z are rejected, but a chain may start there.
 
     Example:
         >>> from pyro_gpvae.testing import linear_gaussian
@@ -166,10 +169,11 @@ def annealed_evidence(
     seed = _seed(seed)
     device, _ = device_and_dtype(model, x)
     size = _images_at_once(num_chains, num_leapfrog, chunk_size, device)
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     with seeded(seed, device), _progress(len(x), size, num_steps, progress) as bar:
         for path in _paths(model, x, guide, seed, first_image, num_chains, size):
             run = path.forward(schedule, num_leapfrog, bar)
+            _check_finite(run.log_weights, first_image + sum(w.shape[1] for w, _ in found))
             found.append((run.log_weights, run.acceptance))
     log_weights, acceptance = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     evidence = Evidence.from_log_weights(log_weights)
@@ -226,6 +230,7 @@ def bidirectional(
 
     Raises:
         ValueError: As :func:`annealed_evidence`, or if the model's observations are not one site.
+        NonFiniteError: As :func:`annealed_evidence`.
 
     Example:
         >>> from pyro_gpvae.testing import linear_gaussian
@@ -243,15 +248,18 @@ def bidirectional(
         like = torch.zeros(1, *model.image_shape)
     like = as_pixels(model, like[:1])
     size = _images_at_once(num_chains, num_leapfrog, chunk_size, like.device)
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     with seeded(seed, like.device), _progress(num_images, size, 2 * num_steps, progress) as bar:
         indices = range(first_image, first_image + num_images)
-        pairs = [_simulate(model, like, image_seed(seed, n, "simulation")) for n in indices]
+        pairs = [_simulate(model, like, seed, n) for n in indices]
         x, z = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         paths = _paths(model, x, guide, seed, first_image, num_chains, size)
         for path, end in zip(paths, z.split(size), strict=True):
             forward = path.forward(schedule, num_leapfrog, bar)
             back = path.back(end, forward.steps, schedule, num_leapfrog, bar)
+            image = first_image + sum(w.shape[1] for w, _ in found)
+            _check_finite(forward.log_weights, image)
+            _check_finite(back, image)
             found.append((forward.log_weights, -back))
     bounds = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     lower, upper = map(Evidence.from_log_weights, bounds)
@@ -293,11 +301,17 @@ def _paths(
             yield Path.start(model, images[part], starts[part], seed, indices[part], num_chains)
 
 
-def _simulate(model: Program, like: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _simulate(model: Program, like: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
     """One image (1, C, H, W) and its z (1, p), drawn from the model."""
     local = poutine.block(model, hide_fn=is_global)
-    with seeded(seed, like.device), torch.no_grad():
-        trace = poutine.trace(poutine.uncondition(local)).get_trace(like)
+    with seeded(image_seed(seed, index, "simulation"), like.device), torch.no_grad():
+        try:
+            with refused_parameters():
+                trace = poutine.trace(poutine.uncondition(local)).get_trace(like)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"image {index} cannot be simulated: {error}", images=[index]
+            ) from error
     images = [
         site["value"]
         for site in cast(Any, trace.nodes.values())
@@ -309,6 +323,19 @@ def _simulate(model: Program, like: Tensor, seed: int) -> tuple[Tensor, Tensor]:
             f"found {len(images)} of them"
         )
     return images[0], cast(Any, trace.nodes["z"])["value"]
+
+
+def _check_finite(log_weights: Tensor, first: int) -> None:
+    wrong = (~(log_weights < torch.inf)).any(0).nonzero().flatten() + first
+    if len(wrong):
+        images = wrong.tolist()
+        names = ", ".join(map(str, images[:5])) + (", ..." if len(images) > 5 else "")
+        raise NonFiniteError(
+            f"annealing meets a log p(x, z) or log q(z|x) that is NaN or overflows "
+            f"{log_weights.dtype}, for image {names}: is the decoder finite for every z that its "
+            "start may draw?",
+            images=images,
+        )
 
 
 def _images_at_once(

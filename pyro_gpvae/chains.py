@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_gpvae.elbo import in_data_plate
 from pyro_gpvae.importance import is_global, site_sum
+from pyro_gpvae.nonfinite import NonFiniteError, refused_parameters
 from pyro_gpvae.randomness import seeded
 
 __all__ = ["Forward", "Path", "image_seed", "num_pilots_for", "start_distributions"]
@@ -237,8 +238,14 @@ def start_distributions(
             f"the guide {name} has no posterior(x): annealing needs its density q(z|x). "
             "Give it one, or start from the prior (guide=None)"
         )
-    with seeded(image_seed(seed, indices[0], "posterior"), x.device):
-        q = guide.posterior(x)
+    try:
+        with seeded(image_seed(seed, indices[0], "posterior"), x.device), refused_parameters():
+            q = guide.posterior(x)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"posterior(x) of the guide {name}, for images {indices[0]} to {indices[-1]}: {error}",
+            images=indices,
+        ) from error
     if q.batch_shape != (len(x),):
         raise ValueError(
             f"posterior(x) of the guide {name} has batch shape {tuple(q.batch_shape)}, expected "
@@ -280,9 +287,12 @@ def _slices(q: Distribution) -> list[Distribution] | None:
 def _prior(model: Program, image: Tensor) -> Any:
     """The model's distribution of z for one image; refuses models with other latent sites."""
     local = poutine.block(model, hide_fn=is_global)
+    # of this draw only the sites matter, not whether the decoder is finite there
+    with pyro.validation_enabled(False):
+        trace = poutine.trace(local).get_trace(image)
     sites = {
         name: site
-        for name, site in poutine.trace(local).get_trace(image).nodes.items()
+        for name, site in trace.nodes.items()
         if site["type"] == "sample" and in_data_plate(site) and not site["is_observed"]
     }
     if list(sites) != ["z"]:

@@ -3,6 +3,7 @@ r"""The inference gap log p(x) - ELBO of each image, and what it consists of."""
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -19,9 +20,10 @@ from torch.distributions import (
 )
 from tqdm.auto import tqdm
 
+from pyro_gpvae.chains import image_seed
 from pyro_gpvae.data import to_float
 from pyro_gpvae.guide import make_guide
-from pyro_gpvae.importance import evidence_curve, log_weights
+from pyro_gpvae.importance import ParetoWarning, device_and_dtype, evidence_curve, log_weights
 from pyro_gpvae.randomness import seeded
 from pyro_gpvae.reference import reference_evidence
 from pyro_gpvae.uncertainty import price_of_spread
@@ -72,6 +74,8 @@ class Gap:
         evidence_error: Its Monte-Carlo standard error; likewise the following.
         estimator: What it is from, a name an image.
         pareto_k: The tail of the weights behind it: above 0.7 it cannot be trusted.
+        trusted: Whether any estimate of log p(x) is reliable, see
+            :func:`pyro_gpvae.reference.reference_evidence`.
         elbo: Of the guide's q(z|x), or, without ``posterior(x)``, of its program given its random
             weights, which then pays for them here.
         elbo_error: Its error.
@@ -83,8 +87,9 @@ class Gap:
         iwae: The importance-weighted bound for K = 100 with the guide's own q.
         refined: The same with the full optimum as proposal, K = ``reference_samples``.
         annealed: By annealed importance sampling; not a number if it was not asked for.
-        spread: I(z; (W, U) | x); zero for a guide that is not random.
-        kl_global: KL(q(W, U) ‖ p)/N, the same for each image.
+        spread: I(z; (W, U) | x); zero for a guide that is not random, or whose ``elbo`` pays for
+            it already; not a number where it is not known.
+        kl_global: KL(q(W, U) ‖ p)/N, the same for each image; not a number where it is not known.
         family: Of the guide's q(z|x): "diagonal", "full", or "other".
     """
 
@@ -92,6 +97,7 @@ class Gap:
     evidence_error: Tensor
     estimator: tuple[str, ...]
     pareto_k: Tensor
+    trusted: Tensor
     elbo: Tensor
     elbo_error: Tensor
     elbo_full: Tensor
@@ -118,7 +124,7 @@ class Gap:
 
     @property
     def bound(self) -> Tensor:
-        """Eq. (2) of the supplement; the ELBO where nothing is random."""
+        """Eq. (2) of the supplement; the ELBO where nothing is random; NaN where not known."""
         return self.elbo - self.spread - self.kl_global
 
     @property
@@ -145,9 +151,10 @@ class Gap:
         return pd.DataFrame(frame)
 
     def __repr__(self) -> str:
-        left = int((~self.converged).sum())
+        left, doubtful = (int((~flags).sum()) for flags in (self.converged, self.trusted))
         return (
-            f"Gap({len(self.elbo)} images, {left} of them not converged: "
+            f"Gap({len(self.elbo)} images, {left} of them not converged, {doubtful} without a "
+            "reliable log p(x): "
             f"mean approximation gap {float(self.approximation[self.converged].mean()):.2f} nats, "
             f"amortisation gap {float(self.amortisation[self.converged].mean()):.2f} nats)"
         )
@@ -175,6 +182,20 @@ def decompose(
     All ELBOs of an image are averages of the log weights of ``num_samples`` draws with the same
     noise; the optima start from the guide's mean.
 
+    A guide with random weights, ``global_prior()``, tells their prices by two methods more, which
+    the guide contract leaves to it:
+
+    * ``moments(x) -> (a, v, b, r)``, each (B, p): means and variances of f(x) ~ N(a, v) and of
+      log h(x) ~ N(b, r), for z | f, h ~ N(f, h²). It gives ``spread``.
+    * ``kl_weights() -> Tensor``, shape (): KL(q(W, U) ‖ p) in nats. It gives ``kl_global``.
+
+    Without them ``spread``, ``kl_global`` and ``bound`` are not known: NaN, "not known" in tables.
+
+    **A limit.** The optima, and all estimates of log p(x) from them, start from one mode of the
+    posterior. Where it has several, log p(x) and the approximation gap may be too small by -log of
+    that mode's share, with small errors, ``converged`` and ``trusted``: see
+    :func:`pyro_gpvae.reference.reference_evidence`.
+
     References:
         Cremer, Li and Duvenaud, *Inference Suboptimality in Variational Autoencoders*, 2018.
         https://arxiv.org/abs/1801.03558
@@ -188,17 +209,20 @@ def decompose(
         num_samples: Draws per image for each ELBO.
         reference_samples: Draws per image from the guide and from the full optimum, for log p(x).
         num_chains: Chains per image of annealed importance sampling from the full optimum, at
-            least 2; 0 is none.
+            least 2; 0 is none. Fewer than 8 are never trusted, see
+            :func:`pyro_gpvae.reference.reference_evidence`.
         num_steps: Its steps.
         max_optimum_steps: Of the optimisation of each image's Gaussians.
-        chunk_size: How many latent vectors are decoded at once; bounds the memory.
+        chunk_size: How many latent vectors are decoded at once; bounds the memory. It changes the
+            order of random numbers, and so the results within their errors.
         seed: The same seed gives the same numbers; the global random state is left as it was.
         first_image: The index of the first image of x, where x is a part of a data set.
         progress: Whether to show a progress bar over images; a text is its label.
 
     Raises:
         ValueError: If the guide has no density, a number is too small, ``num_train`` is missing,
-            or x is not a batch of images.
+            x is not a batch of images, or ``moments(x)`` is not as above.
+        NonFiniteError: If a density is NaN or +∞; names the images.
         torch.linalg.LinAlgError: If the curvature of an image's log joint is not finite.
     """
     for name, value, least in (
@@ -207,6 +231,8 @@ def decompose(
     ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be images (B, C, H, W), got {getattr(x, 'shape', type(x))}")
     if not (hasattr(model, "log_joint") and hasattr(model, "check_shape")):
@@ -214,9 +240,12 @@ def decompose(
             f"the optimum of each image needs an ImageModel, got {type(model).__name__}"
         )
     model.check_shape(x)
-    like = next(model.parameters())
+    device, dtype = device_and_dtype(model, x)
+    like = torch.empty((), device=device, dtype=dtype)
     kl_global = _kl_global(guide, num_train, like)
-    family = _family(guide, to_float(x[:1].to(like.device), like.dtype))
+    first = to_float(x[:1].to(device), dtype)
+    family = _family(guide, first)
+    _spread(guide, first)  # an error before the work, not after it
     start = guide if hasattr(guide, "posterior") else None
     full, diagonal = (
         make_guide(spec, model, warm_start=start, max_steps=max_optimum_steps)
@@ -228,29 +257,32 @@ def decompose(
     label = progress if isinstance(progress, str) else "inference gap"
     with tqdm(total=len(x), desc=label, unit="image", disable=not progress) as bar:
         for begin in range(0, len(x), size):
-            images = to_float(x[begin : begin + size].to(like.device), like.dtype)
+            images = to_float(x[begin : begin + size].to(device), dtype)
             index = first_image + begin
             best_full, best_diagonal = full.optimise(images), diagonal.optimise(images)
-            reference = reference_evidence(
-                model,
-                images,
-                guide,
-                num_samples=reference_samples,
-                num_chains=num_chains,
-                num_steps=num_steps,
-                chunk_size=chunk_size,
-                seed=seed,
-                first_image=index,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ParetoWarning)  # the result says it of each image
+                reference = reference_evidence(
+                    model,
+                    images,
+                    guide,
+                    num_samples=reference_samples,
+                    num_chains=num_chains,
+                    num_steps=num_steps,
+                    chunk_size=chunk_size,
+                    seed=seed,
+                    first_image=index,
+                )
             said = {name: estimate[0] for name, estimate in reference.estimates.items()}
             estimators.extend(reference.estimator)
             part = {
                 "log_evidence": reference.log_evidence,
                 "evidence_error": reference.standard_error,
                 "pareto_k": reference.pareto_k,
+                "trusted": reference.trusted,
                 "refined": said[f"IWAE({reference_samples}), instance:full"],
                 "converged": best_full.converged & best_diagonal.converged,
-                "spread": torch.zeros_like(reference.log_evidence),
+                "spread": _spread(guide, images).to(reference.log_evidence),
                 "kl_global": kl_global.expand(len(images)),
             }
             nothing = torch.full_like(reference.log_evidence, math.nan)
@@ -261,15 +293,13 @@ def decompose(
                 ("elbo_full", _Fixed(best_full.posterior)),
                 ("elbo_diagonal", _Fixed(best_diagonal.posterior)),
             ):
-                with seeded(seed + index, like.device):  # common noise
+                with seeded(image_seed(seed, index, "elbo"), device):  # common noise
                     log_w[name] = log_weights(model, q, images, num_samples, chunk_size=chunk_size)
             for name, values in log_w.items():
                 part[name] = values.mean(0)
                 part[f"{name}_error"] = values.std(0) / math.sqrt(num_samples)
             curve = evidence_curve(log_w["elbo"], [min(_PROTOCOL_SAMPLES, num_samples)])
             part["iwae"] = next(iter(curve.values()))
-            if hasattr(guide, "moments"):
-                part["spread"] = price_of_spread(guide, images).to(part["spread"])
             parts.append(part)
             bar.update(len(images))
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -291,9 +321,9 @@ class _Fixed:
 
 @torch.no_grad()
 def _kl_global(guide: Any, num_train: int | None, like: Tensor) -> Tensor:
-    """KL(q(W, U) ‖ p)/N of a random encoder, zero for others: shape ()."""
+    """KL(q(W, U) ‖ p)/N of a random encoder, NaN if it does not say, zero for others: ()."""
     if not hasattr(guide, "kl_weights"):
-        return like.new_zeros(())
+        return like.new_full((), math.nan if _is_random(guide) else 0.0)
     if num_train is None or num_train < 1:
         raise ValueError(
             "num_train must be the number of training images, by which eq. (2) divides the "
@@ -301,6 +331,20 @@ def _kl_global(guide: Any, num_train: int | None, like: Tensor) -> Tensor:
         )
     kl: Tensor = guide.kl_weights()
     return kl.to(like) / num_train
+
+
+def _spread(guide: Any, x: Tensor) -> Tensor:
+    """I(z; (W, U) | x), NaN if the guide does not tell, zero if there is none: (B,)."""
+    # without posterior(x), z is scored given the weights, and the ELBO has paid
+    if not (_is_random(guide) and hasattr(guide, "posterior")):
+        return x.new_zeros(len(x))
+    if not hasattr(guide, "moments"):
+        return x.new_full((len(x),), math.nan)
+    return price_of_spread(guide, x)
+
+
+def _is_random(guide: Any) -> bool:
+    return hasattr(guide, "global_prior") and bool(guide.global_prior())
 
 
 @torch.no_grad()

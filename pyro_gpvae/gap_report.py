@@ -3,7 +3,9 @@ r"""Inference gaps of whole runs: measured chunk by chunk, resumed, averaged, ta
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def measure_gaps(
     data: str | None = None,
     root: str | None = None,
     device: str | None = None,
+    trust_guide: bool = False,
     progress: bool = True,
     **budget: Any,
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
@@ -51,7 +54,8 @@ def measure_gaps(
 
     Every 25 images that are finished are written to ``out/chunks``, under a name that stands for
     the weights, the images and the budget: what was measured before is not measured again, after
-    an interrupt, with further runs, or with more images.
+    an interrupt, with further runs, or with more images. A chunk whose checksum is wrong is
+    measured again, with a warning.
 
     Arguments:
         folders: Run folders.
@@ -59,7 +63,7 @@ def measure_gaps(
         num_images: How many test images; all of a run that has fewer.
         labels: A name for each run in tables and pictures; by default its guide, or its folder
             where guides are not unique.
-        data, root, device: See :func:`pyro_gpvae.load_run`.
+        data, root, device, trust_guide: See :func:`pyro_gpvae.load_run`.
         progress: Whether to show a progress bar over the images of all runs.
         budget: Further arguments of :func:`pyro_gpvae.gap.decompose`.
 
@@ -76,7 +80,8 @@ def measure_gaps(
         raise ValueError(f"expected one or more different run folders, got {len(folders)}")
     if num_images < 1:
         raise ValueError(f"images must be at least 1, got {num_images}")
-    runs = [load_run(folder, data=data, root=root, device=device) for folder in folders]
+    where: dict[str, Any] = {"data": data, "root": root, "device": device}
+    runs = [load_run(folder, trust_guide=trust_guide, **where) for folder in folders]
     counts = [min(num_images, len(run.data.test)) for run in runs]
     labels = _labels(runs) if labels is None else labels
     tables = []
@@ -88,7 +93,8 @@ def measure_gaps(
             for start in range(0, count, BATCH):
                 stop = min(start + BATCH, count)
                 path = Path(out) / "chunks" / f"{_key(run, identity, start, stop, budget)}.csv"
-                if not path.is_file():
+                part = _read_chunk(path)
+                if part is None:
                     gap = decompose(
                         run.model,
                         run.guide,
@@ -98,8 +104,7 @@ def measure_gaps(
                         **budget,
                     )
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    write_text(path, gap.table().to_csv(index=False))
-                part = read_table(path)
+                    part = _write_chunk(path, gap.table())
                 part["image"] += start
                 parts.append(part)
                 bar.update(stop - start)
@@ -132,6 +137,27 @@ def describe(run: Run) -> dict[str, Any]:
 def read_table(path: str | Path) -> pd.DataFrame:
     """Reads a table that was written here."""
     return pd.read_csv(path)
+
+
+def _write_chunk(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Writes a table under a line with its checksum, and returns it as it is read back."""
+    text = table.to_csv(index=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(path, f"# sha256 {digest}\n{text}")
+    return pd.read_csv(io.StringIO(text))
+
+
+def _read_chunk(path: Path) -> pd.DataFrame | None:
+    """Reads a table back; None if there is none, or, with a warning, if it is damaged."""
+    if not path.is_file():
+        return None
+    head, _, rest = path.read_bytes().partition(b"\n")
+    if head == f"# sha256 {hashlib.sha256(rest).hexdigest()}".encode():
+        return pd.read_csv(io.BytesIO(rest))
+    warnings.warn(
+        f"{path} is damaged (its checksum is wrong): its images are measured again", stacklevel=3
+    )
+    return None
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -196,7 +222,10 @@ def gap_markdown(table: pd.DataFrame, caption: str) -> str:
             return _number(row["mean"]) + (f" ± {_number(error)}" if spread else "")
 
         counts = rows.iloc[0]
-        random = bool((table.loc[table["label"] == label, "kl_global"] > 0).any())
+        # zero where nothing is random, not a number where the guide does not tell
+        random = bool(
+            (table.loc[table["label"] == label, ["spread", "kl_global"]] != 0).any(axis=None)
+        )
         cells = [
             f"`{label}` ({family})",
             mean("log_evidence"),
@@ -205,7 +234,10 @@ def gap_markdown(table: pd.DataFrame, caption: str) -> str:
             mean("amortisation", True),
             _number(rows.loc["amortisation", "median"]),
             *(mean(name) for name in ("beyond_gaussian", "independence", "encoder")),
-            *(mean(name) if random else "–" for name in ("spread", "kl_global")),
+            *(
+                "–" if not random else mean(name).replace("–", "not known")
+                for name in ("spread", "kl_global")
+            ),
             f"{counts['images']:.0f} of {counts['images_of_all']:.0f}",
         ]
         first.append("| " + " | ".join(cells) + " |")
@@ -225,6 +257,14 @@ def gap_markdown(table: pd.DataFrame, caption: str) -> str:
             f"The weights behind log p(x) have a Pareto k̂ above {PARETO_LIMIT}, so that it may be "
             "too low: " + ", ".join(f"{n} images of `{label}`" for label, n in counts.items()) + "."
         )
+    if "trusted" in table:  # tables of before have no such column
+        counts = table[~table["trusted"]].groupby("label", sort=False).size()
+        if len(counts):
+            notes.append(
+                "No estimate of log p(x) is reliable, the highest that nothing refutes is given: "
+                + ", ".join(f"{n} images of `{label}`" for label, n in counts.items())
+                + "."
+            )
     several = bool((summary["seeds"] > 1).any())
     explanation = (
         "Nats per image. Beyond Gaussian: log p(x) - ELBO of the best Gaussian with full "
@@ -322,6 +362,7 @@ def _identity(run: Run) -> str:
 def _key(run: Run, identity: str, start: int, stop: int, budget: dict[str, Any]) -> str:
     """A name for what the numbers of a chunk depend on."""
     content = {
+        "format": 2,  # 1 had no checksum, and trusted any annealing
         "version": pyro_gpvae.__version__,
         "weights": identity,
         "guide": run.config.guide,

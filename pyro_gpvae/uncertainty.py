@@ -26,6 +26,9 @@ __all__ = [
     "rank_correlation",
 ]
 
+#: A rank correlation of fewer images says nothing.
+MIN_IMAGES = 8
+
 Floats = NDArray[np.floating[Any]]
 
 
@@ -175,10 +178,10 @@ def rank_correlation(
     """
     pair = [np.asarray(score, dtype=float) for score in (uncertainty, gap)]
     for name, score in zip(("uncertainty", "gap"), pair, strict=True):
-        if score.ndim != 1 or score.shape != pair[0].shape or len(score) < 8:
+        if score.ndim != 1 or score.shape != pair[0].shape or len(score) < MIN_IMAGES:
             raise ValueError(
-                "a rank correlation needs one number for each of at least 8 images, got shapes "
-                f"{pair[0].shape} and {pair[1].shape}"
+                f"a rank correlation needs one number for each of at least {MIN_IMAGES} images, "
+                f"got shapes {pair[0].shape} and {pair[1].shape}"
             )
         if not np.isfinite(score).all():
             raise ValueError(f"{(~np.isfinite(score)).sum()} values of the {name} are not finite")
@@ -352,7 +355,17 @@ def _moments(guide: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             f"the guide {type(guide).__name__} has no moments(x): this score is the spread of a "
             "random encoder, such as 'gp'"
         )
-    a, v, b, r = (moment.double() for moment in guide.moments(x))
+    found = guide.moments(x)
+    parts = tuple(found) if isinstance(found, tuple | list) else ()
+    shapes = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
+    is_right = len(shapes) == len(parts) == 4 and len(set(shapes)) == 1 and len(shapes[0]) == 2
+    if not is_right or shapes[0][0] != len(x):
+        raise ValueError(
+            f"moments(x) of the guide {type(guide).__name__} must be four tensors ({len(x)}, p), "
+            "the means and variances of f(x) and of log h(x), got "
+            + (f"{len(parts)} parts, tensors of shapes {shapes}" if parts else type(found).__name__)
+        )
+    a, v, b, r = (moment.double() for moment in found)
     return a, v, b, r
 
 

@@ -17,6 +17,7 @@ from pyro_gpvae.gap_report import describe, measure_gaps, read_table
 from pyro_gpvae.provenance import environment
 from pyro_gpvae.runs import Run, load_run
 from pyro_gpvae.uncertainty import (
+    MIN_IMAGES,
     RankCorrelation,
     posterior_record,
     rank_correlation,
@@ -112,6 +113,7 @@ def measure_uncertainty(
     data: str | None = None,
     root: str | None = None,
     device: str | None = None,
+    trust_guide: bool = False,
     progress: bool = True,
 ) -> str:
     """Measures gap and uncertainty of a run's test images; returns a report in Markdown.
@@ -122,10 +124,16 @@ def measure_uncertainty(
 
     Raises:
         FileNotFoundError, ValueError: If the run cannot be read, its guide is not a random
-            encoder, or fewer than 8 images converge.
+            encoder, there are fewer than 8 images, or fewer than 8 converge.
     """
     out = Path(out)
-    run = load_run(folder, data=data, root=root, device=device)
+    run = load_run(folder, data=data, root=root, device=device, trust_guide=trust_guide)
+    count = min(images, len(run.data.test))
+    if count < MIN_IMAGES:
+        raise ValueError(
+            f"a rank correlation needs at least {MIN_IMAGES} images, got {count} (images = "
+            f"{images}, of {len(run.data.test)} test images)"
+        )
     like = next(run.model.parameters())
     first = to_float(run.data.test[:1].to(like.device), like.dtype)
     uncertainty_scores(run.model, run.guide, first)  # an error before the work, not after it
@@ -143,6 +151,7 @@ def measure_uncertainty(
         data=data,
         root=root,
         device=device,
+        trust_guide=trust_guide,
         progress=progress,
         **budget,
     )

@@ -10,6 +10,7 @@ from guides import GaussianGuide, GPGuide, IAFGuide
 from pyro_gpvae import ImageModel, log_evidence
 from pyro_gpvae.annealing import annealed_evidence, bidirectional
 from pyro_gpvae.chains import Path, image_seed, start_distributions
+from pyro_gpvae.nonfinite import NonFiniteError
 from pyro_gpvae.testing import linear_gaussian
 
 SHAPE = (1, 4, 4)
@@ -260,6 +261,40 @@ def test_bad_input(options, message):
     model, x = model_and_images(p=2, count=2)
     with pytest.raises(ValueError, match=message):
         annealed_evidence(**({"model": model, "x": x} | options))
+
+
+class Broken(nn.Module):
+    """A decoder that is not a number on one side."""
+
+    def forward(self, z):
+        return torch.where(z[..., :1] > 0, torch.nan, z[..., :1]).expand(*z.shape[:-1], 16)
+
+
+def test_a_decoder_that_is_not_finite_is_named():
+    decoder = nn.Sequential(Broken(), nn.Unflatten(-1, SHAPE))
+    model = ImageModel(SHAPE, 2, decoder).double()
+    x = torch.rand(3, *SHAPE).double()
+    message = r"log p\(x, z\) or log q\(z\|x\) that is NaN .* for image 7, 8, 9: is the decoder"
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        annealed_evidence(model, x, num_steps=3, seed=0, first_image=7)
+    assert caught.value.images[0] == 7
+    with pytest.raises(NonFiniteError, match=r"^image \d cannot be simulated: [^\n]*$"):
+        bidirectional(model, num_images=9, seed=0)
+
+    class Left:  # whose draws meet no NaN
+        def posterior(self, x):
+            loc = torch.tensor([-1.0, 0.0]).double().expand(len(x), 2)
+            return dist.Normal(loc, 0.05).to_event(1)
+
+    fine = annealed_evidence(model, x, Left(), num_steps=3, seed=0)
+    assert bool(fine.log_evidence.isfinite().all())
+
+    class Lost:
+        def posterior(self, x):
+            return dist.Normal(torch.full((len(x), 2), torch.nan).double(), 1.0).to_event(1)
+
+    with pytest.raises(NonFiniteError, match=r"posterior.* of the guide Lost, for images 0 to 2"):
+        annealed_evidence(model, x, Lost(), seed=0)
 
 
 def test_no_simulated_image_is_an_error():

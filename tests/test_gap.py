@@ -127,6 +127,80 @@ def test_other_guides_pay_nothing():
     torch.testing.assert_close(found.bound, found.elbo)
 
 
+class Random(nn.Module):
+    """A user's random encoder: the guide contract, and nothing else."""
+
+    def posterior(self, x):
+        return dist.Normal(x.flatten(1)[:, :2], math.hypot(1.0, 0.5)).to_event(1)
+
+    def global_prior(self):
+        return {"W": dist.Normal(torch.zeros(2).double(), 1.0).to_event(1)}
+
+    def forward(self, x):
+        W = pyro.sample("W", dist.Normal(torch.zeros(2).double(), 0.5).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.flatten(1)[:, :2] + W, 1.0).to_event(1))
+
+
+@pytest.mark.filterwarnings("ignore:Found vars in guide")
+def test_a_random_encoder_that_does_not_tell_its_prices():
+    model, x = toy.linear_model(), toy.images(3)
+    found = decompose(model, Random(), x, **BUDGET)
+    assert bool(found.spread.isnan().all() & found.kl_global.isnan().all())
+    assert bool(found.bound.isnan().all())
+    table = found.table().assign(run="run", label="mine")
+    row = next(line for line in gap_markdown(table, "").splitlines() if line.startswith("| `mine`"))
+    assert "| not known | not known | 3 of 3 |" in row
+    # two methods more, and it does
+    guide = Random()
+    one = torch.ones(3, 2).double()
+    guide.moments = lambda x: tuple(m[: len(x)] for m in (one, 0.25 * one, 0 * one, 0 * one))
+    guide.kl_weights = lambda: torch.tensor(6.0)
+    told = decompose(model, guide, x, num_train=3, **BUDGET)
+    torch.testing.assert_close(told.spread, torch.full((3,), math.log(1.25)).double())
+    torch.testing.assert_close(told.kl_global, torch.full((3,), 2.0).double())
+
+    # what is scored given the weights has paid for their spread
+    class Program(nn.Module):
+        global_prior, moments, forward = Random.global_prior, guide.moments, Random.forward
+
+    given = decompose(model, Program(), x, **BUDGET)
+    assert float(given.spread.abs().max()) == 0
+    assert bool(given.kl_global.isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("moments", "got"),
+    [
+        ((1, 2), "2 parts"),
+        ({"mean": 0}, "dict"),
+        ((torch.zeros(1, 2),) * 3, "3 parts"),
+        ((torch.zeros(1, 2), *(torch.zeros(1, 3),) * 3), r"shapes \[\(1, 2\), \(1, 3\)"),
+        ((torch.zeros(2),) * 4, r"shapes \[\(2,\)"),
+    ],
+)
+def test_moments_of_another_kind_are_named(moments, got):
+    guide = GaussianGuide(toy.linear_model(), toy.linear_encoder()).double()
+    guide.global_prior = lambda: {"W": dist.Normal(0.0, 1.0)}
+    guide.moments = lambda x: moments
+    message = rf"moments\(x\) of the guide GaussianGuide must be four tensors \(1, p\).*{got}"
+    with pytest.raises(ValueError, match=message):
+        decompose(toy.linear_model(), guide, toy.images(3), **BUDGET)
+
+
+def test_a_model_without_parameters():
+    class Fixed(nn.Module):
+        def forward(self, z):
+            return z.sum(-1, keepdim=True).expand(*z.shape[:-1], 6)
+
+    decoder = nn.Sequential(Fixed(), nn.Unflatten(-1, toy.SHAPE))
+    model = ImageModel(toy.SHAPE, 2, decoder, likelihood="bernoulli")
+    assert not list(model.parameters())
+    x = (toy.images(2) > 0.5).float()
+    guide = GaussianGuide(model, nn.Flatten())
+    assert bool(decompose(model, guide, x, **BUDGET).elbo.isfinite().all())
+
+
 class Program(nn.Module):
     """A user's guide: no posterior, and a random weight of its own."""
 
@@ -145,6 +219,7 @@ class Program(nn.Module):
 def test_any_program_is_a_guide():
     model, x = toy.linear_model(), toy.images(3)
     found = decompose(model, Program(), x, num_samples=2000, num_chains=4, num_steps=10)
+    assert bool(found.trusted.all())
     assert found.family == "other"
     torch.testing.assert_close(found.log_evidence, toy.exact_evidence(model, x), rtol=0, atol=1e-4)
     torch.testing.assert_close(found.annealed, toy.exact_evidence(model, x), rtol=0, atol=0.05)
@@ -166,6 +241,15 @@ def test_images_in_parts_are_images_together():
     pd.testing.assert_frame_equal(whole, together, check_exact=True)
 
 
+def test_nearby_seeds_share_no_noise():
+    model, x = curved_model(), toy.images(3)
+    guide = GaussianGuide(model, toy.linear_encoder()).double()
+    same = x[:1].expand(2, *x.shape[1:])
+    first = decompose(model, guide, same, seed=0, first_image=1, **BUDGET)
+    other = decompose(model, guide, same, seed=1, first_image=0, **BUDGET)
+    assert not bool((first.elbo == other.elbo).any())
+
+
 def test_an_optimum_that_has_not_converged_is_flagged_and_left_out():
     model, x = curved_model(), toy.images(12)
     torch.manual_seed(0)
@@ -178,6 +262,7 @@ def test_an_optimum_that_has_not_converged_is_flagged_and_left_out():
     # some of each kind, whatever the model
     table["converged"] = np.arange(12) >= 3
     table["pareto_k"] = np.where(np.arange(12) == 5, 0.9, 0.2)
+    table["trusted"] = np.arange(12) >= 2
     summary = summarise(table).set_index("quantity")
     assert summary.loc["amortisation", "images"] == 9
     assert summary.loc["amortisation", "images_of_all"] == 12
@@ -186,6 +271,7 @@ def test_an_optimum_that_has_not_converged_is_flagged_and_left_out():
     text = gap_markdown(table, "caption")
     assert "9 of 12" in text
     assert "too low: 1 images of `vae`." in text
+    assert "reliable, the highest that nothing refutes is given: 2 images of `vae`." in text
     assert "3 images whose optimum has not converged are left out" in text
 
 
@@ -246,6 +332,9 @@ def test_what_cannot_be_decomposed():
         decompose(model, GPGuide(model, toy.linear_encoder()).double(), x)
     with pytest.raises(ValueError, match="num_samples must be at least 2, got 1"):
         decompose(model, vae, x, num_samples=1)
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
+            decompose(model, vae, x, chunk_size=size)
     with pytest.raises(ValueError, match=r"images \(B, C, H, W\)"):
         decompose(model, vae, x[0])
     with pytest.raises(ValueError, match="needs an ImageModel, got function"):
@@ -314,16 +403,52 @@ def test_the_command_writes_tables_and_a_picture(runs, tmp_path, capsys):
     assert (tmp_path / "gap.png").stat().st_size > 10_000
 
 
-def test_bad_runs(runs, tmp_path, monkeypatch):
+def test_bad_runs(runs, tmp_path):
     with pytest.raises(ValueError, match="different run folders"):
         measure_gaps([runs / "vae", runs / "vae"], tmp_path)
     with pytest.raises(ValueError, match="images must be at least 1, got 0"):
         measure_gaps([runs / "vae"], tmp_path, num_images=0)
     with pytest.raises(FileNotFoundError, match="absent"):
         measure_gaps([runs / "absent"], tmp_path)
-    monkeypatch.setitem(sys.modules, "pyro_gpvae.plots.gap", None)
-    with pytest.raises(ValueError, match="matplotlib"):
-        GapCommand(runs=(runs / "vae",)).run()
+
+
+def test_a_damaged_chunk_is_measured_again(runs, tmp_path):
+    def measure():
+        return measure_gaps([runs / "vae"], tmp_path, num_images=4, progress=False, **BUDGET)[0]
+
+    expected = measure()
+    (chunk,) = (tmp_path / "chunks").iterdir()
+    whole = chunk.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for damaged in (
+        b"".join(lines[:-1]),  # a row is lost
+        whole[:-20],  # cut in mid-line
+        b"".join(lines[:2]),  # header only
+        b"",
+        b"".join(lines[1:]),  # no checksum
+        whole.replace(b"True", b"nope"),
+        b"\xff" + whole,
+    ):
+        chunk.write_bytes(damaged)
+        with pytest.warns(UserWarning, match=f"{chunk.name} is damaged.*again") as caught:
+            found = measure()
+        assert len(caught) == 1
+        pd.testing.assert_frame_equal(found, expected, check_exact=True)
+        assert chunk.read_bytes() == whole
+
+
+def test_a_guide_of_the_users_own_is_read_if_trusted(runs, tmp_path, monkeypatch):
+    seen = []
+
+    def load(folder, **options):
+        seen.append(options["trust_guide"])
+        raise ValueError("stop")
+
+    monkeypatch.setattr(gap_report, "load_run", load)
+    for trust in (False, True):
+        with pytest.raises(ValueError, match="stop"):
+            GapCommand(runs=(runs / "vae",), out=tmp_path, trust_guide=trust).run()
+    assert seen == [False, True]
 
 
 def test_a_run_without_weights(runs, tmp_path):
@@ -353,7 +478,7 @@ def test_the_experiment(tmp_path, capsys, monkeypatch):
     assert str(tmp_path) not in (results / "gap.csv").read_text()
     assert (tmp_path / "docs" / "images" / "gap.png").exists()
     # again: nothing is trained or measured, the same table comes out
-    monkeypatch.setattr(gap_table, "train_run", None)
+    monkeypatch.setattr(gap_table, "complete_run", None)
     monkeypatch.setattr(gap_report, "decompose", None)
     gap_table.main(options)
     assert "to train 0 of 4 runs" in capsys.readouterr().out

@@ -2,11 +2,15 @@ import math
 import warnings
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 
 from guides import GaussianGuide
+from pyro_gpvae import ImageModel
+from pyro_gpvae.annealing import bidirectional
+from pyro_gpvae.importance import ParetoWarning
 from pyro_gpvae.reference import _choose, reference_evidence
 from pyro_gpvae.testing import linear_gaussian
 
@@ -87,17 +91,113 @@ def test_a_plain_pyro_model_is_annealed(toy):
     program = plain(model)
     alone = reference_evidence(program, x, num_steps=200, num_chains=32)
     assert alone.estimator == ("AIS(200)",) * 6
-    both = reference_evidence(program, x, guide, num_steps=20, num_samples=100)
-    assert set(both.estimates) == {"IWAE(100)", "AIS(20)"}
+    assert bool(alone.trusted.all())
+    with pytest.warns(ParetoWarning, match="no estimate of log p"):
+        both = reference_evidence(program, x, guide, num_steps=20, num_samples=20)
+    assert set(both.estimates) == {"IWAE(20)", "AIS(20)", "AIS(20), prior"}
     difference = (alone.log_evidence - model.log_evidence(x)) / alone.standard_error
     assert float(difference.abs().max()) < 3.5
     with pytest.raises(ValueError, match="without a guide, an ImageModel or chains"):
         reference_evidence(program, x, num_chains=0)
 
 
+class Narrow:
+    """The exact posterior, but for its standard deviation."""
+
+    def __init__(self, model, factor):
+        self.model, self.factor = model, factor
+
+    def posterior(self, x):
+        q = self.model.posterior(x)
+        scale = self.factor * q.scale_tril.expand(len(x), -1, -1)
+        return type(q)(q.loc, scale_tril=scale)
+
+
+def test_annealing_from_a_narrow_guide_is_not_trusted(toy):
+    model, _, x = toy
+    exact, program = model.log_evidence(x), plain(model)
+    guide = Narrow(model, 0.01)
+    with pytest.warns(ParetoWarning, match=r"is reliable for \d of 6 images") as caught:
+        found = reference_evidence(program, x, guide, num_samples=1000)
+    assert len(caught) == 1
+    annealed, error, _ = found.estimates["AIS(50)"]
+    # all chains agree on a value that is off by many of its errors
+    assert bool((annealed < exact - 4 * error).all())
+    assert "AIS(50)" not in found.estimator
+    assert 0 < int(found.trusted.sum()) < 6
+    assert bool(((found.log_evidence - exact).abs() < 2).all())
+    assert f"{int((~found.trusted).sum())} not reliable" in repr(found)
+    # without a move, whatever the weights of 16 draws look like
+    with pytest.warns(ParetoWarning, match="is reliable for 6 of 6 images"):
+        still = reference_evidence(program, x, guide, num_samples=1000, num_steps=1)
+    assert not bool(still.trusted.any())
+    # and a guide that is right is trusted, in one step too
+    right = reference_evidence(program, x, Narrow(model, 1.0), num_samples=1000, num_steps=1)
+    assert bool(right.trusted.all())
+    torch.testing.assert_close(right.log_evidence, exact, rtol=0, atol=1e-6)
+
+
+def test_a_few_chains_are_never_trusted(toy):
+    model, _, x = toy
+    for chains, trusted in ((7, False), (8, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = reference_evidence(plain(model), x, num_chains=chains, num_steps=400)
+        assert bool(found.trusted.any()) == trusted
+        assert ("for 6 of 6" in str([w.message for w in caught])) == (not trusted)
+    # nor taken for their error beside others
+    both = reference_evidence(model, x, num_samples=1000, num_chains=2)
+    assert set(both.estimator) == {"IWAE(1000), instance:full"}
+
+
+class Square(nn.Module):
+    def forward(self, z):
+        return z.square().expand(*z.shape[:-1], 4).unflatten(-1, (1, 2, 2))
+
+
+class Modes:
+    """A Gaussian in one of the two modes of a decoder of z², or in each."""
+
+    def __init__(self, both):
+        self.both = both
+
+    def posterior(self, x):
+        mean = x.flatten(1).mean(1).clamp(min=0.25).sqrt()
+        centres = torch.stack([mean, -mean if self.both else mean], -1).unsqueeze(-1)
+        parts = dist.Normal(centres, 0.1).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(torch.ones(len(x), 2)), parts)
+
+
+def test_the_documented_limit_of_one_mode():
+    model = ImageModel((1, 2, 2), 1, Square(), sigma=0.1)
+    model.requires_grad_(False)
+    x = torch.full((2, 1, 2, 2), 0.81)
+    z = torch.linspace(-8, 8, 40_001)
+    exact = torch.trapezoid(
+        model.log_joint(x, z.reshape(-1, 1, 1).expand(-1, 2, 1)).exp(), z, dim=0
+    ).log()
+    one = reference_evidence(model, x, Modes(both=False), num_samples=2000)
+    assert bool(one.trusted.all()), "nothing can tell"
+    torch.testing.assert_close(one.log_evidence, exact - math.log(2), rtol=0, atol=0.03)
+    both = reference_evidence(model, x, Modes(both=True), num_samples=5000)
+    assert both.estimator == ("IWAE(5000)",) * 2
+    torch.testing.assert_close(both.log_evidence, exact, rtol=0, atol=0.1)
+    # and images simulated from the other mode show it
+    sandwich = bidirectional(model, Modes(both=False), num_images=20, num_steps=50, seed=0)
+    other = sandwich.z[:, 0] < -0.7
+    assert 2 < int(other.sum()) < 18
+    assert float((sandwich.upper - sandwich.lower)[other].min()) > 10
+
+
 def estimates(**rows):
     """(log p(x), error, k̂) of one image for each estimator."""
     return {name: tuple(torch.tensor([v]).double() for v in row) for name, row in rows.items()}
+
+
+def choose(found):
+    """The choice where annealing is trusted."""
+    trust = {n: (k <= 0.7) | torch.tensor(n == "AIS") for n, (_, _, k) in found.items()}
+    return _choose(found, trust)
 
 
 nan = math.nan
@@ -123,7 +223,8 @@ nan = math.nan
     ],
 )
 def test_the_choice(rows, chosen):
-    result = _choose(estimates(**rows))
+    result = choose(estimates(**rows))
+    assert bool(result.trusted) == (chosen != "IWAE2" and rows[chosen][2] != 0.9)
     assert result.estimator == (chosen,)
     assert float(result.log_evidence) == pytest.approx(rows[chosen][0])
     assert float(result.standard_error) == pytest.approx(rows[chosen][1])
@@ -142,10 +243,11 @@ def test_the_choice_errs_downwards():
         rows[name] = value, deviation, torch.full((count,), 0.5).double()
     maximum = torch.stack([value for value, _, _ in rows.values()]).max(0).values
     assert float(maximum.mean()) > 0.05
-    chosen = _choose(rows).log_evidence
+    chosen = choose(rows).log_evidence
     assert -error < float(chosen.mean()) < 0
 
 
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.importance.ParetoWarning")
 def test_a_missed_target_says_what_would_do(toy):
     model, guide, x = toy
     with pytest.warns(UserWarning, match=r"for 6 of 6 images.*num_chains = [\d,]+ would do"):
@@ -204,6 +306,7 @@ def test_progress_is_shown(toy, capsys):
     assert "digits: annealing: 100%" in shown
 
 
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.importance.ParetoWarning")
 def test_more_images_than_are_annealed_at_once(toy):
     model, _, x = toy
     many = x[:1].expand(512, *x.shape[1:])

@@ -286,6 +286,31 @@ def test_a_run_without_uncertainty_is_refused_before_the_work(runs, tmp_path, mo
         Uncertainty(run_folder=runs / "vae", out=tmp_path).run()
 
 
+def test_too_few_images_are_refused_before_the_work(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(uncertainty_report, "measure_gaps", None)
+    with pytest.raises(ValueError, match=r"at least 8 images, got 5 \(images = 5, of 9 test"):
+        Uncertainty(run_folder=runs / "gp", images=5, out=tmp_path).run()
+
+
+def test_a_guide_of_the_users_own_is_read_if_trusted(runs, tmp_path, monkeypatch):
+    seen = []
+
+    def load(folder, load=uncertainty_report.load_run, **options):
+        seen.append(options["trust_guide"])
+        return load(folder, **options)
+
+    def measure(folders, out, **options):
+        seen.append(options["trust_guide"])
+        raise ValueError("stop")
+
+    monkeypatch.setattr(uncertainty_report, "load_run", load)
+    monkeypatch.setattr(uncertainty_report, "measure_gaps", measure)
+    for trust in (False, True):
+        with pytest.raises(ValueError, match="stop"):
+            Uncertainty(run_folder=runs / "gp", out=tmp_path, trust_guide=trust).run()
+    assert seen == [False, False, True, True]
+
+
 def test_an_encoder_without_spread_has_no_correlation():
     table = random_table(12).assign(converged=True, amortisation=1.0 * np.arange(12))
     table = table.assign(**{name: np.arange(12.0) for name in uncertainty_report.SCORES})

@@ -28,6 +28,7 @@ class Uncertainty:
         data: Name or .npz path of the run's data, if they have moved.
         root: Folder of data sets, if it has moved.
         device: "cpu", "cuda" or "cuda:INDEX"; None is the run's.
+        trust_guide: Import the guide MODULE:CLASS that the run names.
         out: Folder for uncertainty.csv (a row an image), uncertainty.json and the pictures.
         quiet: Show no progress bar.
     """
@@ -42,15 +43,13 @@ class Uncertainty:
     data: str | None = None
     root: str | None = None
     device: str | None = None
+    trust_guide: bool = False
     out: Path = Path("uncertainty")
     quiet: bool = False
 
     def run(self) -> None:
-        from pyro_gpvae.commands.gap import load_plots
         from pyro_gpvae.uncertainty_report import measure_uncertainty, render_uncertainty
 
-        for name in ("gap", "images", "posterior"):
-            load_plots(name)
         options: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("images", "num_samples", "reference_samples", "bootstrap", "show", "seed")
@@ -62,6 +61,7 @@ class Uncertainty:
                 data=self.data,
                 root=self.root,
                 device=self.device,
+                trust_guide=self.trust_guide,
                 progress=not self.quiet,
                 **options,
             )

@@ -47,7 +47,8 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
     figure = Figure(figsize=(9.5, 0.42 * len(labels) + 2.4), dpi=150)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     by_run = table.groupby(["label", "run"], sort=False)[list(_STEPS)].mean()
-    means = by_run.groupby("label", sort=False).mean().loc[labels]
+    # what is not known of a random encoder is not drawn
+    means = by_run.groupby("label", sort=False).mean().loc[labels].fillna(0.0)
     above, below = np.zeros(len(labels)), np.zeros(len(labels))
     for colour, (name, step) in zip(COLOURS, _STEPS.items(), strict=False):
         width = means[name].to_numpy(float)
@@ -67,14 +68,15 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
             mean, places, xerr=deviation, fmt="none", ecolor="black", capsize=3, linewidth=1.2,
             label="sum, ± sd over seeds",
         )  # fmt: skip
-    for place, end, value in zip(places, above, mean, strict=True):
+    ends = np.maximum(above, mean + deviation.fillna(0.0))  # beyond the error bar as well
+    for place, end, value in zip(places, ends, mean, strict=True):
         left.annotate(
             f"{value:.1f}", (end, place), (6, 0), textcoords="offset points", va="center",
             fontsize=8,
         )  # fmt: skip
     left.set_yticks(places, labels)
     left.set_xlabel("mean over images (nats per image)")
-    left.set_xlim(min(1.1 * below.min(), 0.0), 1.15 * above.max())  # room for the numbers
+    left.set_xlim(min(1.1 * below.min(), 0.0), 1.15 * ends.max())  # room for the numbers
     left.axvline(0, color="black", linewidth=0.8)
     gaps = [table.loc[table["label"] == label, "gap"].clip(lower=1e-2) for label in labels]
     right.boxplot(
