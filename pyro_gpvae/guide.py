@@ -20,6 +20,9 @@ A guide is any Pyro callable ``guide(x)`` that samples the site ``"z"`` inside
     Scalars that :func:`pyro_gpvae.fit` logs after each epoch.
 ``uncertainty(x) -> Tensor``
     A score (B,) that is high where the guide is unsure of its own inference.
+``moments(x)`` and ``kl_weights()``
+    What :func:`pyro_gpvae.decompose` needs for the price of a random encoder's spread: mean and
+    variance of f and of log h, four tensors (B, p); and KL(q(W, U) ‖ p).
 
 A guide may have sites in the plate that the model lacks, marked ``infer={"is_auxiliary": True}``.
 Sample them under ``poutine.mask(mask=False)``: p(x, z) / q(z | x, auxiliary) has the right mean,
