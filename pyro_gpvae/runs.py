@@ -551,7 +551,7 @@ def check_trust(guide: str, source: Path, trust_guide: bool) -> None:
         raise ValueError(
             f"{source} names the guide {guide!r}, which is not registered: to load it, Python "
             "imports it, from the current directory if it is there. If you know that code, pass "
-            "trust_guide=True (--trust-guide)."
+            "--trust-guide (in Python, trust_guide=True)."
         )
 
 

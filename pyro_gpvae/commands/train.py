@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pyro_gpvae.commands._text import print_scores
 from pyro_gpvae.config import RunConfig
+from pyro_gpvae.guide import available_guides
 from pyro_gpvae.reproduce import reproduce_run
 from pyro_gpvae.runs import resume_run, train_run
 
@@ -70,7 +71,9 @@ class Train(RunConfig):
                 self._check_options(options, self.resume)
                 record = resume_run(out, **how)
         except (KeyboardInterrupt, SystemExit):
-            print(f"continue with: pyro-gpvae train --resume {out}", file=sys.stderr)
+            own = self.guide.partition(":")[0] not in available_guides()
+            trust = " --trust-guide" if own or self.trust_guide else ""
+            print(f"continue with: pyro-gpvae train --resume {out}{trust}", file=sys.stderr)
             raise
         print_scores(record)
         print(f"written to {out}")
