@@ -122,6 +122,7 @@ def main(options: Options) -> Summary:
     text = report(options, summary)
     print(text)
     if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
         record: dict[str, Any] = {
             "options": asdict(options) | {"out": str(options.out)},
             "summary": asdict(summary),
