@@ -31,7 +31,14 @@ from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import to_float
 from pyro_gpvae.files import read_json, write_json, write_text
 from pyro_gpvae.plots import gap_against_time
-from pyro_gpvae.runs import Run, complete_run, evaluate_run, load_run, warm_guide
+from pyro_gpvae.runs import (
+    Run,
+    check_options,
+    complete_run,
+    evaluate_run,
+    load_run,
+    warm_guide,
+)
 
 #: Trained end to end, and again over the VAE's decoder.
 AMORTISED = (
@@ -152,13 +159,8 @@ def _train(config: RunConfig, folder: Path) -> Run:
         print(f"training {folder}", flush=True)
         complete_run(config, folder)
     run = load_run(folder)
-    for option, wanted in vars(config).items():
-        found = getattr(run.config, option)
-        if wanted != found and option not in ("device", "chunk_size", "root", "warm_start"):
-            raise ValueError(
-                f"{folder} was trained with {option} = {found!r}, not {wanted!r}: choose another "
-                "--out, or delete it"
-            )
+    irrelevant = ("device", "chunk_size", "root", "warm_start")
+    check_options(run, config, irrelevant, "choose another --out, or delete it")
     return run
 
 

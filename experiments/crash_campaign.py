@@ -29,7 +29,7 @@ import tyro
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_gpvae import Checkpoints, RunConfig, resume_run, train_run
-from pyro_gpvae.files import write_json, write_text
+from pyro_gpvae.files import partial_folder, write_json, write_text
 from pyro_gpvae.provenance import environment
 
 
@@ -110,7 +110,7 @@ def main(options: Options) -> Summary:
                 if finished:
                     break
                 summary.kills += 1
-                summary.inside_a_checkpoint += bool(list(_partial(out).glob("*/.*.partial")))
+                summary.inside_a_checkpoint += bool(list(partial_folder(out).glob("*/.*.partial")))
                 now = summary.steps_of_a_run if out.exists() else _last_checkpoint(out)
                 summary.before_the_first_checkpoint += now is None
                 summary.after_training += now == summary.steps_of_a_run
@@ -168,7 +168,7 @@ def _start(config: RunConfig, out: Path, steps: Path, interval: int) -> int:
 
         register_optimizer_step_post_hook(note)
         warnings.simplefilter("ignore")
-        if _partial(out).is_dir() and (_partial(out) / "config.json").is_file():
+        if partial_folder(out).is_dir() and (partial_folder(out) / "config.json").is_file():
             resume_run(out, progress=False, checkpoint_every=interval)
         elif not out.exists():
             train_run(config, out, progress=False, checkpoint_every=interval)
@@ -184,7 +184,7 @@ def _kill(process: int, out: Path, seconds: float, aim: bool) -> bool:
     end = time.monotonic() + seconds
     while True:
         left = time.monotonic() >= end
-        if left and (not aim or list(_partial(out).glob("*/.*.partial"))):
+        if left and (not aim or list(partial_folder(out).glob("*/.*.partial"))):
             os.kill(process, signal.SIGKILL)
             break
         if os.waitpid(process, os.WNOHANG)[0]:
@@ -201,13 +201,9 @@ def _wait(process: int) -> bool:
     return True
 
 
-def _partial(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
-
-
 def _last_checkpoint(out: Path) -> int | None:
     """The step of the newest checkpoint that is whole."""
-    state = Checkpoints(_partial(out) / "checkpoints").latest()
+    state = Checkpoints(partial_folder(out) / "checkpoints").latest()
     return None if state is None else state.step
 
 

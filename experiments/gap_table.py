@@ -39,7 +39,7 @@ from pyro_gpvae.gap_report import (
 )
 from pyro_gpvae.importance import ParetoWarning
 from pyro_gpvae.plots.gap import gap_ladder
-from pyro_gpvae.runs import complete_run, load_run
+from pyro_gpvae.runs import check_options, complete_run, load_run
 from pyro_gpvae.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 
 #: Names, options and folders as in experiments/compare.py, whose runs can be used again.
@@ -121,7 +121,7 @@ def collect(options: Options) -> None:
                 # of the guide's own importance weights, which are not what is measured here
                 warnings.simplefilter("ignore", ParetoWarning)
                 complete_run(config, folder)
-        _check(config, folder)
+        check_options(load_run(folder), config, _IRRELEVANT, "choose another --runs, or delete it")
         folders.append(folder)
         labels.append(config.guide)
     budget = _budget(options)
@@ -222,18 +222,6 @@ def _budget(options: Options) -> dict[str, Any]:
 
 def _folder(options: Options, config: RunConfig) -> Path:
     return options.runs / f"seed-{config.seed}" / config.guide.replace(":", "-")
-
-
-def _check(config: RunConfig, folder: Path) -> None:
-    """Refuses a finished run of another configuration."""
-    run = load_run(folder)
-    for option, wanted in vars(config).items():
-        found = getattr(run.config, option)
-        if wanted != found and option not in _IRRELEVANT:
-            raise ValueError(
-                f"{folder} was trained with {option} = {found!r}, not {wanted!r}: choose another "
-                "--runs, or delete it"
-            )
 
 
 if __name__ == "__main__":

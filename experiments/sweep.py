@@ -40,7 +40,7 @@ import tyro
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.costs import duration, seconds, step_times
 from pyro_gpvae.data import ImageData, load_data
-from pyro_gpvae.files import InUseError, locked, read_json, write_text
+from pyro_gpvae.files import InUseError, locked, partial_folder, read_json, write_text
 from pyro_gpvae.plans import WHERE_IT_RUNS, Cell, Plan, parse_where, read_plan
 from pyro_gpvae.provenance import environment, sha256
 from pyro_gpvae.results import COLUMNS, read_results, score_table
@@ -362,7 +362,7 @@ def describe(plan: Plan, out: Path, done: set[str], costs: Mapping[str, float | 
     for cell in plan.cells:
         cost = costs[cell.name]
         state = "done" if cell.name in done else ""
-        if not state and (out / f"{cell.name}.partial").is_dir():
+        if not state and partial_folder(out / cell.name).is_dir():
             state = "begun"
         lines.append(
             f"{cell.name:<60} {'unknown' if cost is None else duration(cost):>12}  "

@@ -86,12 +86,12 @@ class LowRankGuide(GaussianGuide):
 
     Arguments:
         model: The model, which tells the image shape and the dimension p of z.
-        rank: The number r of columns of F.
+        rank: The number r of columns of F, 0 to p.
         encoder: A module from images (B, C, H, W) to features (B, d).
         warm_start: A trained VAE guide whose encoder is copied.
 
     Raises:
-        ValueError: If the rank is negative.
+        ValueError: If the rank is not from 0 to p.
 
     Example:
         >>> from pyro_gpvae import ImageModel
@@ -108,8 +108,10 @@ class LowRankGuide(GaussianGuide):
         *,
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        if not isinstance(rank, int) or rank < 0:
-            raise ValueError(f"rank must be an integer of at least 0, got {rank!r}")
+        if not isinstance(rank, int) or not 0 <= rank <= model.latent_dim:
+            raise ValueError(
+                f"rank must be an integer from 0 to p = {model.latent_dim}, got {rank!r}"
+            )
         super().__init__(model, encoder, warm_start=warm_start)
         self.rank = rank
         self.factor = nn.Linear(self.feature_dim, self.latent_dim * rank) if rank else None

@@ -24,6 +24,9 @@ Covariance = Literal["diagonal", "full", "point"]
 Estimator = Literal["functions", "weights", "marginal"]
 Features = Literal["shared", "own"]
 
+# numpy's quadrature rule is not a number from 372 nodes on
+_MAX_NODES = 300
+
 
 class GPGuide(GaussianGuide):
     r"""A random encoder: Gaussian processes with a linear deep kernel around the VAE's encoder.
@@ -72,10 +75,11 @@ class GPGuide(GaussianGuide):
             that √v starts well below h.
         warm_start: A trained VAE guide whose encoder is copied. Train it with the model first.
         freeze_mean: Whether m and s stay as they are.
-        num_nodes: Quadrature nodes of the marginal posterior.
+        num_nodes: Quadrature nodes of the marginal posterior, 1 to 300.
 
     Raises:
-        ValueError: If an option is unknown, or the initial scale is not positive.
+        ValueError: If an option is unknown, the initial scale is not positive, or ``num_nodes``
+            is out of range.
     """
 
     def __init__(
@@ -102,6 +106,10 @@ class GPGuide(GaussianGuide):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
         if not initial_scale > 0:
             raise ValueError(f"initial_scale must be positive, got {initial_scale}")
+        if not isinstance(num_nodes, int) or not 1 <= num_nodes <= _MAX_NODES:
+            raise ValueError(
+                f"num_nodes must be an integer from 1 to {_MAX_NODES}, got {num_nodes!r}"
+            )
         super().__init__(model, encoder, warm_start=warm_start)
         if freeze_mean:
             self.encoder.requires_grad_(False)

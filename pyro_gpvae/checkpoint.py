@@ -2,6 +2,7 @@ r"""Weights as safetensors, and checkpoints from which training continues bit fo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -24,11 +25,9 @@ from pyro_gpvae.files import (
     InUseError,
     check_manifest,
     locked,
-    new_folder,
     read_json,
     take_place,
     write_bytes,
-    write_json,
     write_manifest,
     write_text,
 )
@@ -39,11 +38,8 @@ __all__ = [
     "TrainingState",
     "load_weights",
     "named_tensors",
-    "new_folder",
-    "read_json",
     "save_weights",
-    "write_json",
-    "write_text",
+    "weights_sha256",
 ]
 
 OnError = Literal["continue", "stop"]
@@ -99,6 +95,19 @@ def named_tensors(model: Any, guide: Any) -> dict[str, Tensor]:
             )
         named |= {f"{role}.{name}": tensor for name, tensor in program.state_dict().items()}
     return named
+
+
+def weights_sha256(model: nn.Module, guide: nn.Module) -> str:
+    """The SHA-256 of the parameters and buffers of model and guide: names, shapes, dtypes, values.
+
+    As hexadecimal digits; on any device the same.
+    """
+    digest = hashlib.sha256()
+    for program in (model, guide):
+        for name, tensor in sorted(program.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def copy_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_gpvae.annealing import annealed_evidence
 from pyro_gpvae.data import split_validation
+from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.guide import make_guide
 from pyro_gpvae.importance import (
     PARETO_LIMIT,
@@ -216,7 +217,7 @@ def companion_scores(
         return Evidence.from_log_weights(weights)
 
     def wider(posterior: Any, centre: Tensor, c: float) -> Any:
-        return Known(posterior if c == 1 else Scaled(posterior, centre, c))
+        return FixedPosterior(posterior if c == 1 else Scaled(posterior, centre, c))
 
     label = progress if isinstance(progress, str) else "companion"
     parts: list[dict[str, Tensor]] = []
@@ -246,7 +247,7 @@ def companion_scores(
             if has_posterior:
                 with seeded(seed + begin, device):
                     q = guide.posterior(images)
-            _add(part, "own", iwae(guide if q is None else Known(q), images, seed + begin))
+            _add(part, "own", iwae(guide if q is None else FixedPosterior(q), images, seed + begin))
             seconds["own"] += time.monotonic() - started
 
             if q is not None:
@@ -258,7 +259,7 @@ def companion_scores(
             started = time.monotonic()
             with seeded(seed + begin, device):
                 optimum = optimiser.optimise(images)
-            reference = Known(optimum.posterior)
+            reference = FixedPosterior(optimum.posterior)
             _add(part, "optimum", iwae(reference, images, seed + begin))
             part["optimum_converged"] = optimum.converged
             seconds["optimum"] += time.monotonic() - started
@@ -304,19 +305,6 @@ def companion_scores(
         chains = {"num_chains": num_chains, "num_steps": num_steps}
         record["annealed"] = _summary(table, "annealed") | chains
     return record, table
-
-
-class Known:
-    """A guide for one batch of images, whose posteriors are known."""
-
-    def __init__(self, posterior: Any) -> None:
-        self._posterior = posterior
-
-    def posterior(self, x: Tensor) -> Any:
-        return self._posterior
-
-    def __call__(self, x: Tensor) -> None:
-        raise NotImplementedError("only the posterior is used")
 
 
 def _add(part: dict[str, Tensor], name: str, evidence: Evidence) -> None:

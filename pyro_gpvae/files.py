@@ -23,6 +23,7 @@ __all__ = [
     "check_replaceable",
     "locked",
     "new_folder",
+    "partial_folder",
     "read_json",
     "take_place",
     "work_folder",
@@ -174,6 +175,11 @@ def new_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def partial_folder(path: Path) -> Path:
+    """The folder ``path.partial``, in which :func:`work_folder` lets ``path`` grow."""
+    return path.with_name(f"{path.name}.partial")
+
+
 @contextmanager
 def work_folder(
     path: str | Path,
@@ -197,7 +203,7 @@ def work_folder(
     """
     path = Path(path).expanduser().resolve()
     check_replaceable(path, overwrite or resume, files)
-    folder = path.with_name(f"{path.name}.partial")
+    folder = partial_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"is working in {folder}"):
         if not resume and (folder / CHECKPOINTS).exists():

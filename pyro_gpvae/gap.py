@@ -12,16 +12,12 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import (
-    Distribution,
-    Independent,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-)
+from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal
 from tqdm.auto import tqdm
 
 from pyro_gpvae.chains import image_seed
 from pyro_gpvae.data import to_float
+from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.guide import make_guide
 from pyro_gpvae.importance import ParetoWarning, device_and_dtype, evidence_curve, log_weights
 from pyro_gpvae.randomness import seeded
@@ -290,8 +286,8 @@ def decompose(
             log_w = {}
             for name, q in (
                 ("elbo", guide),
-                ("elbo_full", _Fixed(best_full.posterior)),
-                ("elbo_diagonal", _Fixed(best_diagonal.posterior)),
+                ("elbo_full", FixedPosterior(best_full.posterior)),
+                ("elbo_diagonal", FixedPosterior(best_diagonal.posterior)),
             ):
                 with seeded(image_seed(seed, index, "elbo"), device):  # common noise
                     log_w[name] = log_weights(model, q, images, num_samples, chunk_size=chunk_size)
@@ -304,19 +300,6 @@ def decompose(
             bar.update(len(images))
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return Gap(**columns, estimator=tuple(estimators), family=family)
-
-
-class _Fixed:
-    """A guide for one batch of images, whose posteriors are known."""
-
-    def __init__(self, posterior: Distribution) -> None:
-        self._posterior = posterior
-
-    def posterior(self, x: Tensor) -> Distribution:
-        return self._posterior
-
-    def __call__(self, x: Tensor) -> None:
-        raise NotImplementedError("only the posterior is used")
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 import pyro_gpvae
+from pyro_gpvae.checkpoint import weights_sha256
 from pyro_gpvae.files import write_json, write_text
 from pyro_gpvae.gap import BATCH, LADDER, decompose
 from pyro_gpvae.importance import PARETO_LIMIT
@@ -88,11 +89,11 @@ def measure_gaps(
     with tqdm(total=sum(counts), desc="inference gap", unit="image", disable=not progress) as bar:
         for run, count, label in zip(runs, counts, labels, strict=True):
             bar.set_postfix_str(label)
-            identity = _identity(run)
+            weights = weights_sha256(run.model, run.guide)
             parts = []
             for start in range(0, count, BATCH):
                 stop = min(start + BATCH, count)
-                path = Path(out) / "chunks" / f"{_key(run, identity, start, stop, budget)}.csv"
+                path = Path(out) / "chunks" / f"{_key(run, weights, start, stop, budget)}.csv"
                 part = _read_chunk(path)
                 if part is None:
                     gap = decompose(
@@ -130,7 +131,7 @@ def describe(run: Run) -> dict[str, Any]:
         "config": config,
         "train_images": run.record["data"]["train_images"],
         "sigma": run.record.get("sigma"),
-        "weights_sha256": _identity(run),
+        "weights_sha256": weights_sha256(run.model, run.guide),
     }
 
 
@@ -349,22 +350,12 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return [str(run.folder) for run in runs]
 
 
-def _identity(run: Run) -> str:
-    """A hash of the weights of model and guide."""
-    digest = hashlib.sha256()
-    for program in (run.model, run.guide):
-        for name, tensor in sorted(program.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _key(run: Run, identity: str, start: int, stop: int, budget: dict[str, Any]) -> str:
+def _key(run: Run, weights: str, start: int, stop: int, budget: dict[str, Any]) -> str:
     """A name for what the numbers of a chunk depend on."""
     content = {
         "format": 2,  # 1 had no checksum, and trusted any annealing
         "version": pyro_gpvae.__version__,
-        "weights": identity,
+        "weights": weights,
         "guide": run.config.guide,
         "likelihood": run.config.likelihood,
         "train_images": run.record["data"]["train_images"],

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from tqdm.auto import tqdm
 
 from pyro_gpvae.annealing import annealed_evidence
 from pyro_gpvae.chains import image_seed
+from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.guide import make_guide
 from pyro_gpvae.importance import (
     MAX_IMAGES,
@@ -189,22 +189,19 @@ def reference_evidence(
             images = as_pixels(model, x[begin : begin + MAX_IMAGES])
             first = first_image + begin
             start: Any = guide if hasattr(guide, "posterior") else None
-            proposals: dict[str, Any] = {own: guide}
+            proposals: dict[str, Any] = {} if guide is None else {own: guide}
             if can_optimise:
                 with seeded(image_seed(seed, first, "optimum"), images.device):
                     optimiser = make_guide("instance:full", model, warm_start=start)
-                    start = _Known(optimiser.posterior(images))
+                    start = FixedPosterior(optimiser.posterior(images))
                 proposals[optimum] = start
-            columns: dict[str, list[Tensor]] = {
-                k: [] for k, q in proposals.items() if q is not None
-            }
+            columns: dict[str, list[Tensor]] = {name: [] for name in proposals}
             for n in range(len(images)):
-                for name in columns:
-                    q = proposals[name]
+                for name, q in proposals.items():
                     with seeded(image_seed(seed, first + n, name), images.device):
                         weights = log_weights(
                             model,
-                            q.image(n) if isinstance(q, _Known) else q,
+                            _of_image(q.q, n) if name == optimum else q,
                             images[n : n + 1],
                             num_samples,
                             chunk_size=chunk_size,
@@ -254,23 +251,10 @@ def reference_evidence(
     return result
 
 
-class _Known:
-    """A guide for one batch of images, whose Gaussian posteriors are known."""
-
-    def __init__(self, q: Distribution) -> None:
-        self.q = q
-
-    def posterior(self, x: Tensor) -> Distribution:
-        return self.q
-
-    def image(self, n: int) -> _Known:
-        """The same for one of the images."""
-        q: Any = self.q
-        part = slice(n, n + 1)
-        return _Known(type(q)(q.loc[part], scale_tril=q.scale_tril[part]))
-
-    def __call__(self, x: Tensor) -> None:
-        raise NotImplementedError("only the posterior is used")
+def _of_image(q: Any, n: int) -> FixedPosterior:
+    """The guide for one of the images that these normals with full covariance are for."""
+    part = slice(n, n + 1)
+    return FixedPosterior(type(q)(q.loc[part], scale_tril=q.scale_tril[part]))
 
 
 def _choose(estimates: Mapping[str, Estimate], trust: Mapping[str, Tensor]) -> ReferenceEvidence:

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +27,8 @@ from pyro_gpvae.checkpoint import (
     Checkpoints,
     OnError,
     load_weights,
-    named_tensors,
     save_weights,
+    weights_sha256,
 )
 from pyro_gpvae.companion import companion_scores, width_images
 from pyro_gpvae.config import RunConfig
@@ -39,6 +39,7 @@ from pyro_gpvae.files import (
     check_manifest,
     check_replaceable,
     new_folder,
+    partial_folder,
     read_json,
     work_folder,
     write_json,
@@ -56,6 +57,7 @@ from pyro_gpvae.training import fit
 __all__ = [
     "RUN_FILES",
     "Run",
+    "check_options",
     "check_trust",
     "complete_run",
     "evaluate_run",
@@ -76,8 +78,8 @@ RUN_FILES = (
     "weights.safetensors",
 )
 
-# what a process that was killed at the very end may have left in a finished run
-_LEFTOVERS = (CHECKPOINTS, "lock")
+# with what a process that was killed at the very end may have left in a finished run
+_REPLACEABLE = (*RUN_FILES, CHECKPOINTS, "lock")
 
 # of an unfinished run: the hashes of what it was begun with
 _BEGUN = "begun.json"
@@ -165,18 +167,12 @@ def train_run(
     """
     config.check()
     # what may be wrong is found before anything is overwritten
-    files = (*RUN_FILES, *_LEFTOVERS)
-    check_replaceable(Path(out).expanduser().resolve(), overwrite, files)
+    check_replaceable(Path(out).expanduser().resolve(), overwrite, _REPLACEABLE)
     data = data or load_data(config.data, root=config.root, download=config.download)
     start = _start(config, trust_guide)
-    with work_folder(out, overwrite=overwrite, files=files) as folder:
-        checkpoints = Checkpoints(
-            folder / CHECKPOINTS, every=checkpoint_every, on_error=on_checkpoint_error
-        )
-        write_json(folder / "config.json", dataclasses.asdict(_resolved(config)))
-        (folder / _BEGUN).unlink(missing_ok=True)
-        how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
-        return train_into(folder, config, start, checkpoints=checkpoints, **how)
+    saving: dict[str, Any] = {"every": checkpoint_every, "on_error": on_checkpoint_error}
+    how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
+    return _train_beside(out, config, start, saving, how, overwrite=overwrite)
 
 
 def resume_run(
@@ -208,9 +204,9 @@ def resume_run(
         InUseError: If another process is training in that folder.
     """
     out = Path(out).expanduser().resolve()
-    if out.name.endswith(".partial") and not out.with_name(f"{out.name}.partial").exists():
+    if out.name.endswith(".partial") and not partial_folder(out).exists():
         out = out.with_name(out.name.removesuffix(".partial"))
-    partial = out.with_name(f"{out.name}.partial")
+    partial = partial_folder(out)
     if not (partial / "config.json").is_file():
         if (out / "record.json").is_file():
             return read_json(out / "record.json")
@@ -222,18 +218,16 @@ def resume_run(
     config = RunConfig.from_json(read_json(source), source)
     check_trust(config.guide, source, trust_guide)
     start = _start(config, trust_guide)
-    with work_folder(out, files=(*RUN_FILES, *_LEFTOVERS), resume=True) as folder:
-        checkpoints = Checkpoints(
-            folder / CHECKPOINTS, every=checkpoint_every, on_error=on_checkpoint_error
-        )
-        how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
-        return train_into(folder, config, start, checkpoints=checkpoints, **how)
+    saving: dict[str, Any] = {"every": checkpoint_every, "on_error": on_checkpoint_error}
+    how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
+    return _train_beside(out, config, start, saving, how, resume=True)
 
 
 def complete_run(config: RunConfig, out: str | Path, **how: Any) -> dict[str, Any]:
     """Trains a run, goes on with an unfinished one, or leaves a finished one: call it at any time.
 
-    Whether a run that is there already has these options is not checked.
+    Whether a run that is there already has these options is not checked here, but by
+    :func:`check_options`.
 
     Arguments:
         config: The options.
@@ -247,10 +241,52 @@ def complete_run(config: RunConfig, out: str | Path, **how: Any) -> dict[str, An
         ValueError, FileNotFoundError, InUseError, NonFiniteError: As :func:`train_run`.
     """
     out = Path(out).expanduser().resolve()
-    begun = out.with_name(f"{out.name}.partial") / "config.json"
+    begun = partial_folder(out) / "config.json"
     if begun.is_file() or (out / "record.json").is_file():
         return resume_run(out, **how)
     return train_run(config, out, **how)
+
+
+def check_options(run: Run, config: RunConfig, ignore: Collection[str], advice: str) -> None:
+    """Refuses a finished run that has other options than are wanted.
+
+    Arguments:
+        run: The run.
+        config: The options that are wanted.
+        ignore: The names of those that may differ.
+        advice: What the error tells to do.
+
+    Raises:
+        ValueError: If another option differs; names it.
+    """
+    for option, wanted in vars(config).items():
+        found = getattr(run.config, option)
+        if wanted != found and option not in ignore:
+            raise ValueError(
+                f"{run.folder} was trained with {option} = {found!r}, not {wanted!r}: {advice}"
+            )
+
+
+def _train_beside(
+    out: str | Path,
+    config: RunConfig,
+    start: Run | None,
+    saving: Mapping[str, Any],
+    how: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Trains in ``out.partial``, from the beginning or from what is there, and renames it.
+
+    ``saving`` are arguments of :class:`Checkpoints`, ``how`` of :func:`train_into`.
+    """
+    with work_folder(out, overwrite=overwrite, files=_REPLACEABLE, resume=resume) as folder:
+        checkpoints = Checkpoints(folder / CHECKPOINTS, **saving)
+        if not resume:
+            write_json(folder / "config.json", dataclasses.asdict(_resolved(config)))
+            (folder / _BEGUN).unlink(missing_ok=True)
+        return train_into(folder, config, start, checkpoints=checkpoints, **how)
 
 
 def train_into(
@@ -269,8 +305,9 @@ def train_into(
     config = _resolved(config)
     device = _device(config.device)
     data = load_images(config, data)
+    hashes = {"train": sha256(data.train), "test": sha256(data.test)}
     if checkpoints is not None:
-        _check_begun(folder, data, start)
+        _check_begun(folder, hashes, start)
     train, validation = data.train, None
     if config.validation:
         train, validation = split_validation(data.train, config.validation)
@@ -316,8 +353,8 @@ def train_into(
             "train_images": len(train),
             "validation_images": config.validation,
             "test_images": len(data.test),
-            "train_sha256": sha256(data.train),
-            "test_sha256": sha256(data.test),
+            "train_sha256": hashes["train"],
+            "test_sha256": hashes["test"],
         },
         **environment(device),
         "steps": int(history["step"].iloc[-1]),
@@ -370,8 +407,8 @@ def load_run(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        partial = folder.with_name(f"{folder.name}.partial")
-        hint = f"it is not finished: continue it (--resume {folder})" if partial.is_dir() else ""
+        begun = partial_folder(folder).is_dir()
+        hint = f"it is not finished: continue it (--resume {folder})" if begun else ""
         raise FileNotFoundError(
             f"there is no run folder {folder}: {hint or 'expected one that train wrote'}"
         )
@@ -520,12 +557,11 @@ def _start(config: RunConfig, trust_guide: bool) -> Run | None:
     return load_run(config.warm_start, trust_guide=trust_guide)
 
 
-def _check_begun(folder: Path, data: ImageData, start: Run | None) -> None:
-    """Notes what a run begins with; refuses to go on with anything else."""
-    begun: dict[str, str] = {"train images": sha256(data.train), "test images": sha256(data.test)}
+def _check_begun(folder: Path, hashes: Mapping[str, str], start: Run | None) -> None:
+    """Notes what a run begins with, images by their hashes; refuses to go on with anything else."""
+    begun = {f"{part} images": digest for part, digest in hashes.items()}
     if start is not None:
-        tensors = [t.cpu() for t in named_tensors(start.model, start.guide).values()]
-        begun["warm start"] = sha256(torch.cat([t.reshape(-1).double() for t in tensors]))
+        begun["warm start"] = weights_sha256(start.model, start.guide)
     if (folder / _BEGUN).exists():
         noted = read_json(folder / _BEGUN)
         for name, found in begun.items():

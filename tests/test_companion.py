@@ -14,7 +14,6 @@ from guides import GaussianGuide, IAFGuide
 from pyro_gpvae import cli, load_data
 from pyro_gpvae.companion import (
     WIDTHS,
-    Known,
     Scaled,
     companion_scores,
     posterior_mean,
@@ -23,6 +22,7 @@ from pyro_gpvae.companion import (
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import split_validation
 from pyro_gpvae.files import check_manifest, read_json
+from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.importance import log_evidence, log_weights
 from pyro_gpvae.mixtures import gaussian_mixture
 from pyro_gpvae.model import DATA_PLATE
@@ -115,7 +115,7 @@ def test_a_wider_proposal_is_unbiased(factor):
     """The mean weight is p(x): within five standard errors."""
     q = exact_posterior(MODEL, X)
     torch.manual_seed(0)
-    log_w = log_weights(MODEL, Known(Scaled(q, q.mean, factor)), X, 20_000)
+    log_w = log_weights(MODEL, FixedPosterior(Scaled(q, q.mean, factor)), X, 20_000)
     ratio = (log_w - exact_evidence(X)).exp()
     error = 5 * ratio.std(0) / math.sqrt(len(ratio)) + 1e-9
     assert ((ratio.mean(0) - 1).abs() < error).all()

@@ -63,7 +63,7 @@ def test_figure_shows_every_guide():
 
 def test_a_tiny_comparison_writes_its_files_and_repeats_nothing(tmp_path, capsys):
     options = compare.Options(
-        epochs=1, latent_dim=2, train_images=64, test_images=8, num_samples=5,
+        epochs=1, latent_dim=4, train_images=64, test_images=8, num_samples=5,
         guides=("lowrank:4", "vlae:1"), device="cpu", out=tmp_path,
     )  # fmt: skip
     compare.main(options)

@@ -16,6 +16,7 @@ from torch.distributions import kl_divergence
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import ImageModel, RunConfig, gap, gap_report, train_run
+from pyro_gpvae.commands.gap import GAP_FILES
 from pyro_gpvae.commands.gap import Gap as GapCommand
 from pyro_gpvae.files import read_json
 from pyro_gpvae.gap import decompose
@@ -401,6 +402,44 @@ def test_the_command_writes_tables_and_a_picture(runs, tmp_path, capsys):
     assert "32 training and 4 test images" in printed
     assert "| `gp` |" in printed
     assert (tmp_path / "gap.png").stat().st_size > 10_000
+
+
+def test_the_command_replaces_an_earlier_measurement_only_when_told(runs, tmp_path, monkeypatch):
+    def command(**options):
+        GapCommand(
+            runs=(runs / "vae",), ais_chains=0, out=tmp_path, quiet=True, **BUDGET, **options
+        ).run()
+
+    measured = []
+
+    def counted(model, guide, x, **options):
+        measured.append(len(x))
+        return decompose(model, guide, x, **options)
+
+    monkeypatch.setattr(gap_report, "decompose", counted)
+    measure_gaps(
+        [runs / "vae"], tmp_path, num_images=4, num_chains=0, num_steps=30, seed=0,
+        progress=False, **BUDGET,
+    )  # fmt: skip
+    (tmp_path / "thesis.tex").write_text("mine")
+    command(images=4)
+    assert measured == [4], "an unfinished measurement goes on"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.name for path in before} > {*GAP_FILES, "thesis.tex"}
+    with pytest.raises(FileExistsError, match=r"gap\.csv is of an earlier .*\(--overwrite\)"):
+        command(images=5)
+    assert measured == [4], "the refusal comes before the work"
+    assert before == {path: path.read_bytes() for path in before}
+    command(images=4, overwrite=True)
+    assert measured == [4], "nor is anything measured again"
+    command(images=5, overwrite=True)
+    assert len(read_table(tmp_path / "gap.csv")) == 5
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    for name in GAP_FILES:
+        (tmp_path / name).unlink()
+    (tmp_path / "gap.png").touch()
+    with pytest.raises(FileExistsError, match=r"gap\.png"):
+        command(images=5)
 
 
 def test_bad_runs(runs, tmp_path):

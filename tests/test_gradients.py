@@ -17,8 +17,8 @@ from torch import nn
 from toy import SHAPE, images, linear_encoder
 
 from pyro_gpvae import ImageModel, PerImage, available_guides, make_guide
+from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.randomness import seeded
-from pyro_gpvae.testing.kit import Fixed
 from pyro_gpvae.training import Block
 
 P, NUM_IMAGES = 2, 50
@@ -141,7 +141,7 @@ def blocks_of(spec, model, guide, x):
     everything = [*model.parameters(), *guide.parameters()]
     if spec.startswith("instance"):
         # trains the model alone, for the optimal q of the present one
-        return [Block(Trace_ELBO(), everything, guide=Fixed(guide.posterior(x)))]
+        return [Block(Trace_ELBO(), everything, guide=FixedPosterior(guide.posterior(x)))]
     if hasattr(guide, "blocks"):
         return guide.blocks(model)
     return [Block(guide.elbo(), everything)]

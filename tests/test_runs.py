@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,15 @@ from pyro_gpvae import Checkpoints, ImageModel, log_evidence
 from pyro_gpvae.checkpoint import load_weights, save_weights
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.files import InUseError, new_folder, read_json, write_json
-from pyro_gpvae.runs import RUN_FILES, complete_run, evaluate_run, load_run, resume_run, train_run
+from pyro_gpvae.runs import (
+    RUN_FILES,
+    check_options,
+    complete_run,
+    evaluate_run,
+    load_run,
+    resume_run,
+    train_run,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -455,6 +464,16 @@ def test_a_mistake_overwrites_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="minst"):
         train_run(tiny(data="minst"), tmp_path / "b", overwrite=True, progress=False)
     assert resume_run(tmp_path / "b", progress=False)["steps"] == 2
+
+
+def test_a_finished_run_of_other_options_is_refused(vae):
+    run = load_run(vae[0])
+    check_options(run, run.config, (), "delete it")
+    other = dataclasses.replace(run.config, seed=7, device="cuda")
+    message = f"{vae[0]} was trained with seed = {run.config.seed}, not 7: delete it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_options(run, other, ("device",), "delete it")
+    check_options(run, other, ("device", "seed"), "delete it")
 
 
 def test_nothing_to_resume(tmp_path):

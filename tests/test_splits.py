@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pyro_gpvae import ImageModel, fit, load_data, make_guide
-from pyro_gpvae.checkpoint import read_json
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import split_validation
+from pyro_gpvae.files import read_json
 from pyro_gpvae.runs import train_run
 
 # SHA-256 of the indices as int64, little-endian, training ones first: a score on a split is only

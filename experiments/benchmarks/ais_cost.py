@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_gpvae import RunConfig, load_run, log_evidence, make_guide, train_run
 from pyro_gpvae.annealing import annealed_evidence, bidirectional
-from pyro_gpvae.checkpoint import write_json, write_text
+from pyro_gpvae.files import write_json, write_text
 from pyro_gpvae.importance import ParetoWarning, as_pixels
 from pyro_gpvae.provenance import environment
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["Gap"]
+__all__ = ["GAP_FILES", "Gap"]
+
+GAP_FILES = ("gap.csv", "gap.json", "gap.md", "gap.png")
 
 
 @dataclass(kw_only=True)
@@ -16,6 +18,7 @@ class Gap:
     """Decompose the inference gap of runs; tell a better model from a better proposal.
 
     Finished images are kept in OUT/chunks: the same command again goes on where it was stopped.
+    Once it is done, OUT is replaced with --overwrite only, and without measuring them again.
 
     Attributes:
         runs: Run folders.
@@ -30,6 +33,7 @@ class Gap:
         device: "cpu", "cuda" or "cuda:INDEX"; None is that of each run.
         trust_guide: Import the guide MODULE:CLASS that a run names.
         out: Folder for gap.csv (a row a run and image), gap.json, gap.md and gap.png.
+        overwrite: Replace these four files of an earlier measurement.
         quiet: Show no progress bar.
     """
 
@@ -45,12 +49,15 @@ class Gap:
     device: str | None = None
     trust_guide: bool = False
     out: Path = Path("gap")
+    overwrite: bool = False
     quiet: bool = False
 
     def run(self) -> None:
         from pyro_gpvae.gap_report import gap_caption, measure_gaps, read_table, write_gaps
         from pyro_gpvae.plots.gap import gap_ladder  # imports matplotlib
 
+        if not self.overwrite:
+            self._check_out()
         budget: dict[str, Any] = {
             "num_samples": self.num_samples,
             "reference_samples": self.reference_samples,
@@ -82,3 +89,12 @@ class Gap:
         gap_ladder(saved, caption).savefig(self.out / "gap.png")
         print((self.out / "gap.md").read_text(encoding="utf-8"))
         print(f"written to {self.out}")
+
+    def _check_out(self) -> None:
+        """Refuses to replace an earlier measurement; chunks of an unfinished one may be there."""
+        for name in GAP_FILES:
+            if (self.out / name).exists():
+                raise FileExistsError(
+                    f"{self.out / name} is of an earlier measurement: choose another --out, or "
+                    "replace it (--overwrite)"
+                )

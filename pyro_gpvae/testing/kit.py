@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_gpvae.model import DATA_PLATE
+from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.networks import ImageShape
 from pyro_gpvae.testing.quadrature import Quadrature
 from pyro_gpvae.testing.tools import (
@@ -24,7 +23,6 @@ from pyro_gpvae.testing.tools import (
 )
 
 __all__ = [
-    "Fixed",
     "Kit",
     "all_equal",
     "fixed_noise",
@@ -111,23 +109,9 @@ class Kit:
         return self._quadrature
 
 
-class Fixed:
-    """A guide with one posterior, for the images it was computed for."""
-
-    def __init__(self, q: Any) -> None:
-        self.q = q
-
-    def posterior(self, x: Tensor) -> Any:
-        return self.q
-
-    def __call__(self, x: Tensor) -> None:
-        with pyro.plate(DATA_PLATE, len(x), dim=-1):
-            pyro.sample("z", self.q)
-
-
 @torch.no_grad()
 def fixed_noise(guide: Any, x: Tensor) -> Any:
-    return Fixed(guide.posterior(x)) if hasattr(guide, "posterior") else guide
+    return FixedPosterior(guide.posterior(x)) if hasattr(guide, "posterior") else guide
 
 
 def log_density(kit: Kit, x: Tensor, z: Tensor) -> Tensor:
