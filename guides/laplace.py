@@ -3,7 +3,7 @@ r"""VLAE: a Laplace approximation around a refined mean, by Jacobians of the dec
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from guides.gaussian import GaussianGuide, check_finite
+from pyro_gpvae.convolutions import ConvTranspose2d
 from pyro_gpvae.distributions import bounded
 from pyro_gpvae.program import References
 
@@ -197,15 +198,43 @@ def linearize(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decoder_jacobian(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns g(z), flat (B, D), and its Jacobian (B, D, p), by p forward-mode products."""
+    """Returns g(z), flat (B, D), and its Jacobian (B, D, p), by p forward-mode products.
 
-    def product(direction: Tensor) -> tuple[Tensor, Tensor]:
-        return _push_forward(decoder, z, direction.expand_as(z))
-
+    The products share one forward pass. In an ``nn.Sequential`` they go through it layer by layer,
+    all in one batch, for the cost of decoding p latent vectors; any other decoder is one layer.
+    """
     directions = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-    out_dims: Any = (None, -1)
-    output, columns = torch.func.vmap(product, 0, out_dims, randomness="same")(directions)
-    return output.flatten(1), columns.flatten(1, -2)
+    output, tangents = z, directions.unsqueeze(1).expand(-1, *z.shape)
+    plain = type(decoder) is nn.Sequential and not _has_hooks(decoder)
+    for layer in list(decoder.children()) if plain else (decoder,):
+        output, tangents = _through(layer, output, tangents)
+    return output.flatten(1), tangents.flatten(2).movedim(0, -1)
+
+
+#: Layers that are linear in their input but for a bias. Subclasses may be anything.
+_AFFINE = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, ConvTranspose2d)
+
+
+def _through(layer: nn.Module, value: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's value, and the products of its Jacobian there with tangents (p, B, ...)."""
+    if type(layer) in _AFFINE and not _has_hooks(layer):
+        none = {} if layer.bias is None else {"bias": torch.zeros_like(cast(Tensor, layer.bias))}
+        images = torch.func.functional_call(layer, none, tangents.flatten(0, 1))
+        return layer(value), images.unflatten(0, tangents.shape[:2])
+    if type(layer) is nn.ReLU and not _has_hooks(layer):
+        output = layer(value)
+        return output, tangents * (output > 0)
+
+    def product(tangent: Tensor) -> tuple[Tensor, Tensor]:
+        return _push_forward(layer, value, tangent)
+
+    out_dims: Any = (None, 0)
+    output, images = torch.func.vmap(product, 0, out_dims, randomness="same")(tangents)
+    return output, images
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _push_forward(decoder: nn.Module, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:

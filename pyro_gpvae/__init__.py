@@ -5,7 +5,7 @@ from pyro_gpvae.checkpoint import Checkpoints
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data
 from pyro_gpvae.distributions import MarginalPosterior
-from pyro_gpvae.elbo import PerImage, elbo_terms
+from pyro_gpvae.elbo import MeanFieldELBO, PerImage, TraceELBO, elbo_terms
 from pyro_gpvae.gap import Gap, decompose
 from pyro_gpvae.guide import available_guides, load_guide, make_guide
 from pyro_gpvae.importance import Evidence, evidence_curve, log_evidence, log_weights
@@ -13,8 +13,10 @@ from pyro_gpvae.mixtures import StratifiedELBO
 from pyro_gpvae.model import ImageModel, initial_sigma
 from pyro_gpvae.networks import build_decoder, build_encoder
 from pyro_gpvae.program import Program
+from pyro_gpvae.pure import UnsupportedError
 from pyro_gpvae.reference import ReferenceEvidence, reference_evidence
 from pyro_gpvae.runs import Run, evaluate_run, load_run, resume_run, train_run
+from pyro_gpvae.seeds import resume_seeds, train_seeds
 from pyro_gpvae.training import Block, History, NonFiniteError, fit
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "ImageData",
     "ImageModel",
     "MarginalPosterior",
+    "MeanFieldELBO",
     "NonFiniteError",
     "PerImage",
     "Program",
@@ -35,6 +38,8 @@ __all__ = [
     "Run",
     "RunConfig",
     "StratifiedELBO",
+    "TraceELBO",
+    "UnsupportedError",
     "annealed_evidence",
     "available_guides",
     "bidirectional",
@@ -54,5 +59,7 @@ __all__ = [
     "make_guide",
     "reference_evidence",
     "resume_run",
+    "resume_seeds",
     "train_run",
+    "train_seeds",
 ]

@@ -43,6 +43,7 @@ class RunConfig:
         warm_start: Folder of a finished run: the model starts from its weights, and the guide
             from its encoder where the guide can.
         freeze_decoder: Train the guide only, on the decoder of the warm start as it is.
+        backend: How a step is made: "eager", "compiled" or, on CUDA, "captured"; "auto" chooses.
         on_nonfinite: "stop" at a loss or gradient that is NaN or infinite, or "skip" the update;
             100 of them stop the run.
     """
@@ -66,6 +67,7 @@ class RunConfig:
     chunk_size: int | None = None
     warm_start: str | None = None
     freeze_decoder: bool = False
+    backend: Literal["auto", "eager", "compiled", "captured"] = "auto"
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def check(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,9 @@ __all__ = [
     "ImageData",
     "available_data",
     "check_images",
+    "is_memory_mapped",
     "load_data",
+    "memory_mapped",
     "split_validation",
     "to_float",
 ]
@@ -237,6 +241,58 @@ def split_validation(images: Tensor, num_validation: int, seed: int = 0) -> tupl
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     order = order.to(images.device)
     return images[order[num_validation:]], images[order[:num_validation]]
+
+
+#: Arrays whose pixels are in a file, by the address of the first.
+_MAPS: weakref.WeakValueDictionary[int, np.memmap[Any, Any]] = weakref.WeakValueDictionary()
+
+
+def memory_mapped(path: str | Path) -> Tensor:
+    r"""Returns the images of an `.npy` file without reading them: pixels come when they are used.
+
+    :func:`pyro_gpvae.fit` trains on more images than memory holds. Slices share the file; what
+    indexes at random, such as :func:`split_validation`, copies into memory. The file must
+    not change meanwhile; writing to the tensor does not change the file.
+
+    Arguments:
+        path: a file that `numpy.save` wrote, uint8 (N, C, H, W). Nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds another dtype or shape.
+
+    Example:
+        >>> path = Path(getfixture("tmp_path")) / "images.npy"
+        >>> np.save(path, np.zeros((5, 1, 28, 28), np.uint8))
+        >>> memory_mapped(path).shape
+        torch.Size([5, 1, 28, 28])
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: expected uint8 (N, C, H, W), as .npy")
+    try:
+        # "c": torch warns of arrays that cannot be written; writes stay in memory
+        pixels = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} could not be read: {_cause(error)}. Expected an .npy file, uint8 (N, C, H, W)"
+        ) from error
+    if not isinstance(pixels, np.memmap):
+        pixels.close()
+        raise ValueError(f"{path} is an archive: expected one array, as numpy.save writes it")
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"{path}: expected uint8 values 0 to 255, got {pixels.dtype}")
+    if not pixels.flags.c_contiguous:
+        raise ValueError(f"{path} is in Fortran order: write it with numpy.ascontiguousarray")
+    images = torch.from_numpy(pixels)
+    check_images(images, str(path))
+    _MAPS[images.untyped_storage().data_ptr()] = pixels
+    return images
+
+
+def is_memory_mapped(images: Tensor) -> bool:
+    """Whether pixels are those of :func:`memory_mapped`, or of a slice of them."""
+    return images.device.type == "cpu" and images.untyped_storage().data_ptr() in _MAPS
 
 
 _MNIST5K_NOTE = (

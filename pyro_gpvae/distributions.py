@@ -1,4 +1,4 @@
-r"""The marginal posterior of the GPVAE, eq. (7), and the range of scales."""
+r"""The density of an image, the marginal posterior of eq. (7), and the range of scales."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from pyro.distributions import TorchDistribution
+from pyro.distributions import Independent, Normal, TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
-__all__ = ["LOG_SCALE_BOUND", "MarginalPosterior", "bounded"]
+__all__ = ["LOG_SCALE_BOUND", "GaussianPixels", "MarginalPosterior", "bounded"]
 
 #: Standard deviations lie between exp(-20) = 2e-9 and exp(20) = 5e8: see :func:`bounded`.
 LOG_SCALE_BOUND = 20.0
@@ -38,6 +38,68 @@ def bounded(log_scale: Tensor) -> Tensor:
     return log_scale.clamp(-LOG_SCALE_BOUND, LOG_SCALE_BOUND)
 
 
+class GaussianPixels(Independent):
+    r"""Independent normal pixels of one standard deviation: ``Normal(loc, scale).to_event(3)``.
+
+    .. math::
+        \log p(x) = -\frac{1}{2 \sigma^2} \sum_d (x_d - \mu_d)^2
+        - D \log \sigma - \frac{D}{2} \log 2\pi
+
+    The same distribution, whose density takes three passes over the pixels and one temporary of
+    their size, in place of about fifteen and ten: ``Normal`` takes the logarithm and the square of
+    σ again for every pixel of every sample.
+
+    Arguments:
+        loc: The mean μ of the pixels, (..., C, H, W).
+        scale: The standard deviation σ of each of them, a scalar.
+
+    Raises:
+        ValueError: If scale is not a scalar, or a parameter is outside its range.
+
+    Example:
+        >>> pixels = GaussianPixels(torch.zeros(7, 5, 1, 28, 28), torch.tensor(0.3))
+        >>> pixels.log_prob(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([7, 5])
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
+        if scale.dim() != 0:
+            raise ValueError(f"scale must be a scalar, got the shape {tuple(scale.shape)}")
+        validate = Normal._validate_args if validate_args is None else validate_args
+        # one pass finds out that nothing is NaN; infinities of both signs need a closer look
+        if validate and not (bool(scale > 0) and math.isfinite(float(loc.detach().sum()))):
+            Normal(loc, scale, validate_args=True)  # says what is wrong, if anything is
+        base = Normal(loc, scale, validate_args=False)
+        base._validate_args = validate
+        super().__init__(base, 3)
+        self._scale = scale
+
+    def expand(
+        self,
+        batch_shape: Size | list[int] | tuple[int, ...],
+        _instance: GaussianPixels | None = None,
+    ) -> GaussianPixels:
+        new = self._get_checked_instance(GaussianPixels, _instance)  # type: ignore[no-untyped-call]
+        new._scale = self._scale
+        super().expand(batch_shape, _instance=new)  # type: ignore[no-untyped-call]
+        return new
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self.base_dist._validate_sample(value)
+        residual = value - self.base_dist.loc
+        # in place, it stays in the cache; where there is a gradient it is needed again
+        square = residual.square() if torch.is_grad_enabled() else residual.mul_(residual)
+        total = square.sum((-3, -2, -1))
+        count = math.prod(self.event_shape)
+        log_normalizer = count * (self._scale.log() + 0.5 * math.log(2 * math.pi))
+        return -0.5 * total / self._scale.square() - log_normalizer
+
+
+# quadrature nodes times latents at once, unless a single sample has more: a cache full
+_MAX_NODES = 1 << 17
+
+
 class MarginalPosterior(TorchDistribution):
     r"""Distribution of z when f and log h are Gaussian: eq. (7), one latent dimension.
 
@@ -50,6 +112,8 @@ class MarginalPosterior(TorchDistribution):
     mixture of normals, hence normalised for any number of nodes. With the default 48 nodes it is
     within 1e-6 nats of the integral for :math:`\sqrt r \le 0.5` and z within four standard
     deviations. The Gaussian with the same mean and variance is wrong by nats in 50 dimensions.
+    Samples are scored a few at a time: the memory is that of nodes × latents, however many
+    samples there are.
 
     Parameters are given as standard deviations, because :math:`v = r = 0` is allowed, and gives
     :math:`N(a, e^{2b})`. In samples, nodes and variance :math:`\log h` is :func:`bounded`.
@@ -94,6 +158,7 @@ class MarginalPosterior(TorchDistribution):
             loc, loc_scale, log_scale, log_scale_scale
         )
         self.num_nodes = num_nodes
+        self._unexpanded = tuple(getattr(self, name) for name in self.arg_constraints)
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     def expand(
@@ -104,7 +169,7 @@ class MarginalPosterior(TorchDistribution):
         new = self._get_checked_instance(MarginalPosterior, _instance)  # type: ignore[no-untyped-call]
         for name in self.arg_constraints:
             setattr(new, name, getattr(self, name).expand(batch_shape))
-        new.num_nodes = self.num_nodes
+        new.num_nodes, new._unexpanded = self.num_nodes, self._unexpanded
         super(MarginalPosterior, new).__init__(torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -131,16 +196,32 @@ class MarginalPosterior(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        nodes, log_weights = _gauss_hermite(self.num_nodes)
-        # ℓ, the log variance of each node and its normaliser do not depend on the sample
-        shape = (-1,) + (1,) * self.loc.dim()
-        ell = self.log_scale + self.log_scale_scale * self.loc.new_tensor(nodes).reshape(shape)
-        variance = self.loc_scale.square() + (2 * bounded(ell)).exp()
-        log_mass = self.loc.new_tensor(log_weights).reshape(shape) - 0.5 * variance.log()
-        square = (value - self.loc).square()
-        exponent = -0.5 * square.unsqueeze(-self.loc.dim() - 1) / variance + log_mass
-        total = exponent.logsumexp(-self.loc.dim() - 1)
-        return total - 0.5 * math.log(2 * math.pi)
+        # what depends on the node but not on the sample: ℓ, its variance and its normaliser
+        loc, loc_scale, log_scale, log_scale_scale = self._unexpanded
+        shape = (-1, 1) + (1,) * loc.dim()  # nodes, samples, latents
+        quadrature = _gauss_hermite(self.num_nodes)
+        nodes, log_weights = (loc.new_tensor(t).reshape(shape) for t in quadrature)
+        ell = bounded(torch.addcmul(log_scale, log_scale_scale, nodes))
+        variance = (2 * ell).exp() + loc_scale.square()
+        log_mass = torch.add(log_weights, variance.log(), alpha=-0.5)
+        precision = variance.reciprocal()
+
+        value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+        square = (value - loc).square()
+        samples = square.reshape(-1, *square.shape[square.dim() - loc.dim() :])
+        step = max(1, _MAX_NODES // max(1, self.num_nodes * samples[0].numel()))
+        parts = [_mix(log_mass, precision, part) for part in samples.split(step)]
+        return torch.cat(parts).reshape(square.shape) - 0.5 * math.log(2 * math.pi)
+
+
+def _mix(log_mass: Tensor, precision: Tensor, square: Tensor) -> Tensor:
+    """log Σ exp(log mass - precision square / 2) over nodes, the first dimension."""
+    exponent = torch.addcmul(log_mass, precision, square, value=-0.5)
+    top = exponent.detach().amax(0)
+    shift = top.clamp(min=torch.finfo(top.dtype).min)  # -∞ - -∞ would be NaN
+    # exp of less than -87 is a denormal in float32, which costs a hundred times as much, and less
+    # than -80 is nothing beside the largest term
+    return exponent.sub_(shift).clamp(min=-80).exp_().sum(0).log() + top
 
 
 @lru_cache

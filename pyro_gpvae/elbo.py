@@ -1,4 +1,4 @@
-r"""Eq. (2) of the supplement with Pyro's own ELBO estimators: the scale of every site."""
+r"""Eq. (2) of the supplement with Pyro's ELBO estimators, without reading the device."""
 
 from __future__ import annotations
 
@@ -6,14 +6,32 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from pyro import poutine
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.enum import get_importance_trace
+from pyro.infer.trace_elbo import _compute_log_r
+from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.program import Program
 
-__all__ = ["Objective", "PerImage", "elbo_terms", "in_data_plate"]
+__all__ = [
+    "MeanFieldELBO",
+    "Objective",
+    "PerImage",
+    "TraceELBO",
+    "elbo_terms",
+    "in_data_plate",
+    "sampled_traces",
+    "without_syncs",
+]
 
 
 def in_data_plate(site: Any) -> bool:
@@ -26,6 +44,165 @@ class Objective(Protocol):
 
     def differentiable_loss(self, model: Any, guide: Any, x: Tensor, /) -> Tensor:
         """Returns minus the ELBO of a batch of images, with its gradient."""
+
+
+class TraceELBO(Trace_ELBO):
+    """:class:`pyro.infer.Trace_ELBO` whose ``differentiable_loss`` never reads the device.
+
+    The same value and gradient on the same traces, score-function terms included. Pyro copies
+    every term to the host as a number: a GPU then waits once a site.
+    """
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns minus the ELBO, with the gradient of Pyro's surrogate loss."""
+        loss: Any = 0.0
+        for traces in self._get_traces(model, guide, args, kwargs):  # type: ignore[no-untyped-call]
+            loss = loss - self._elbo_of(*traces) / self.num_particles
+        result: Tensor = loss
+        return result
+
+    def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
+        elbo: Any = 0.0
+        surrogate: Any = 0.0  # what the guide's sites add to the gradient
+        log_r = None
+        for site in _sample_sites(model_trace):
+            elbo = elbo + site["log_prob_sum"]
+        for site in _sample_sites(guide_trace):
+            _, score_term, entropy_term = site["score_parts"]
+            elbo = elbo - site["log_prob_sum"].detach()
+            if not is_identically_zero(entropy_term):
+                surrogate = surrogate - entropy_term.sum()
+            if not is_identically_zero(score_term):
+                if log_r is None:
+                    log_r = _compute_log_r(model_trace, guide_trace)
+                surrogate = surrogate + (log_r.sum_to(site["cond_indep_stack"]) * score_term).sum()
+        if isinstance(surrogate, Tensor):
+            elbo = elbo + (surrogate - surrogate.detach())
+        result: Tensor = elbo
+        return result
+
+
+class MeanFieldELBO(TraceMeanField_ELBO):
+    """:class:`pyro.infer.TraceMeanField_ELBO` that computes only what counts, and never reads
+    the device.
+
+    The same value and gradient on the same traces. A site whose KL divergence is analytic is
+    scored neither under the guide nor under the model, and a site that is masked out not at all.
+    """
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns minus the ELBO.
+
+        Raises:
+            NotImplementedError: If a site of the guide is not reparametrised.
+            ValueError: If model and guide do not have the same latent sites.
+        """
+        loss: Any = 0.0
+        for traces in self._get_traces(model, guide, args, kwargs):  # type: ignore[no-untyped-call]
+            loss = loss - self._elbo_of(*traces) / self.num_particles
+        result: Tensor = loss
+        return result
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Minus the ELBO as a number; its gradient goes to the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return loss.item()
+
+    @torch.no_grad()
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Minus the ELBO as a number."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        traces = sampled_traces(model, guide, args, kwargs, self.max_plate_nesting)
+        if is_validation_enabled():
+            _check_mean_field_requirement(*traces)
+        return traces
+
+    def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
+        elbo: Any = 0.0
+        scored = {s["name"] for s in _sample_sites(model_trace) if s["is_observed"]}
+        latent = {s["name"] for s in _sample_sites(model_trace)} - scored
+        for site in _sample_sites(guide_trace):
+            name = site["name"]
+            if name in scored:
+                continue
+            if not (name in latent or site["infer"].get("is_auxiliary")):
+                raise ValueError(
+                    f"the guide's site {name!r} is not a site of the model: mark it "
+                    "infer={'is_auxiliary': True}, or add it to the model"
+                )
+            if not site["fn"].has_rsample:
+                raise NotImplementedError(
+                    f"the guide's site {name!r} has no reparametrised samples: use Trace_ELBO"
+                )
+            if name in latent:
+                latent.remove(name)
+                try:
+                    kl = kl_divergence(site["fn"], model_trace.nodes[name]["fn"])
+                except NotImplementedError:
+                    scored.add(name)
+                else:
+                    elbo = elbo - scale_and_mask(kl, site["scale"], site["mask"]).sum()
+                    continue
+            if site["mask"] is False:
+                continue
+            parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
+            if not is_identically_zero(parts.score_function):
+                raise NotImplementedError(
+                    f"the guide's site {name!r} is not fully reparametrised: use Trace_ELBO"
+                )
+            parts = parts.scale_and_mask(site["scale"], site["mask"])
+            elbo = elbo - parts.entropy_term.sum()
+        if latent:
+            raise ValueError(f"the guide has no site {min(latent)!r}, which the model has")
+        model_trace.compute_log_prob(lambda name, _: name in scored)
+        for name in sorted(scored):
+            elbo = elbo + model_trace.nodes[name]["log_prob_sum"]
+        result: Tensor = elbo
+        return result
+
+
+def without_syncs(objective: Objective) -> Objective:
+    """Returns the objective, or for Pyro's two most common ones their equals of this module.
+
+    Example:
+        >>> type(without_syncs(Trace_ELBO(num_particles=2))).__name__
+        'TraceELBO'
+    """
+    equals: dict[type, type] = {Trace_ELBO: TraceELBO, TraceMeanField_ELBO: MeanFieldELBO}
+    if type(objective) not in equals:
+        return objective
+    twin: Any = equals[type(objective)]()
+    vars(twin).update(vars(objective))
+    result: Objective = twin
+    return result
+
+
+def sampled_traces(
+    model: Any, guide: Any, args: Any, kwargs: Any, max_plate_nesting: float
+) -> tuple[Any, Any]:
+    """Traces of the guide, and of the model replayed with its draws: (model, guide), unscored.
+
+    With validation, Pyro's checks of names and shapes.
+    """
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+    traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+    if is_validation_enabled():
+        for trace in traces:
+            trace.compute_log_prob()
+            for site in _sample_sites(trace):
+                check_site_shape(site, max_plate_nesting)  # type: ignore[arg-type]
+    return traces
+
+
+def _sample_sites(trace: Any) -> list[Any]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
 class PerImage(Program):

@@ -19,14 +19,17 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.elbo import in_data_plate
+from pyro_gpvae.memory import PeakMemory, free_memory
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.nonfinite import NonFiniteError, refused_parameters
+from pyro_gpvae.precision import Precision, autocast, lowered
 from pyro_gpvae.randomness import seeded
 
 __all__ = [
     "Evidence",
     "ParetoWarning",
     "as_pixels",
+    "bytes_per_latent",
     "default_chunk_size",
     "evidence_curve",
     "log_evidence",
@@ -53,6 +56,8 @@ def log_weights(
     num_samples: int,
     *,
     chunk_size: int | None = None,
+    memory: int | None = None,
+    precision: Precision | None = "float32",
 ) -> Tensor:
     r"""Returns :math:`\log p(x, z_i) - \log q(z_i | x)` with :math:`z_i \sim q(z|x)`.
 
@@ -67,30 +72,46 @@ def log_weights(
         x: Images (B, C, H, W), uint8, or floats (see :func:`as_pixels`).
         num_samples: The number K of samples per image.
         chunk_size: How many latent vectors are decoded at once; bounds the memory. It changes
-            the order of random numbers, nothing else.
+            the order of random numbers, nothing else. By default 640 on a CPU; on a GPU 65,536, or
+            as many as fit half of its free memory, halved until they do.
+        memory: Instead of chunk_size, how many bytes decoding and densities may take beside the
+            images, the networks and the log weights. See :func:`bytes_per_latent`.
+        precision: Of the decoder where p(x|z) is scored; densities, the encoder and refinement
+            are computed in full. "tf32" and "bf16" are approximations, so that the result is
+            no longer a bound; None leaves torch's settings alone, which allow TF32 in the
+            convolutions of GPUs.
 
     Returns:
         Log weights in nats, shape (K, B).
 
     Raises:
-        ValueError: If x is not a batch of images, or K or chunk_size is less than 1.
+        ValueError: If x is not a batch of images, K or chunk_size is less than 1, the memory is
+            too small for one latent vector, or the model has no decoder to lower.
         NonFiniteError: If a log weight is NaN or +∞; names the images. -∞ is an impossible draw.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     check_batch(model, x)
-    device, _ = device_and_dtype(model, x)
+    scored = _lower_decoder(model, precision)
     if chunk_size is None:
-        chunk_size = default_chunk_size(device)
+        chunk_size = _chunk_size(model, guide, x, memory)
+    elif memory is not None:
+        raise ValueError(f"give chunk_size or memory, not both: got {chunk_size} and {memory}")
     if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        raise ValueError(
+            f"chunk_size must be at least 1, got {chunk_size}: with 1, one latent vector of one "
+            "image is decoded at a time"
+        )
     columns = []
     size = min(chunk_size, MAX_IMAGES)
     for start in range(0, len(x), size):
         batch = as_pixels(model, x[start : start + size])
         try:
-            with refused_parameters():
-                weights = _log_weights_of_batch(model, guide, batch, num_samples, chunk_size)
+            with (
+                refused_parameters(),
+                autocast(None if precision is None else "float32", batch.device.type),
+            ):
+                weights = _log_weights_of_batch(scored, guide, batch, num_samples, chunk_size)
             _check_weights(weights)
         except (LinAlgError, NonFiniteError) as error:
             if start == 0:
@@ -173,6 +194,8 @@ def log_evidence(
     num_samples: int = 100,
     *,
     chunk_size: int | None = None,
+    memory: int | None = None,
+    precision: Precision | None = "float32",
     seed: int | None = None,
 ) -> Evidence:
     r"""Estimates log p(x) of every image: :math:`\log \frac1K \sum_i p(x, z_i) / q(z_i|x)`.
@@ -181,7 +204,7 @@ def log_evidence(
     whose weights have a Pareto k̂ above 0.7.
 
     Arguments:
-        model, guide, x, num_samples, chunk_size: See :func:`log_weights`.
+        model, guide, x, num_samples, chunk_size, memory, precision: See :func:`log_weights`.
         seed: If given, the same seed gives the same numbers, and the global random state is
             left as it was.
 
@@ -195,7 +218,15 @@ def log_evidence(
     """
     device, _ = device_and_dtype(model, x)
     with nullcontext() if seed is None else seeded(seed, device):
-        weights = log_weights(model, guide, x, num_samples, chunk_size=chunk_size)
+        weights = log_weights(
+            model,
+            guide,
+            x,
+            num_samples,
+            chunk_size=chunk_size,
+            memory=memory,
+            precision=precision,
+        )
     evidence = Evidence.from_log_weights(weights)
     heavy = int((evidence.pareto_k > PARETO_LIMIT).sum())
     if heavy:
@@ -288,36 +319,115 @@ def default_chunk_size(device: torch.device) -> int:
 MAX_IMAGES = 512
 
 
+def bytes_per_latent(model: Program, guide: Program, x: Tensor) -> int:
+    """Returns how many bytes decoding and scoring one latent vector of one image takes at most.
+
+    Found by scoring two and four of them; any model and guide will do. The encoder, refinement,
+    and workspaces inside operators are not in it.
+
+    Arguments:
+        model, guide, x: See :func:`log_weights`.
+
+    Example:
+        >>> from pyro_gpvae import ImageModel
+        >>> from guides import GaussianGuide
+        >>> model = ImageModel((1, 28, 28), latent_dim=2)
+        >>> need = bytes_per_latent(model, GaussianGuide(model), torch.zeros(1, 1, 28, 28))
+        >>> 4 * 32 * 14 * 14 < need < 8 * 4 * 32 * 14 * 14  # the largest activation of the decoder
+        True
+    """
+    device, _ = device_and_dtype(model, x)
+    peaks = []
+    for count in (2, 4):
+        images = as_pixels(model, x[:1]).expand(count, *x.shape[1:])
+        with torch.no_grad(), seeded(0, device):
+            programs = _local_programs(model, guide, images)
+            with PeakMemory() as memory:
+                _log_weights_of_chunk(*programs, images, 1)
+        peaks.append(memory.peak)
+    return max(1, (peaks[1] - peaks[0]) // 2)
+
+
+def _chunk_size(model: Program, guide: Program, x: Tensor, memory: int | None) -> int:
+    """How many latent vectors to decode at once within a budget, or within what is free."""
+    device, _ = device_and_dtype(model, x)
+    size = default_chunk_size(device)
+    if memory is not None:
+        need = bytes_per_latent(model, guide, x)
+        if memory < need:
+            raise ValueError(
+                f"a memory of {memory} bytes is too small to decode one latent vector of one "
+                f"image, which takes {need}: give memory={need} or more, or chunk_size=1, which "
+                "decodes one at a time whatever it takes"
+            )
+        return min(size, memory // need)
+    if device.type == "cuda":
+        need = bytes_per_latent(model, guide, x)
+        # halved, so that a little more or less free memory does not change the random numbers
+        while size > 1 and size * need > free_memory(device) // 2:
+            size //= 2
+    return size
+
+
+def _lower_decoder(model: Program, precision: Precision | None) -> Program:
+    """The model, whose decoder runs in a lower precision if so asked."""
+    if precision is None or precision == "float32":
+        return model
+    decoder = getattr(model, "decoder", None)
+    if not isinstance(decoder, torch.nn.Module):
+        raise ValueError(
+            f"precision {precision!r} lowers model.decoder, which the model "
+            f"{type(model).__name__} does not have: give precision=None, and lower what you mean "
+            "inside the model"
+        )
+    with lowered(decoder, precision):  # refuses what it cannot do before anything is computed
+        pass
+
+    def program(x: Tensor) -> Any:
+        with lowered(decoder, precision):
+            return model(x)
+
+    return program
+
+
 def _log_weights_of_batch(
     model: Program, guide: Program, x: Tensor, num_samples: int, chunk_size: int
 ) -> Tensor:
     """Log weights (K, B) of images that share one call of the guide's posterior."""
-    if hasattr(guide, "posterior"):
-        q = guide.posterior(x)
-
-        def proposal(x: Tensor) -> None:
-            with pyro.plate(DATA_PLATE, len(x), dim=-1):
-                pyro.sample("z", q)
-
-        # W and U are not even sampled for many particles: q(z|x) has them integrated out
-        local_model: Program = poutine.block(model, hide_fn=is_global)
-        local_guide: Program = proposal
-    else:
-        # drawn for every particle, but no business of an image's weight
-        local_model = poutine.infer_config(model, _untraced_if_global)
-        local_guide = poutine.infer_config(guide, _untraced_if_global)
+    programs = _local_programs(model, guide, x)
     particles = max(1, chunk_size // len(x))
-    rows = []
-    for start in range(0, num_samples, particles):
-        count = min(particles, num_samples - start)
-        _, model_trace, guide_trace = vectorized_importance_weights(
-            local_model, local_guide, x, num_samples=count, max_plate_nesting=1
+    counts = [min(particles, num_samples - k) for k in range(0, num_samples, particles)]
+    return torch.cat([_log_weights_of_chunk(*programs, x, count) for count in counts])
+
+
+def _local_programs(model: Program, guide: Program, x: Tensor) -> tuple[Program, Program]:
+    """Model and guide of the sites of an image, the guide's posterior computed once."""
+    if not hasattr(guide, "posterior"):
+        # global sites are drawn for every particle, but no business of an image's weight
+        return (
+            poutine.infer_config(model, _untraced_if_global),
+            poutine.infer_config(guide, _untraced_if_global),
         )
-        rows.append(site_sum(model_trace, model_trace, (count, len(x))))
-        # a guide's auxiliary sites are absent from the model: p(x, z) / q(z | x, auxiliary)
-        # is unbiased, dividing by their density as well would not be
-        rows[-1] = rows[-1] - site_sum(guide_trace, model_trace, (count, len(x)))
-    return torch.cat(rows)
+    q = guide.posterior(x)
+
+    def proposal(x: Tensor) -> None:
+        with pyro.plate(DATA_PLATE, len(x), dim=-1):
+            pyro.sample("z", q)
+
+    # W and U are not even sampled for many particles: q(z|x) has them integrated out
+    return poutine.block(model, hide_fn=is_global), proposal
+
+
+def _log_weights_of_chunk(model: Program, guide: Program, x: Tensor, count: int) -> Tensor:
+    """Log weights of ``count`` samples, (count, B)."""
+    _, model_trace, guide_trace = vectorized_importance_weights(
+        model, guide, x, num_samples=count, max_plate_nesting=1
+    )
+    # a guide's auxiliary sites are absent from the model: p(x, z) / q(z | x, auxiliary)
+    # is unbiased, dividing by their density as well would not be
+    return site_sum(model_trace, model_trace, (count, len(x))) - site_sum(
+        guide_trace, model_trace, (count, len(x))
+    )
 
 
 def as_pixels(model: Any, x: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
-from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
+from pyro.util import warn_if_nan
 from torch import Tensor
+
+from pyro_gpvae.elbo import sampled_traces
 
 __all__ = ["StratifiedELBO", "gaussian_mixture"]
 
@@ -131,17 +130,9 @@ class StratifiedELBO(ELBO):
         return float(loss)
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-        traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        traces = sampled_traces(model, guide, args, kwargs, self.max_plate_nesting)
         for trace in traces:
             trace.compute_log_prob()
-            for site in trace.nodes.values() if is_validation_enabled() else ():
-                if site["type"] == "sample":
-                    check_site_shape(site, self.max_plate_nesting)
         return traces
 
 

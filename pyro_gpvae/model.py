@@ -10,9 +10,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
-from pyro_gpvae.distributions import bounded
+from pyro_gpvae.distributions import GaussianPixels, bounded
 from pyro_gpvae.networks import ImageShape, build_decoder
 from pyro_gpvae.program import Program
 
@@ -105,7 +106,7 @@ class ImageModel(Program):
         output = flat.reshape(*z.shape[:-1], *self.image_shape)
         if self.sigma is None:
             return dist.Bernoulli(logits=output).to_event(3)
-        return dist.Normal(output, self.sigma).to_event(3)
+        return GaussianPixels(output, self.sigma)
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """Returns log p(x, z) in nats, shape (..., B), of images (B, C, H, W), z (..., B, p)."""
@@ -119,13 +120,23 @@ class ImageModel(Program):
                 f"got {tuple(x.shape)}"
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_shape(x)
-        if self.log_sigma is None and not bool(((x == 0) | (x == 1)).all()):
+    def check_pixels(self, x: Tensor) -> None:
+        """Raises ValueError if pixels are Bernoulli, and some are neither black nor white.
+
+        Arguments:
+            x: Images, floats in [0, 1] or uint8.
+        """
+        white = 255 if x.dtype == torch.uint8 else 1
+        if self.log_sigma is None and not bool(((x == 0) | (x == white)).all()):
             raise ValueError(
                 "Bernoulli pixels must be 0 or 1, got grey ones: use ImageData.binarized(), or "
                 "likelihood='gaussian'"
             )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_shape(x)
+        if is_validation_enabled():
+            self.check_pixels(x)
         if self.global_prior is not None:
             for name, prior in self.global_prior().items():
                 pyro.sample(name, prior)

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from pyro_gpvae.elbo import Objective, PerImage, in_data_plate
 
-__all__ = ["NonFiniteError", "all_finite", "explain", "refused_parameters"]
+__all__ = ["NonFiniteError", "explain", "finite", "refused_parameters"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -32,11 +32,11 @@ class NonFiniteError(ArithmeticError):
         self.images = tuple(images)
 
 
-def all_finite(loss: Tensor, gradients: Sequence[Tensor]) -> bool:
-    """Whether the loss and every gradient is finite: one reading of the device."""
+def finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Whether the loss and every gradient is finite: a boolean scalar on the device."""
     # a norm is finite only if all its terms are; float64, so that it cannot overflow
     norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float64) if gradients else []
-    return bool(torch.isfinite(torch.stack([loss.detach().double(), *norms]).sum()))
+    return torch.isfinite(torch.stack([loss.detach().double(), *norms]).sum())
 
 
 @contextmanager

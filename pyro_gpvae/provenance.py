@@ -61,4 +61,7 @@ def _commit() -> str | None:
 
 def sha256(images: Tensor) -> str:
     """The SHA-256 of the pixels of uint8 images, as hexadecimal digits."""
-    return hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    for part in images.split(4096):  # they may be more than memory holds
+        digest.update(part.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

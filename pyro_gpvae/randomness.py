@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["random_state", "seeded", "set_random_state"]
+__all__ = ["global_generator", "random_state", "seeded", "set_random_state"]
 
 
 @contextmanager
@@ -41,6 +41,16 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         finally:
             random.setstate(others[0])
             np.random.set_state(others[1])  # noqa: NPY002
+
+
+def global_generator(device: torch.device) -> torch.Generator:
+    """A generator of one's own in the state of the global one of a device."""
+    generator = torch.Generator(device)
+    if device.type == "cuda":
+        generator.set_state(torch.cuda.get_rng_state(device))
+    else:
+        generator.set_state(torch.random.get_rng_state())
+    return generator
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -52,10 +52,11 @@ from pyro_gpvae.model import ImageModel, initial_sigma
 from pyro_gpvae.networks import ImageShape, build_decoder
 from pyro_gpvae.provenance import environment, sha256
 from pyro_gpvae.randomness import seeded
-from pyro_gpvae.training import fit
+from pyro_gpvae.training import History, fit
 
 __all__ = [
     "RUN_FILES",
+    "Begun",
     "Run",
     "check_options",
     "check_trust",
@@ -301,83 +302,138 @@ def train_into(
 ) -> dict[str, Any]:
     """Does the work of :func:`train_run` in an existing folder, from a run that is at hand, and
     from the newest of the checkpoints if there is one."""
-    config.check()
-    config = _resolved(config)
-    device = _device(config.device)
-    data = load_images(config, data)
-    hashes = {"train": sha256(data.train), "test": sha256(data.test)}
+    begun = Begun(config, start, data)
     if checkpoints is not None:
-        _check_begun(folder, hashes, start)
-    train, validation = data.train, None
-    if config.validation:
-        train, validation = split_validation(data.train, config.validation)
-    _check_start(config, data.image_shape, start)
-    with seeded(config.seed, device):
-        model = _build_model(config, data.image_shape, initial_sigma(train))
-        if start is None:
-            guide = make_guide(config.guide, model)
-        else:
-            model.load_state_dict(start.model.state_dict())
-            guide = warm_guide(config.guide, model, start.guide)
-    model.requires_grad_(not config.freeze_decoder)
-    if not isinstance(guide, torch.nn.Module):
-        raise ValueError(
-            f"the guide {config.guide!r} is a {type(guide).__name__}, expected a torch.nn.Module "
-            "or PyroModule: only a module's weights can be saved"
-        )
-
+        begun.check(folder)
     history = fit(
-        model,
-        guide,
-        train,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        validation=validation,
+        begun.model,
+        begun.guide,
+        begun.train,
         seed=config.seed,
-        device=device,
         progress=progress if isinstance(progress, str) or not progress else config.guide,
         checkpoints=checkpoints,
         resume=checkpoints is not None,
-        on_nonfinite=config.on_nonfinite,
-    ).frame()
-    trained = time.monotonic()
-    scores, table = _evaluate(model, guide, data.test, config)
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "config": dataclasses.asdict(config),
-        "data": {
-            "name": data.name,
-            "note": data.note,
-            "image_shape": list(data.image_shape),
-            "train_images": len(train),
-            "validation_images": config.validation,
-            "test_images": len(data.test),
-            "train_sha256": hashes["train"],
-            "test_sha256": hashes["test"],
-        },
-        **environment(device),
-        "steps": int(history["step"].iloc[-1]),
-        "seconds": {
-            "training": float(history["seconds"].iloc[-1]),
-            "evaluation": time.monotonic() - trained,
-        },
-        "scores": scores,
-        "sigma": None if model.sigma is None else float(model.sigma.detach()),
-        "diagnostics": _diagnostics(guide, data.test, device, len(train)),
-    }
-    if start is not None:  # so that the record alone tells how to repeat the run
-        record["warm_start"] = start.record
-    if plan is not None:
-        record["plan"] = dict(plan)
-    save_weights(folder / "weights.safetensors", model, guide)
-    write_text(folder / "history.csv", history.to_csv(index=False))
-    write_text(folder / "scores.csv", table.to_csv(index=False))
-    write_json(folder / "config.json", dataclasses.asdict(config))
-    write_json(folder / "record.json", record)
-    (folder / _BEGUN).unlink(missing_ok=True)
-    write_manifest(folder, [name for name in RUN_FILES if name != MANIFEST])
-    return record
+        **begun.options,
+    )
+    return begun.finish(folder, history, plan=plan)
+
+
+class Begun:
+    """A run before and after its training: model and guide, images, and what is written of it.
+
+    Arguments:
+        config: The options.
+        start: The run it starts from.
+        data: The data set that the options name, whole, if it is loaded already.
+
+    Attributes:
+        config: The options, with device and chunk size filled in.
+        model: The model.
+        guide: The guide.
+        train: The training images.
+        options: Keyword arguments of :func:`pyro_gpvae.fit`.
+
+    Raises:
+        ValueError: If an option is wrong, or the warm start does not fit.
+    """
+
+    def __init__(
+        self, config: RunConfig, start: Run | None = None, data: ImageData | None = None
+    ) -> None:
+        config.check()
+        self.config = config = _resolved(config)
+        self.start = start
+        self.device = _device(config.device)
+        self.data = load_images(config, data)
+        self.hashes = {"train": sha256(self.data.train), "test": sha256(self.data.test)}
+        self.train, validation = self.data.train, None
+        if config.validation:
+            self.train, validation = split_validation(self.data.train, config.validation)
+        _check_start(config, self.data.image_shape, start)
+        with seeded(config.seed, self.device):
+            self.model = _build_model(config, self.data.image_shape, initial_sigma(self.train))
+            if start is None:
+                self.guide = make_guide(config.guide, self.model)
+            else:
+                self.model.load_state_dict(start.model.state_dict())
+                self.guide = warm_guide(config.guide, self.model, start.guide)
+        self.model.requires_grad_(not config.freeze_decoder)
+        if not isinstance(self.guide, torch.nn.Module):
+            raise ValueError(
+                f"the guide {config.guide!r} is a {type(self.guide).__name__}, expected a "
+                "torch.nn.Module or PyroModule: only a module's weights can be saved"
+            )
+        self.options: dict[str, Any] = {
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            "learning_rate": config.learning_rate,
+            "validation": validation,
+            "device": self.device,
+            "on_nonfinite": config.on_nonfinite,
+            "backend": config.backend,
+        }
+
+    def check(self, folder: Path) -> None:
+        """Refuses to go on in this folder with other images or another warm start."""
+        _check_begun(folder, self.hashes, self.start)
+
+    def finish(
+        self,
+        folder: Path,
+        trained: History,
+        *,
+        plan: Mapping[str, Any] | None = None,
+        stacked: int | None = None,
+    ) -> dict[str, Any]:
+        """Evaluates the trained guide, and writes the files of the run.
+
+        Arguments:
+            folder: Where to.
+            trained: The history.
+            plan: What the record says of the plan that the run is part of.
+            stacked: The number of runs that were trained in one program with it, itself included.
+        """
+        config, data, device = self.config, self.data, self.device
+        history = trained.frame()
+        begin = time.monotonic()
+        scores, table = _evaluate(self.model, self.guide, data.test, config)
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(config),
+            "data": {
+                "name": data.name,
+                "note": data.note,
+                "image_shape": list(data.image_shape),
+                "train_images": len(self.train),
+                "validation_images": config.validation,
+                "test_images": len(data.test),
+                "train_sha256": self.hashes["train"],
+                "test_sha256": self.hashes["test"],
+            },
+            **environment(device),
+            "steps": int(history["step"].iloc[-1]),
+            "seconds": {
+                "training": float(history["seconds"].iloc[-1]),
+                "evaluation": time.monotonic() - begin,
+            },
+            "scores": scores,
+            "sigma": None if self.model.sigma is None else float(self.model.sigma.detach()),
+            "diagnostics": _diagnostics(self.guide, data.test, device, len(self.train)),
+        }
+        if self.start is not None:  # so that the record alone tells how to repeat the run
+            record["warm_start"] = self.start.record
+        if plan is not None:
+            record["plan"] = dict(plan)
+        if stacked is not None:  # the seconds of training are those of all
+            record["stacked"] = stacked
+        save_weights(folder / "weights.safetensors", self.model, self.guide)
+        write_text(folder / "history.csv", history.to_csv(index=False))
+        write_text(folder / "scores.csv", table.to_csv(index=False))
+        write_json(folder / "config.json", dataclasses.asdict(config))
+        write_json(folder / "record.json", record)
+        (folder / _BEGUN).unlink(missing_ok=True)
+        write_manifest(folder, [name for name in RUN_FILES if name != MANIFEST])
+        return record
 
 
 def load_run(

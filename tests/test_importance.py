@@ -1,4 +1,6 @@
 import math
+from importlib import import_module
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -9,8 +11,18 @@ from torch import nn
 from toy import exact_evidence, exact_posterior, images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import Evidence, ImageModel, evidence_curve, log_evidence, log_weights
-from pyro_gpvae.importance import ParetoWarning, as_pixels, pareto_k
+from pyro_gpvae import (
+    Evidence,
+    ImageModel,
+    evidence_curve,
+    importance,
+    log_evidence,
+    log_weights,
+    make_guide,
+)
+from pyro_gpvae.files import read_json
+from pyro_gpvae.importance import ParetoWarning, as_pixels, bytes_per_latent, pareto_k
+from pyro_gpvae.memory import PeakMemory
 
 
 class ExactGuide(nn.Module):
@@ -351,3 +363,130 @@ def test_simulated_images_lie_in_no_interval():
 def test_other_scales_are_refused(x, message):
     with pytest.raises(ValueError, match=message):
         as_pixels(linear_model(), x)
+
+
+def table_1(name="vae"):
+    torch.manual_seed(0)
+    model = ImageModel((1, 28, 28), 10).requires_grad_(False)
+    return model, make_guide(name, model), torch.rand(8, 1, 28, 28)
+
+
+@pytest.mark.parametrize("name", ["vae", "gp", "iaf:2", "me:2"])
+def test_memory_is_flat_in_the_samples(name):
+    model, guide, x = table_1(name)
+    model.decoder = nn.Sequential(nn.Linear(10, 784), nn.Unflatten(1, (1, 28, 28)))
+    peaks = []
+    for num_samples in (40, 400):
+        with PeakMemory() as memory:
+            weights = log_weights(model, guide, x, num_samples, chunk_size=80)
+        peaks.append(memory.peak - weights.numel() * weights.element_size())
+        assert memory.largest <= max(80 * 784, 1 << 17)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["vae", "gp", "replayed"])
+def test_a_budget_is_kept(name):
+    model, guide, x = table_1("vae" if name == "replayed" else name)
+    guide = ReplayedGuide(guide) if name == "replayed" else guide
+    need = bytes_per_latent(model, guide, x)
+    assert need > 4 * 32 * 14 * 14  # the largest activation
+    for latents in (8, 24):
+        budget = latents * need
+        with PeakMemory() as memory:
+            log_weights(model, guide, x, 12, memory=budget)
+        assert 0.4 * budget < memory.peak < 1.1 * budget
+
+
+def test_a_budget_is_a_chunk_size():
+    model, x = linear_model(), images(5)
+    guide = gaussian(model)
+    need = bytes_per_latent(model, guide, x)
+    options = {"num_samples": 20, "seed": 0}
+    for latents in (1, 7, 40):
+        found = log_evidence(model, guide, x, memory=latents * need, **options)
+        expected = log_evidence(model, guide, x, chunk_size=latents, **options)
+        assert torch.equal(found.log_evidence, expected.log_evidence)
+    # more than enough changes nothing, and asking draws no random numbers
+    torch.manual_seed(1)
+    found = log_weights(model, guide, x, 20, memory=10**12)
+    torch.manual_seed(1)
+    assert torch.equal(found, log_weights(model, guide, x, 20))
+
+
+def test_a_gpu_decodes_what_fits_half_of_its_free_memory(monkeypatch):
+    model, x = linear_model(), images(5)
+    guide = gaussian(model)
+    need = bytes_per_latent(model, guide, x)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(importance, "device_and_dtype", lambda model, x: (gpu, x.dtype))
+    monkeypatch.setattr(importance, "bytes_per_latent", lambda *arguments: need)
+    for free, expected in ((10**15, 65_536), (2 * 65_536 * need - 1, 32_768), (0, 1)):
+        monkeypatch.setattr(importance, "free_memory", lambda device, free=free: free)
+        assert importance._chunk_size(model, guide, x, None) == expected
+
+
+def test_a_budget_too_small_for_one_latent_vector():
+    model, x = linear_model(), images(5)
+    need = bytes_per_latent(model, gaussian(model), x)
+    message = (
+        rf"of {need - 1} bytes is too small .*takes {need}: give memory={need} or more, or chu"
+    )
+    with pytest.raises(ValueError, match=message):
+        log_evidence(model, gaussian(model), x, 2, memory=need - 1)
+    assert log_evidence(model, gaussian(model), x, 2, memory=need).num_samples == 2
+    with pytest.raises(ValueError, match="give chunk_size or memory, not both: got 10 and 20"):
+        log_weights(model, gaussian(model), x, 2, chunk_size=10, memory=20)
+    with pytest.raises(ValueError, match=r"got 0: with 1, one latent vector .* at a time"):
+        log_weights(model, gaussian(model), x, 2, chunk_size=0)
+
+
+def test_models_of_ones_own_have_a_budget_too():
+    """Another observed site, under a mask, and no decoder."""
+    encoder = linear_encoder().requires_grad_(False)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 1.0).to_event(1))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3).double(), 1.0).to_event(1))
+            for name, seen in (("a", True), ("b", False)):
+                with pyro.poutine.mask(mask=torch.full((len(x),), seen)):
+                    mean = z.sum(-1)[..., None, None, None].expand(*z.shape[:-1], *x.shape[1:])
+                    pyro.sample(name, dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    x = images(4)
+    assert bytes_per_latent(model, guide, x) >= 8 * x[0].numel()
+    weights = log_weights(model, guide, x, 3, memory=10**6)
+    assert weights.shape == (3, 4)
+    assert weights.isfinite().all()
+
+
+def test_the_benchmark_writes_its_table(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments" / "benchmarks")
+    benchmark = import_module("evaluation")
+    options = benchmark.Options(
+        guides=["vae", "vlae:1"],
+        latent_dims=[2],
+        samples=4,
+        images=3,
+        rounds=1,
+        memory_samples=[2, 4],
+        memory_images=[3, 6],
+        epochs=1,
+        train_images=32,
+        out=tmp_path,
+    )
+    benchmark.main(options)
+    record = read_json(tmp_path / "evaluation_cost.json")
+    assert [(row["guide"], row["ratio"] > 0) for row in record["costs"]] == [
+        ("vae", True),
+        ("vlae:1", True),
+    ]
+    assert [row["precision"] for row in record["precisions"]] == ["float32", "tf32", "bf16"]
+    assert record["precisions"][1]["largest_difference"] == 0
+    text = (tmp_path / "evaluation_cost.md").read_text()
+    for row in record["costs"]:
+        assert row["reached"] or f"* {row['guide']}, p = 2: missed. " in text
+    assert "K = 4, B = 3" in text

@@ -98,6 +98,52 @@ class TestLinearisation:
             assert row.abs().max() > 1e-4
             close(jacobian[:, pixel], row, 1e-10)
 
+    @pytest.mark.parametrize(
+        "decoder",
+        [
+            nn.Sequential(nn.Linear(P, 8, bias=False), nn.ReLU(), nn.Linear(8, 64)),
+            nn.Sequential(nn.Linear(P, 8), nn.LayerNorm(8), nn.ELU(), nn.Linear(8, 64)),
+            nn.Sequential(
+                nn.Sequential(nn.Linear(P, 36), nn.ReLU(inplace=True), nn.Unflatten(1, (4, 3, 3))),
+                nn.ConvTranspose2d(4, 2, 4, 2, 1),
+                nn.Conv2d(2, 1, 3, padding=1, bias=False),
+                nn.Tanh(),
+            ),
+            nn.Sequential(
+                nn.Linear(P, 8), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 9))
+            ),
+            nn.Linear(P, 64),
+            nn.Sequential(),
+        ],
+        ids=["relu", "layer norm", "convolutions", "parametrised", "one layer", "no layer"],
+    )
+    def test_jacobian_of_any_decoder(self, decoder):
+        torch.manual_seed(0)
+        decoder.double().eval()
+        z = torch.randn(2, P).double()
+        output, jacobian = decoder_jacobian(decoder, z)
+        close(output, decoder(z).flatten(1), 1e-12)
+        for i in range(2):
+            expected = torch.autograd.functional.jacobian(
+                lambda z: decoder(z[None]).flatten(), z[i]
+            )
+            close(jacobian[i], expected, 1e-12)
+
+    def test_hooks_and_subclasses_are_not_taken_for_what_they_extend(self):
+        class Squared(nn.Linear):
+            def forward(self, x):
+                return super().forward(x).square()
+
+        torch.manual_seed(0)
+        hooked = nn.Linear(4, 5)
+        hooked.register_forward_hook(lambda module, inputs, output: output.sin())
+        whole = nn.Sequential(Squared(P, 4), hooked).double()
+        whole.register_forward_hook(lambda module, inputs, output: output.exp())
+        z = torch.randn(1, P).double()
+        _, jacobian = decoder_jacobian(whole, z)
+        expected = torch.autograd.functional.jacobian(lambda z: whole(z[None])[0], z[0])
+        close(jacobian[0], expected, 1e-12)
+
     def test_jacobian_of_a_users_pyro_decoder(self):
         class Decoder(pyro.nn.PyroModule):
             def __init__(self):

@@ -1,0 +1,132 @@
+"""What peer.py times of pythae, in an environment that has pythae and not this package."""
+
+# mypy: disable-error-code="import-not-found,misc"
+# pythae is not installed where types are checked
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from _handwritten import NETS, Net, decoder, encoder
+from _worker import serve
+from pythae.data.datasets import BaseDataset
+from pythae.models import VAE, VAE_IAF, VAE_IAF_Config, VAEConfig
+from pythae.models.base.base_utils import ModelOutput
+from pythae.models.nn import BaseDecoder, BaseEncoder
+from pythae.trainers import BaseTrainer, BaseTrainerConfig
+from pythae.trainers.training_callbacks import CallbackHandler, TrainingCallback
+from torch import Tensor
+
+
+class Encoder(BaseEncoder):
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = encoder(net)
+
+    def forward(self, x: Tensor) -> ModelOutput:
+        loc, log_variance = self.net(x).chunk(2, dim=1)
+        return ModelOutput(embedding=loc, log_covariance=log_variance)
+
+
+class Decoder(BaseDecoder):
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = decoder(net)
+
+    def forward(self, z: Tensor) -> ModelOutput:
+        return ModelOutput(reconstruction=self.net(z))
+
+
+class Clock(TrainingCallback):
+    """Notes when epochs end."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_epoch_end(self, training_config: Any, **others: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+
+class Trainer(BaseTrainer):
+    """pythae's own, without a progress bar, without messages, and without files."""
+
+    def _setup_callbacks(self) -> None:
+        self.callback_handler = CallbackHandler(callbacks=self.callbacks, model=self.model)
+
+    def save_model(self, model: Any, dir_path: str) -> None:
+        pass
+
+
+class Pythae:
+    """The peer: pythae's models and trainer on the networks of Table 1."""
+
+    def setup(
+        self, guide: str, latent_dim: int, batch_size: int, device: str, images: str, seed: int
+    ) -> dict[str, str]:
+        torch.manual_seed(seed)
+        arrays = np.load(images)
+        data = {name: torch.from_numpy(arrays[name]).float() / 255 for name in arrays.files}
+        self.train_data = BaseDataset(data["train"], torch.zeros(len(data["train"])))
+        self.test = data["test"].to(device)
+        self.device, self.batch_size = device, batch_size
+        net = Net("conv", NETS["conv"].image_shape, latent_dim, batch_size)
+        sizes = {"input_dim": net.image_shape, "latent_dim": latent_dim}
+        networks = {"encoder": Encoder(net), "decoder": Decoder(net)}
+        if guide == "iaf":  # as many steps, as wide as ours
+            flow = {"n_made_blocks": 2, "n_hidden_in_made": 1, "hidden_size": 256}
+            self.model = VAE_IAF(VAE_IAF_Config(**sizes, **flow), **networks)
+        else:
+            self.model = VAE(VAEConfig(**sizes), **networks)
+        self.model.to(device)
+        return {"torch": torch.__version__}
+
+    def train(self, epochs: int, fused: bool = False) -> dict[str, float]:
+        """Seconds of the first epoch with all that comes before it, and of another."""
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            config = BaseTrainerConfig(
+                output_dir=folder,
+                per_device_train_batch_size=self.batch_size,
+                num_epochs=epochs + 1,
+                learning_rate=5e-4,
+                optimizer_params={"fused": True} if fused else None,
+                no_cuda=self.device == "cpu",
+            )
+            start = time.perf_counter()
+            Trainer(self.model, self.train_data, None, config, [clock]).train()
+        times = clock.times
+        return {"first": times[0] - start, "epoch": (times[-1] - times[0]) / epochs}
+
+    def nll(self, num_images: int, num_samples: int, batch_size: int) -> dict[str, float]:
+        """Seconds of an image's log p(x) by K importance samples, and its mean over images."""
+        self.model.eval()
+        x = self.test[:num_images]
+        start = time.perf_counter()
+        with torch.no_grad():
+            mean = self.model.get_nll(x, num_samples, batch_size)  # its sign is that of log p(x)
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return {"seconds": (time.perf_counter() - start) / len(x), "mean": float(mean)}
+
+    def load(self, path: str) -> None:
+        """Takes over our encoder and decoder."""
+        parameters = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
+        arrays = np.load(path)
+        with torch.no_grad():
+            for parameter, name in zip(parameters, arrays.files, strict=True):
+                parameter.copy_(torch.from_numpy(arrays[name]))
+            head = self.model.encoder.net[-1]
+            for parameter in (head.weight, head.bias):
+                parameter[len(parameter) // 2 :] *= 2  # the logarithm of a variance
+
+
+if __name__ == "__main__":
+    logging.disable(logging.INFO)
+    serve(Pythae())

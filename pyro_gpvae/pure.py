@@ -1,0 +1,322 @@
+r"""A training objective as one pure function of tensors: no Pyro, no Python, no hidden noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.func import functionalize
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_gpvae.randomness import random_state, set_random_state
+
+__all__ = ["Draw", "PureLoss", "UnsupportedError", "pure_loss", "unvalidated"]
+
+#: Random operators whose numbers depend on the shape, dtype and device of the result alone, as a
+#: method that fills a tensor with them, and its arguments if they are not the operator's own.
+_NOISE: dict[str, tuple[str, tuple[float, ...] | None]] = {
+    "aten::normal_": ("normal_", None),
+    "aten::normal_functional": ("normal_", None),
+    "aten::randn": ("normal_", (0.0, 1.0)),
+    "aten::randn_like": ("normal_", (0.0, 1.0)),
+    "aten::uniform_": ("uniform_", None),
+    "aten::rand": ("uniform_", (0.0, 1.0)),
+    "aten::rand_like": ("uniform_", (0.0, 1.0)),
+    "aten::exponential_": ("exponential_", None),
+}
+
+
+class UnsupportedError(ValueError):
+    """A program cannot be made a pure function; the message says why."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One random operator of a program: how to draw its numbers again.
+
+    Attributes:
+        method: The method of a tensor that fills it with them, such as "normal_".
+        arguments: Of the method.
+        size, stride, dtype, device: Of the tensor.
+    """
+
+    method: str
+    arguments: tuple[float, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draws from the given generator, or from the global one of the device."""
+        empty = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        result: Tensor = getattr(empty, self.method)(*self.arguments, generator=generator)
+        return result
+
+
+@dataclass(frozen=True)
+class PureLoss:
+    """An objective as a function of tensors: (parameters, others, x, noise) to (loss, gradients).
+
+    Attributes:
+        graph: The function as a graph of ATen operators, of images, :attr:`inputs` and noise, one
+            argument each; it returns the loss and the gradients. It holds for the shape of x it
+            was made with. It writes to nothing but ``others``, and there only what the program
+            does (the running statistics of batch normalisation).
+        leaves: The parameters it is differentiated in, by name: what an optimiser trains.
+        others: All other parameters and buffers, by name.
+        used: Which parameters have a gradient.
+        draws: The random numbers it needs, in the order of the program.
+    """
+
+    graph: GraphModule
+    leaves: Mapping[str, Tensor]
+    others: Mapping[str, Tensor]
+    used: tuple[str, ...]
+    draws: tuple[Draw, ...]
+
+    def noise(self, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Draws the noise of one evaluation: that which the program itself would have drawn."""
+        return [draw(generator) for draw in self.draws]
+
+    @cached_property
+    def inputs(self) -> list[Tensor]:
+        """What the graph takes between the images and the noise."""
+        return [*(leaf.detach() for leaf in self.leaves.values()), *self.others.values()]
+
+    def __call__(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Returns the loss, and its gradients in the used parameters."""
+        with torch.no_grad():
+            loss, *gradients = self.graph(x, *self.inputs, *noise)
+        return loss, gradients
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """No checks of distributions and of programs inside: each makes a GPU wait for the host."""
+    with pyro.validation_enabled(False):
+        yield
+
+
+def pure_loss(
+    loss: Callable[[Tensor], Tensor],
+    modules: Mapping[str, nn.Module],
+    parameters: Sequence[Tensor],
+    x: Tensor,
+) -> PureLoss:
+    r"""Traces an objective and its gradient, through Pyro's handlers, into a :class:`PureLoss`.
+
+    The global random state is as before afterwards, and so are all tensors.
+
+    Arguments:
+        loss: From images x (B, C, H, W) to a scalar.
+        modules: All modules that it uses.
+        parameters: Those of their parameters in which to differentiate.
+        x: Images of the shape to come.
+
+    Raises:
+        UnsupportedError: If the program reads a tensor in Python, such as ``if x.sum() > 0``, or
+            changes attributes of a module when it is called (its graph would freeze either); if
+            it draws numbers whose distribution depends on tensors other than by
+            reparametrisation; or if a parameter belongs to none of the modules.
+
+    Example:
+        >>> linear = nn.Linear(2, 1)
+        >>> pure = pure_loss(
+        ...     lambda x: (linear(x) + torch.randn(len(x), 1)).square().sum(),
+        ...     {"linear": linear}, list(linear.parameters()), torch.zeros(5, 2))
+        >>> len(pure.draws), pure.used
+        (1, ('linear.weight', 'linear.bias'))
+        >>> value, gradients = pure(torch.ones(5, 2), pure.noise())
+    """
+    container = nn.ModuleDict(modules)
+    tensors: dict[str, Tensor] = dict(container.named_parameters())
+    tensors |= dict(container.named_buffers())
+    ids = {id(tensor): name for name, tensor in tensors.items()}
+    missing = [tuple(p.shape) for p in parameters if id(p) not in ids]
+    if missing:
+        raise UnsupportedError(
+            f"parameters of shape {', '.join(map(str, missing[:3]))} belong to no module, but to "
+            "pyro.param statements: make the guide a pyro_gpvae.Program"
+        )
+    trained = {ids[id(p)]: p for p in parameters}
+    others = {n: t.detach() for n, t in tensors.items() if n not in trained}
+    used: list[str] = []
+
+    def function(x: Tensor, *inputs: Tensor) -> list[Tensor]:
+        leaves = [value.detach().requires_grad_() for value in inputs[: len(trained)]]
+        values = dict(zip([*trained, *others], [*leaves, *inputs[len(trained) :]], strict=True))
+        with torch.enable_grad(), _replaced(container, tensors, values):
+            value = loss(x)
+            gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        used[:] = [n for n, g in zip(trained, gradients, strict=True) if g is not None]
+        return [value.detach(), *(g.detach() for g in gradients if g is not None)]
+
+    before = _attributes(container)
+    inputs = [x, *(p.detach() for p in trained.values()), *(t.clone() for t in others.values())]
+    with unvalidated(), _same_noise(x.device):
+        drawn_elsewhere = _outside_torch(x.device)
+        try:
+            traced = make_fx(function)(*inputs)
+        except RuntimeError as error:
+            if "get value out of a tracing tensor" not in str(error):
+                raise
+            raise UnsupportedError(
+                "it reads a tensor in Python, as in `if x.sum() > 0`, .item() or float(x)"
+            ) from error
+        if _outside_torch(x.device) != drawn_elsewhere:
+            raise UnsupportedError("it draws random numbers of numpy or Python: use pyro.sample")
+    after = _attributes(container)
+    changed = [name for name in after if name not in before or before[name] != after[name]]
+    if changed:
+        raise UnsupportedError(f"a call changes its attribute {changed[0]}, which a graph cannot")
+    _refuse_state(traced)
+    draws = _lift_noise(traced)
+    with _same_noise(x.device):
+        noise = [draw() for draw in draws]
+        # without writes to temporary tensors, which stacked seeds could not be
+        graph = make_fx(functionalize(traced))(*inputs, *noise)
+    return PureLoss(graph, trained, others, tuple(used), draws)
+
+
+@contextmanager
+def _replaced(
+    container: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Puts values in the place of parameters and buffers, wherever modules hold them.
+
+    ``torch.func.functional_call`` loses the parameters of a module that is found twice.
+    """
+    new = {id(tensor): values[name] for name, tensor in tensors.items()}
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (store, name, tensor)
+        for module in container.modules()
+        for store in (module._parameters, module._buffers)
+        for name, tensor in store.items()
+        if tensor is not None
+    ]
+    for store, name, tensor in places:
+        store[name] = new[id(tensor)]
+    try:
+        yield
+        rebound = [name for store, name, old in places if store.get(name) is not new[id(old)]]
+        if rebound:
+            raise UnsupportedError(
+                f"a call replaces its tensor {rebound[0]}: write to it in place, with copy_, or "
+                "(a PyroModule) use pyro.settings.set(module_local_params=True)"
+            )
+    finally:
+        for store, name, tensor in places:
+            store[name] = tensor
+
+
+@contextmanager
+def _same_noise(device: torch.device) -> Iterator[None]:
+    """Leaves all global random states as they were."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
+
+
+def _outside_torch(device: torch.device) -> dict[str, list[float]]:
+    """The global random states of numpy and Python."""
+    return {n: t.tolist() for n, t in random_state(device).items() if n not in ("torch", "cuda")}
+
+
+def _attributes(container: nn.Module) -> dict[str, Any]:
+    """What modules keep in Python, which a graph would freeze as it is today."""
+    return {
+        f"{prefix}.{name}": id(value) if isinstance(value, Tensor) else value
+        for prefix, module in container.named_modules()
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, int | float | str | bool | Tensor)
+    }
+
+
+def _lift_noise(traced: GraphModule) -> tuple[Draw, ...]:
+    """Makes the results of random operators the last inputs of the graph."""
+    graph = traced.graph
+    nodes = [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    ]
+    draws, holders = [], []
+    for node in nodes:
+        operator = node.target._schema.name
+        generator = node.kwargs.get("generator")
+        if operator not in _NOISE or generator is not None or not _is_whole(node):
+            raise UnsupportedError(
+                f"it draws random numbers by {operator}, from data, from a generator of its own, "
+                "or into a part of a tensor"
+            )
+        method, arguments = _NOISE[operator]
+        own = tuple(float(a) for a in node.args[1:])
+        value = node.meta["val"]
+        draws.append(
+            Draw(
+                method,
+                own if arguments is None else arguments,
+                tuple(value.shape),
+                tuple(value.stride()),
+                value.dtype,
+                value.device,
+            )
+        )
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        for i in reversed(range(len(nodes))):
+            holders.append(graph.placeholder(f"noise_{i}"))
+    for node, holder in zip(nodes, reversed(holders), strict=True):
+        holder.meta = dict(node.meta)
+        node.replace_all_uses_with(holder)
+        if node.target._schema.is_mutable:  # tensor.normal_() is the tensor as well
+            node.args[0].replace_all_uses_with(holder, delete_user_cb=lambda u, n=node: u is not n)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    traced.recompile()
+    return tuple(draws)
+
+
+def _is_whole(node: Node) -> bool:
+    """Whether a random operator makes a tensor, or fills one that nothing has used yet."""
+    if not node.target._schema.is_mutable:  # type: ignore[union-attr]
+        return True
+    made, before = node.args[0], set()
+    for earlier in node.graph.nodes:
+        if earlier is node:
+            break
+        before.add(earlier)
+    if not isinstance(made, Node) or made.op != "call_function":
+        return False
+    fresh = made.target._schema.name.removeprefix("aten::").removeprefix("new_")  # type: ignore[union-attr]
+    fresh = fresh.removesuffix("_like")
+    return fresh in ("empty", "empty_strided", "zeros") and not before & set(made.users)
+
+
+def _refuse_state(graph: GraphModule) -> None:
+    """Refuses a graph that trains, or writes to, tensors that are not among its inputs."""
+    for node in graph.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(graph, node.target)
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise UnsupportedError(
+                f"it uses a parameter of shape {tuple(tensor.shape)} that belongs to no module"
+            )
+        for user in node.users:
+            schema: Any = getattr(user.target, "_schema", None)
+            if schema is not None and schema.is_mutable and user.args[0] is node:
+                raise UnsupportedError(
+                    f"it writes to a tensor of shape {tuple(tensor.shape)} that is no buffer"
+                )

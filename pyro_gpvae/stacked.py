@@ -1,0 +1,174 @@
+r"""Several independent trainings in one program: their tensors are stacked, their step is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_gpvae.pure import PureLoss, UnsupportedError
+from pyro_gpvae.steps import Backend, Tally, TrainingStep, in_memory_of
+
+__all__ = ["StackedStep"]
+
+
+class StackedStep:
+    r"""One step of S trainings that differ in their parameters, images and noise.
+
+    The objective as a pure function (:func:`pyro_gpvae.pure.pure_loss`) is vectorised over a
+    leading dimension by ``torch.func.vmap``. The parameters of every run become views of the
+    stacked ones, and so do the moments of its optimisers: all runs are trained, looked at and
+    saved through their own modules. Adam works element by element, so one Adam serves all.
+
+    Run i draws from a generator of its own the numbers that it would draw if it were alone.
+
+    Arguments:
+        steps: The runs, all of the same programs, shapes and batch size, each with its own
+            parameters.
+        generators: Of each run, in the state in which its first step is to find it.
+        backend: "eager" runs the vectorised function operator by operator; "compiled".
+
+    Attributes:
+        tally: What happened so far, each tensor (S,).
+
+    Raises:
+        UnsupportedError: If the programs cannot be made a pure function, or not vectorised.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[TrainingStep],
+        generators: Sequence[torch.Generator],
+        backend: Backend = "eager",
+    ) -> None:
+        self.steps = list(steps)
+        self.generators = list(generators)
+        self.backend = backend
+        first = self.steps[0]
+        self.images = first.images
+        self.device = first.device
+        self.tally = Tally(self.device, halt=True, shape=(len(self.steps),))
+        self._stop = torch.zeros((), dtype=torch.float32, device=self.device)
+        for number, step in enumerate(self.steps):
+            step.tally = self.tally.of(number)
+        self._stack: dict[str, Tensor] = {}
+        self._functions: dict[tuple[int, int], Callable[..., list[Tensor]]] = {}
+        self._pure: dict[tuple[int, int], PureLoss] = {}
+        self._share_tensors()
+        self.optimizers = []
+        for block, optimizer in enumerate(first.optimizers):
+            leaves = [self._stack[name] for name in self._names(block)]
+            stacked = torch.optim.Adam(
+                leaves,
+                optimizer.param_groups[0]["lr"],
+                fused=True,
+                capturable=self.device.type == "cuda",
+            )
+            stacked.found_inf = self._stop  # type: ignore[attr-defined]
+            self.optimizers.append(stacked)
+        self.share_moments()
+        self._function(0, self.images[: first.batch_size])  # now, if it cannot be done at all
+
+    def __call__(self, batches: Tensor) -> Tensor:
+        """Makes one step of every run.
+
+        Arguments:
+            batches: Numbers of training images, (S, B).
+
+        Returns:
+            The losses of the last block, (S,).
+        """
+        first = self.steps[0]
+        x = first.prepare(self.images[batches].flatten(0, 1)).unflatten(0, batches.shape)
+        for block, optimizer in enumerate(self.optimizers):
+            function, pure = self._function(block, self.images[batches[0]])
+            noise = [pure.noise(generator) for generator in self.generators]
+            with torch.no_grad():
+                losses, *gradients = function(
+                    x,
+                    *(self._stack[name].detach() for name in (*pure.leaves, *pure.others)),
+                    *(torch.stack(draws) for draws in zip(*noise, strict=True)),
+                )
+                norms = [g.reshape(len(g), -1).norm(dim=1, dtype=torch.float64) for g in gradients]
+                ok = torch.isfinite(torch.stack([losses.double(), *norms]).sum(0))
+                self.tally.note(ok)
+                self._stop.copy_(self.tally.refused.max())
+            for name, gradient in zip(pure.used, gradients, strict=True):
+                self._stack[name].grad = in_memory_of(self._stack[name].detach(), gradient)
+            optimizer.step()
+        self.tally.add(losses, batches.shape[1])
+        return losses
+
+    def share_moments(self) -> None:
+        """Stacks the moments of the runs' own optimisers, which become views of the stack."""
+        for block, stacked in enumerate(self.optimizers):
+            leaves = stacked.param_groups[0]["params"]
+            for name, leaf in zip(self._names(block), leaves, strict=True):
+                owners = [(s.optimizers[block].state, s.parameters[name]) for s in self.steps]
+                states = [state.get(parameter, {}) for state, parameter in owners]
+                resumed = all("step" in state for state in states)
+                moments = {
+                    key: torch.stack([s[key] for s in states])
+                    if resumed
+                    else leaf.new_zeros(leaf.shape)
+                    for key in ("exp_avg", "exp_avg_sq")
+                }
+                count = (
+                    states[0]["step"].clone() if resumed else torch.zeros((), device=self.device)
+                )
+                stacked.state[leaf] = {"step": count} | moments
+                for number, (state, parameter) in enumerate(owners):
+                    own = {key: moment[number] for key, moment in moments.items()}
+                    state[parameter] = {"step": count} | own
+
+    def _names(self, block: int) -> list[str]:
+        """The names of what a block trains."""
+        first = self.steps[0]
+        names = {id(p): name for name, p in first.parameters.items()}
+        return [names[id(p)] for p in first.blocks[block].parameters]
+
+    def _share_tensors(self) -> None:
+        """Stacks the parameters and buffers of the runs, which become views of the stack."""
+        runs = [dict(step.named_tensors()) for step in self.steps]
+        for run in runs[1:]:
+            for name in run.keys() | runs[0].keys():
+                shapes = [r[name].shape if name in r else None for r in (runs[0], run)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(
+                        f"{name} is not the same tensor in all runs, build them alike: "
+                        f"shapes {shapes[0]} and {shapes[1]}"
+                    )
+        for name, tensor in runs[0].items():
+            stack = torch.stack([run[name].detach() for run in runs])
+            for number, run in enumerate(runs):
+                run[name].data = stack[number]
+            self._stack[name] = stack.requires_grad_(tensor.requires_grad)
+
+    def _function(self, block: int, x: Tensor) -> tuple[Callable[..., list[Tensor]], PureLoss]:
+        """The vectorised objective of a block, for minibatches of this size."""
+        key = block, len(x)
+        if key not in self._functions:
+            first, generator = self.steps[0], torch.Generator(self.device)
+            pure = first.pure(block, first.prepare(x))
+            count = len(self.steps)
+            inputs = [
+                torch.stack([first.prepare(x)] * count),
+                *(self._stack[name].detach().clone() for name in (*pure.leaves, *pure.others)),
+                *(torch.stack([draw] * count) for draw in pure.noise(generator)),
+            ]
+            try:
+                with torch.no_grad():
+                    graph = make_fx(torch.func.vmap(pure.graph))(*inputs)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                raise UnsupportedError(
+                    f"these programs cannot be stacked ({reason}): train seed by seed"
+                ) from error
+            compiled = self.backend == "compiled" and len(x) == first.batch_size
+            self._functions[key] = (
+                torch.compile(graph, fullgraph=True, dynamic=False) if compiled else graph
+            )
+            self._pure[key] = pure
+        return self._functions[key], self._pure[key]

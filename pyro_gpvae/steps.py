@@ -1,0 +1,458 @@
+r"""One optimiser step on eq. (2), in Python, compiled, or as one CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from pyro_gpvae.data import to_float
+from pyro_gpvae.elbo import Objective, PerImage, without_syncs
+from pyro_gpvae.nonfinite import NonFiniteError, finite, refused_parameters
+from pyro_gpvae.pure import PureLoss, UnsupportedError, pure_loss, unvalidated
+from pyro_gpvae.randomness import random_state, set_random_state
+
+__all__ = ["Backend", "Block", "Program", "TrainingStep", "in_memory_of", "to_batch"]
+
+_log = logging.getLogger(__name__)
+
+Backend = Literal["eager", "compiled", "captured"]
+Program = Callable[[Tensor], Any]
+Evaluate = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """An objective and the parameters that it trains, with an Adam optimiser of their own.
+
+    Attributes:
+        elbo: The objective.
+        parameters: What it trains; all other parameters stay as they are in this block.
+        model: The model of the objective, by default the one that is trained.
+        guide: The guide of the objective, by default the one that is trained.
+    """
+
+    elbo: Objective
+    parameters: Sequence[Tensor]
+    model: Program | None = None
+    guide: Program | None = None
+
+
+class TrainingStep:
+    r"""One step of Adam on eq. (2) for a minibatch; nothing in it reads the device.
+
+    * ``"eager"`` runs model and guide as the Pyro programs that they are, without Pyro's checks.
+    * ``"compiled"`` traces them, objective and gradient included, into a pure function
+      (:func:`pyro_gpvae.pure.pure_loss`), and compiles that.
+    * ``"captured"`` puts everything, from the gather of the images to Adam, into one CUDA graph.
+
+    All draw the same random numbers in the same order. A minibatch of another size than the first
+    takes the eager way.
+
+    An update whose loss or gradient is not finite is not made, on the device: the optimisers
+    get a flag.
+
+    Arguments:
+        model: A Pyro model, on its device; it is put into training mode.
+        guide: A Pyro guide.
+        images: Training images, uint8 (N, C, H, W), on that device, or on the host if they are
+            too many; then :meth:`__call__` takes pixels.
+        batch_size: Images per step.
+        learning_rate: Of Adam.
+        elbo: The objective; by default ``guide.elbo()`` if there is one, else ``Trace_ELBO()``.
+        backend: See above.
+        strict: Whether a backend that cannot run these programs is an error. Otherwise the step
+            is an eager one, and a line in the log says why.
+        halt: Whether the first update that is not made is the last one that is tried.
+
+    Attributes:
+        blocks: Objectives and what they train, in the order of a step.
+        programs: Scaled model and guide of each block.
+        optimizers: Of each block.
+        parameters: All parameters by name.
+        tally: What happened so far, on the device.
+
+    Raises:
+        ValueError: If there is nothing to train, or ``"captured"`` is asked for without CUDA.
+        UnsupportedError: If the programs cannot be compiled or captured, and why.
+
+    Example:
+        >>> from pyro_gpvae import ImageModel, make_guide
+        >>> model = ImageModel((1, 28, 28), latent_dim=2)
+        >>> images = torch.zeros(100, 1, 28, 28, dtype=torch.uint8)
+        >>> step = TrainingStep(model, make_guide("gp", model), images, batch_size=8)
+        >>> step(torch.arange(8)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        images: Tensor,
+        *,
+        batch_size: int,
+        learning_rate: float = 5e-4,
+        elbo: Objective | None = None,
+        backend: Backend = "eager",
+        strict: bool = True,
+        halt: bool = False,
+    ) -> None:
+        if backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+        if hasattr(model, "pair"):
+            model.pair(guide)
+        self.model, self.guide = model, guide
+        named = {"model": model, "guide": guide}
+        self.modules = {n: m for n, m in named.items() if isinstance(m, torch.nn.Module)}
+        self.images = images
+        first = next((p for m in self.modules.values() for p in m.parameters()), None)
+        self.device = images.device if first is None else first.device
+        x = self.prepare(images[:batch_size])
+        for module in self.modules.values():
+            module.eval()  # to find the parameters is not to train
+        self.parameters = _parameters(model, guide, x)
+        for module in self.modules.values():
+            module.train()
+        trained = list({id(p): p for p in self.parameters.values() if p.requires_grad}.values())
+        if not trained:
+            raise ValueError("model and guide have no parameter to train: are they nn.Modules?")
+        if hasattr(guide, "blocks") and elbo is None:
+            self.blocks: Sequence[Block] = guide.blocks(model)
+        else:
+            objective = elbo or (guide.elbo() if hasattr(guide, "elbo") else Trace_ELBO())
+            self.blocks = [Block(objective, trained)]
+        self.programs = [
+            (PerImage(b.model or model, len(images)), PerImage(b.guide or guide, len(images)))
+            for b in self.blocks
+        ]
+        self.optimizers = [
+            torch.optim.Adam(
+                b.parameters, learning_rate, fused=True, capturable=self.device.type == "cuda"
+            )
+            for b in self.blocks
+        ]
+        self.objectives = [without_syncs(b.elbo) for b in self.blocks]
+        self.tally = Tally(self.device, halt)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = self.tally.refused  # type: ignore[attr-defined]
+        self.backend = backend
+        self.batch_size = min(batch_size, len(images))
+        #: Why the last update was not made, if a program said so.
+        self.reason = ""
+        self._set_up(x)
+        self._fast: list[Evaluate] = []
+        self._graph: _CudaGraph | None = None
+        self._strict = strict
+        if backend == "captured" and self.device.type != "cuda":
+            raise ValueError(
+                f"backend='captured' needs CUDA, and the model is on {self.device}: use "
+                "'compiled', 'eager' or 'auto'"
+            )
+        if backend != "eager":
+            wrap = _compiled if backend == "compiled" else _traced
+            with self._or_eager():
+                for block in range(len(self.blocks)):
+                    self._fast.append(wrap(self.pure(block, x)))
+                    self._verify(block, x)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Makes one step, and returns the loss of the last block, on the device.
+
+        Arguments:
+            batch: Numbers of training images (B,), or uint8 pixels (B, C, H, W).
+        """
+        if len(batch) != self.batch_size or self.backend == "eager":
+            return self._update([self._eager(i) for i in range(len(self.blocks))], batch)
+        if self.backend == "compiled":
+            return self._update(self._fast, batch)
+        if self._graph is None:
+            with self._or_eager():
+                self._graph = _CudaGraph(self, batch)
+            if self._graph is None:
+                return self(batch)
+        return self._graph(batch)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images as floats in [0, 1], on the model's device, in the dtype of its parameters."""
+        return to_batch(images, self.modules, self.device)
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters and buffers of the modules, by name."""
+        for role, module in self.modules.items():
+            for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+                yield f"{role}.{name}", tensor
+
+    def pure(self, block: int, x: Tensor) -> PureLoss:
+        """The objective of a block as a pure function, for images of the shape of x."""
+        objective, programs = self.objectives[block], self.programs[block]
+        before = dict(_numbers(objective))
+        found = pure_loss(
+            lambda x: objective.differentiable_loss(*programs, x),
+            self.modules,
+            self.blocks[block].parameters,
+            x,
+        )
+        if dict(_numbers(objective)) != before:
+            raise UnsupportedError("its objective changes its attributes, which a graph cannot")
+        return found
+
+    def _set_up(self, x: Tensor) -> None:
+        """Runs every objective once, with Pyro's checks: what is set up at first use, is."""
+        state = random_state(self.device)
+        buffers = [(b, b.clone()) for m in self.modules.values() for b in m.buffers()]
+        for objective, programs in zip(self.objectives, self.programs, strict=True):
+            with torch.no_grad(), refused_parameters(), suppress(NonFiniteError):
+                objective.differentiable_loss(*programs, x)
+        for buffer, value in buffers:  # running statistics are not to see these images twice
+            buffer.copy_(value)
+        set_random_state(state, self.device)
+
+    @contextmanager
+    def _or_eager(self) -> Iterator[None]:
+        """Takes the eager way if anything goes wrong inside, unless strict."""
+        try:
+            yield
+        except Exception as error:  # of any kind: tracers and compilers raise what they like
+            if self._strict:
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            _log.warning("trained with backend 'eager', not '%s': %s", self.backend, reason)
+            self.backend = "eager"
+
+    def _verify(self, block: int, x: Tensor) -> None:
+        """Compares a block with its eager equal, on the same noise; leaves no trace."""
+        buffers = [(b, b.clone()) for m in self.modules.values() for b in m.buffers()]
+        state = random_state(self.device)
+        results: list[Tensor] = []
+        # the eager way twice: a program that counts its calls has counted since it was traced
+        for evaluate in (self._eager(block), self._eager(block), self._fast[block]):
+            loss, gradients = evaluate(x)
+            norm = torch.stack(torch._foreach_norm(gradients)).norm()
+            results.append(torch.stack([loss, norm.to(loss)]).double())
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            set_random_state(state, self.device)
+        self.optimizers[block].zero_grad()
+        rtol = 1e-8 if x.dtype == torch.float64 else 1e-4
+        for eager in results[:2]:
+            if not torch.allclose(eager, results[2], rtol=rtol, equal_nan=True):
+                raise UnsupportedError(
+                    f"loss and gradient norm are {results[2].tolist()} with backend "
+                    f"{self.backend!r}, {eager.tolist()} with 'eager': use that"
+                )
+
+    def _eager(self, block: int) -> Evaluate:
+        objective, programs = self.objectives[block], self.programs[block]
+        parameters = list(self.blocks[block].parameters)
+
+        def evaluate(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+            self.optimizers[block].zero_grad()
+            with unvalidated(), refused_parameters():
+                loss = objective.differentiable_loss(*programs, x)
+                loss.backward(inputs=parameters)
+            return loss.detach(), [p.grad for p in parameters if p.grad is not None]
+
+        return evaluate
+
+    def _update(self, evaluations: Sequence[Evaluate], batch: Tensor) -> Tensor:
+        """One step of Adam for each block: the body of a CUDA graph as well."""
+        x = self.prepare(batch if batch.dim() > 1 else self.images[batch])
+        for optimizer, evaluate in zip(self.optimizers, evaluations, strict=True):
+            try:
+                loss, gradients = evaluate(x)
+            except (NonFiniteError, LinAlgError) as error:  # a program that checks by itself
+                self.reason = str(error) if isinstance(error, NonFiniteError) else ""
+                if not self.reason and not self._refuses(x):
+                    raise
+                loss = torch.full((), torch.nan, device=self.device)
+                self.tally.note(loss.isfinite())
+                continue
+            self.tally.note(finite(loss, gradients))
+            optimizer.step()
+        self.tally.add(loss, len(x))
+        return loss
+
+    def _refuses(self, x: Tensor) -> bool:
+        """Whether Pyro's checks find something in these programs that is not finite."""
+        try:
+            with torch.no_grad(), refused_parameters():
+                for objective, programs in zip(self.objectives, self.programs, strict=True):
+                    objective.differentiable_loss(*programs, x)
+        except NonFiniteError as error:
+            self.reason = str(error)
+        return bool(self.reason)
+
+
+class Tally:
+    """What a training counts, on the device: read it once in a while, not in a step.
+
+    Attributes:
+        loss: Sum of the losses of the images of this epoch, without those that are not finite.
+        seen: The number of those images.
+        skipped: Updates that were not made, since the training began.
+        refused: Whether the present update is not to be made, 0 or 1.
+    """
+
+    def __init__(self, device: torch.device, halt: bool, shape: Sequence[int] = ()) -> None:
+        self.halt = halt
+        self.loss = torch.zeros(tuple(shape), dtype=torch.float64, device=device)
+        self.seen, self.skipped = self.loss.clone(), self.loss.clone()
+        self.refused = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
+
+    def of(self, run: int) -> Tally:
+        """The part of one run, where the tensors have a dimension for runs."""
+        part = copy.copy(self)
+        for name in ("loss", "seen", "skipped", "refused"):
+            setattr(part, name, getattr(self, name)[run])
+        return part
+
+    def note(self, ok: Tensor) -> None:
+        """Notes whether an update is finite."""
+        if self.halt:  # an update that was refused is the last one
+            self.refused.copy_(torch.maximum(self.refused, (~ok).to(self.refused)))
+        else:
+            self.refused.copy_(~ok)
+        self.skipped += self.refused
+
+    def add(self, loss: Tensor, count: int) -> None:
+        """Adds a minibatch, unless its last update was refused."""
+        weight = (1 - self.refused) * count
+        self.loss += torch.where(weight > 0, loss.to(self.loss) * weight, 0.0)
+        self.seen += weight
+
+    def start_epoch(self) -> None:
+        self.loss.zero_()
+        self.seen.zero_()
+
+
+class _CudaGraph:
+    """A step that the GPU replays without the host."""
+
+    def __init__(self, step: TrainingStep, batch: Tensor) -> None:
+        self.batch = batch.to(step.device, copy=True)
+        tally = step.tally
+        kept = [tally.loss, tally.seen, tally.skipped, tally.refused]
+        kept += [b for m in step.modules.values() for b in m.buffers()]
+        kept += [p for b in step.blocks for p in b.parameters]
+        copies = [t.detach().clone() for t in kept]
+        optimizers = [_moments(o) for o in step.optimizers]
+        state = torch.cuda.get_rng_state(step.device)
+        stream = torch.cuda.Stream(step.device)
+        stream.wait_stream(torch.cuda.current_stream(step.device))
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries choose their kernels, and Adam makes its moments
+                    step._update(step._fast, self.batch)
+        finally:
+            torch.cuda.current_stream(step.device).wait_stream(stream)
+            with torch.no_grad():
+                for tensor, copy in zip(kept, copies, strict=True):
+                    tensor.copy_(copy)
+                for optimizer, moments in zip(step.optimizers, optimizers, strict=True):
+                    for parameter, values in optimizer.state.items():
+                        for name, value in values.items():
+                            before = moments.get(parameter, {}).get(name)
+                            value.zero_() if before is None else value.copy_(before)
+            torch.cuda.set_rng_state(state, step.device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = step._update(step._fast, self.batch)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.batch.copy_(batch, non_blocking=True)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Tensor]]:
+    return {p: {n: v.clone() for n, v in s.items()} for p, s in optimizer.state.items()}
+
+
+def _compiled(pure: PureLoss) -> Evaluate:
+    """As :func:`_traced`, from one compiled function."""
+    return _traced(pure, torch.compile(pure.graph, fullgraph=True, dynamic=False))
+
+
+def _traced(pure: PureLoss, function: Callable[..., list[Tensor]] | None = None) -> Evaluate:
+    """The pure function with noise from the global generator; gradients go to the parameters."""
+    graph = pure.graph if function is None else function
+    targets = [pure.leaves[name] for name in pure.used]
+    unused = [leaf for name, leaf in pure.leaves.items() if name not in pure.used]
+
+    def evaluate(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with torch.no_grad():
+            loss, *gradients = graph(x, *pure.inputs, *pure.noise())
+        for parameter, gradient in zip(targets, gradients, strict=True):
+            parameter.grad = in_memory_of(parameter, gradient)
+        for parameter in unused:  # another block may have left one
+            parameter.grad = None
+        return loss, gradients
+
+    return evaluate
+
+
+def in_memory_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient, laid out in memory like the parameter.
+
+    The fused kernels of Adam go through both in the order of memory, whatever their strides;
+    ``backward`` sees to it that these agree, and nothing else does.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def to_batch(
+    images: Tensor, modules: Mapping[str, torch.nn.Module], device: torch.device
+) -> Tensor:
+    """Images as floats in [0, 1] on a device, in the dtype of the parameters of modules."""
+    first = next((p for module in modules.values() for p in module.parameters()), None)
+    dtype = torch.get_default_dtype() if first is None else first.dtype
+    return to_float(images.to(device, non_blocking=True), dtype)
+
+
+def _numbers(objective: Any) -> list[tuple[str, Any]]:
+    """What an objective keeps in Python."""
+    values = getattr(objective, "__dict__", {}).items()
+    return [(n, v) for n, v in values if isinstance(v, int | float | str | bool)]
+
+
+def _parameters(model: Program, guide: Program, x: Tensor) -> dict[str, Tensor]:
+    """The parameters of modules and of ``pyro.param`` statements, by name.
+
+    The guide is run once, since Pyro's autoguides create their parameters then.
+    """
+    capture = poutine.trace(param_only=True)
+    # what is not finite here will not be in the first step, which says where
+    with suppress(NonFiniteError), torch.no_grad(), refused_parameters(), capture:
+        guide_trace = poutine.trace(guide).get_trace(x)
+        poutine.replay(model, trace=guide_trace)(x)
+    named: dict[str, Tensor] = {}
+    for role, program in (("model", model), ("guide", guide)):
+        if isinstance(program, torch.nn.Module):
+            named |= {f"{role}.{name}": p for name, p in program.named_parameters()}
+    known = {id(p) for p in named.values()}
+    programs: dict[str, int] = {}
+    for site in capture.trace.nodes.values():
+        value: Any = site["value"]
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+        if id(leaf) not in known:
+            known.add(id(leaf))
+            # a Program that is called inside a function has a name of this process only
+            owner, dot, attribute = str(site["name"]).partition(".")
+            if re.fullmatch(r"\w+-[0-9a-f]+", owner) and dot:
+                owner = f"program-{programs.setdefault(owner, len(programs))}"
+            named[f"param.{owner}{dot}{attribute}"] = leaf
+    return named

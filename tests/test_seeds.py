@@ -1,0 +1,248 @@
+"""Several seeds in one program: each run is what it would be alone."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+from toy import images, linear_encoder, linear_model
+
+from pyro_gpvae import (
+    Checkpoints,
+    ImageModel,
+    NonFiniteError,
+    RunConfig,
+    UnsupportedError,
+    fit,
+    load_run,
+    make_guide,
+    resume_seeds,
+    train_run,
+    train_seeds,
+)
+from pyro_gpvae.cli import main
+
+SEEDS = (3, 5, 8)
+FAMILIES = ["vae", "gp", "gp:estimator=weights", "gp:estimator=marginal", "gp:features=own",
+            "iaf:2", "hf:2", "me:2", "rme:2", "full", "iterative:1",
+            "sa:1,line_search=False"]  # fmt: skip
+
+
+def data(count=21):
+    return (images(count) * 255).to(torch.uint8)
+
+
+def build(spec, seed, dtype=torch.float64):
+    torch.manual_seed(seed)
+    model = linear_model().to(dtype)
+    return model, make_guide(spec, model, encoder=linear_encoder()).to(dtype)
+
+
+def together(spec, seeds=SEEDS, dtype=torch.float64, **options):
+    pairs = [build(spec, seed, dtype) for seed in seeds]
+    models, guides = zip(*pairs, strict=True)
+    options = {"epochs": 3, "batch_size": 8, "progress": False} | options
+    return pairs, fit(models, guides, data(), seeds=seeds, **options)
+
+
+def alone(spec, seed, dtype=torch.float64, **options):
+    pair = build(spec, seed, dtype)
+    options = {"epochs": 3, "batch_size": 8, "progress": False} | options
+    return pair, fit(*pair, data(), seed=seed, **options)
+
+
+def difference(ours, theirs):
+    """The largest difference of any parameter."""
+    return max(
+        float((a - b).detach().abs().max())
+        for one, other in zip(ours, theirs, strict=True)
+        for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("spec", FAMILIES)
+def test_a_run_is_what_it_would_be_alone(spec):
+    pairs, histories = together(spec, validation=data(5))
+    for seed, pair, history in zip(SEEDS, pairs, histories, strict=True):
+        single, expected = alone(spec, seed, validation=data(5))
+        assert difference(pair, single) < 1e-10
+        rows = [h.frame().drop(columns="seconds") for h in (history, expected)]
+        assert list(rows[0]) == list(rows[1])
+        assert float((rows[0] - rows[1]).abs().max().max()) < 1e-8
+
+
+def test_the_runs_differ():
+    pairs, _ = together("vae")
+    assert difference(pairs[0], pairs[1]) > 1e-3
+
+
+def test_float32_after_a_hundred_steps():
+    pairs, _ = together("gp", dtype=torch.float32, epochs=34)
+    for seed, pair in zip(SEEDS, pairs, strict=True):
+        single, _ = alone("gp", seed, dtype=torch.float32, epochs=34)
+        assert difference(pair, single) < 1e-4
+
+
+def test_convolutions():
+    def conv(seed):
+        torch.manual_seed(seed)
+        model = ImageModel((1, 28, 28), 2)
+        return model, make_guide("vae", model)
+
+    pixels = torch.randint(256, (12, 1, 28, 28), dtype=torch.uint8)
+    options = {"epochs": 2, "batch_size": 6, "progress": False}
+    pairs = [conv(seed) for seed in (1, 2)]
+    fit(*zip(*pairs, strict=True), pixels, seeds=(1, 2), **options)
+    for seed, pair in zip((1, 2), pairs, strict=True):
+        single = conv(seed)
+        fit(*single, pixels, seed=seed, **options)
+        assert difference(pair, single) < 1e-4
+
+
+class Transposed(nn.Linear):
+    """Its gradient lies in memory in another order than its weight."""
+
+    def forward(self, x):
+        return x @ self.weight.t().contiguous() + self.bias
+
+
+def test_gradients_in_another_order_of_memory():
+    def pair(seed):
+        torch.manual_seed(seed)
+        model = linear_model()
+        encoder = nn.Sequential(nn.Flatten(), Transposed(6, 5)).double()
+        return model, make_guide("vae", model, encoder=encoder).double()
+
+    pairs = [pair(seed) for seed in (1, 2)]
+    options = {"epochs": 3, "batch_size": 8, "progress": False}
+    fit(*zip(*pairs, strict=True), data(), seeds=(1, 2), **options)
+    single = pair(2)
+    fit(*single, data(), seed=2, **options)
+    assert difference(pairs[1], single) < 1e-10
+
+
+def test_resumes_as_one(tmp_path):
+    pairs, histories = together("rme:2")
+    saving = Checkpoints(tmp_path / "checkpoints", every=2)
+    steps = []
+    original = Checkpoints.save
+
+    def save_and_stop(self, state):
+        original(self, state)
+        steps.append(state.step)
+        if state.step == 4:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            together("rme:2", checkpoints=saving)
+    assert steps == [0, 2, 4]
+    again, continued = together("rme:2", checkpoints=saving, resume=True)
+    for pair, other in zip(pairs, again, strict=True):
+        assert difference(pair, other) == 0
+    for one, other in zip(histories, continued, strict=True):
+        assert one.frame().drop(columns="seconds").equals(other.frame().drop(columns="seconds"))
+    with pytest.raises(ValueError, match="of 3 runs, not 2"):
+        together("rme:2", seeds=(3, 5), checkpoints=saving, resume=True)
+    with pytest.raises(ValueError, match="its seed is 5, not 6"):
+        together("rme:2", seeds=(3, 6, 8), checkpoints=saving, resume=True)
+
+
+def test_the_run_that_is_not_finite_is_named():
+    pairs = [build("vae", seed) for seed in SEEDS]
+    with torch.no_grad():
+        next(pairs[1][1].encoder.parameters()).fill_(torch.nan)
+    before = [p.clone() for p in pairs[0][1].parameters()]
+    with pytest.raises(NonFiniteError, match=r"at step 1: before it, guide\.encoder"):
+        fit(*zip(*pairs, strict=True), data(), seeds=SEEDS, epochs=1, batch_size=8, progress=False)
+    for old, new in zip(before, pairs[0][1].parameters(), strict=True):
+        assert torch.equal(old, new)  # they stop together
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seeds": (1, 1, 2)}, "seeds must differ"),
+        ({"seeds": (1, 2)}, "2 seeds need as many models and guides, got 3 and 3"),
+        ({"seeds": ()}, "0 seeds need"),
+        ({"seeds": None}, "need seeds="),
+        ({"on_nonfinite": "skip"}, "single runs"),
+    ],
+)
+def test_refuses(changes, words):
+    pairs = [build("vae", seed) for seed in SEEDS]
+    options = {"seeds": SEEDS, "epochs": 1, "progress": False} | changes
+    with pytest.raises(ValueError, match=words):
+        fit(*zip(*pairs, strict=True), data(), **options)
+
+
+def test_refuses_a_single_model():
+    model, guide = build("vae", 0)
+    with pytest.raises(ValueError, match="must be sequences, one for each seed"):
+        fit(model, guide, data(), epochs=1, seeds=(0, 1), progress=False)
+
+
+def test_refuses_runs_that_are_not_built_alike():
+    pairs = [build("vae", 0), build("full", 1)]
+    with pytest.raises(ValueError, match="build them alike"):
+        fit(*zip(*pairs, strict=True), data(), epochs=1, seeds=(0, 1), progress=False)
+
+
+@pytest.mark.parametrize(("spec", "words"), [("sa:1", "reads a tensor"), ("vlae:1", "reads")])
+def test_what_cannot_be_stacked_says_so(spec, words):
+    with pytest.raises(UnsupportedError, match=words):
+        together(spec)
+
+
+TINY = {"latent_dim": 2, "epochs": 2, "batch_size": 24, "train_images": 64, "test_images": 5,
+        "num_samples": 5, "device": "cpu"}  # fmt: skip
+
+
+def test_run_folders_of_all_seeds(tmp_path):
+    config = RunConfig(guide="vae", **TINY)
+    records = train_seeds(config, (1, 4), tmp_path / "runs", progress=False)
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert folders == ["seed-1", "seed-4", "seeds.json"]
+    single = train_run(RunConfig(guide="vae", seed=4, **TINY), tmp_path / "alone", progress=False)
+    assert records[1]["config"]["seed"] == 4
+    assert records[1]["stacked"] == 2
+    found, expected = (r["scores"]["log_evidence"] for r in (records[1], single))
+    assert found == pytest.approx(expected, abs=1e-2)
+    run = load_run(tmp_path / "runs" / "seed-4")
+    assert run.record == records[1]
+    assert resume_seeds(tmp_path / "runs", progress=False) == records
+    with pytest.raises(FileExistsError, match="not empty"):
+        train_seeds(config, (1, 4), tmp_path / "runs", progress=False)
+    train_seeds(config, (7, 8), tmp_path / "runs", overwrite=True, progress=False)
+    assert {p.name for p in (tmp_path / "runs").glob("seed-*")} == {"seed-7", "seed-8"}
+    with pytest.raises(ValueError, match="at least two different"):
+        train_seeds(config, (1, 1), tmp_path / "again", progress=False)
+    with pytest.raises(FileNotFoundError, match="no runs to continue"):
+        resume_seeds(tmp_path / "nothing")
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "runs"
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+    main(["train", *options, "--guide=vae", "--seeds=2", "--seed=3", f"--out={out}", "--quiet"])
+    assert re.findall(r"^seed (\d+):", capsys.readouterr().out, re.M) == ["3", "4"]
+    expected = json.loads((out / "seed-4/record.json").read_text())["scores"]
+
+    original = Checkpoints.save
+
+    def save_and_stop(self, state):
+        original(self, state)
+        if state.step == 3:
+            raise KeyboardInterrupt
+
+    again = tmp_path / "again"
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    command = ["train", *options, "--guide=vae", "--seeds=2", "--seed=3", f"--out={again}"]
+    assert main([*command, "--quiet", "--checkpoint-every=3"]) != 0
+    assert f"--resume {again}" in capsys.readouterr().err
+    assert not again.exists()
+    monkeypatch.undo()
+    main(["train", f"--resume={again}", "--quiet"])
+    assert json.loads((again / "seed-4/record.json").read_text())["scores"] == expected
