@@ -16,8 +16,6 @@ from pyro_gpvae.pure import Draw, PureLoss, UnsupportedError
 
 __all__ = ["SharedDraw", "World", "shared_draws"]
 
-_ADVICE = "train in one process instead"
-
 
 @dataclass(frozen=True)
 class World:
@@ -50,11 +48,12 @@ class World:
 
     def device(self, wanted: torch.device) -> torch.device:
         """On CUDA, the device of this process unless a number is given: LOCAL_RANK."""
-        if self.size == 1 or wanted.type != "cuda" or wanted.index is not None:
+        if self.size == 1 or wanted.type != "cuda":
             return wanted
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)  # NCCL talks over the current one
-        return device
+        if wanted.index is None:
+            wanted = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(wanted)  # NCCL talks over the current one
+        return wanted
 
     def check(self, batch_size: int, num_images: int) -> None:
         """Raises ValueError unless a minibatch can be shared evenly."""
@@ -67,7 +66,7 @@ class World:
                 f"batch_size={batch_size}: {self.size} processes cannot share {whole} of the "
                 f"{num_images} images evenly: use batch_size={' or '.join(choices)}"
                 if choices
-                else f"{num_images} images are too few for {self.size} processes: {_ADVICE}"
+                else f"{num_images} images are too few for {self.size} processes"
             )
 
     def part(self, batch: Tensor) -> Tensor:
@@ -181,7 +180,7 @@ def shared_draws(
     """
     count = len(x) // 2
     if not len(pure.draws) == len(one.draws) == len(two.draws):
-        raise UnsupportedError(f"how often it draws depends on the number of images: {_ADVICE}")
+        raise UnsupportedError("how often it draws depends on the number of images")
     draws = []
     for own, less, more in zip(pure.draws, one.draws, two.draws, strict=True):
         own_count = _own_count(own, less, more, count)
@@ -205,7 +204,9 @@ def _line(less: Sequence[int], more: Sequence[int], count: int, images: int) -> 
 def _own_count(own: Draw, less: Draw, more: Draw, count: int) -> int:
     """The number of images in a draw; 1 if it does not depend on it."""
     if len(own.size) == len(less.size) == len(more.size):
-        differ = [d for d, pair in enumerate(zip(less.size, more.size, strict=True)) if len({*pair}) > 1]
+        differ = [
+            d for d, pair in enumerate(zip(less.size, more.size, strict=True)) if len({*pair}) > 1
+        ]
         if not differ and own.size == less.size:
             return count
         if len(differ) == 1 and (less.size[differ[0]], more.size[differ[0]]) == (count, 2 * count):
@@ -214,7 +215,7 @@ def _own_count(own: Draw, less: Draw, more: Draw, count: int) -> int:
                 return images
     raise UnsupportedError(
         f"it draws random numbers of shape {less.size} for {count} images and of shape "
-        f"{more.size} for {2 * count}, in which no dimension is that of images: {_ADVICE}"
+        f"{more.size} for {2 * count}, in which no dimension is that of images"
     )
 
 
@@ -237,10 +238,10 @@ def _check_mean(one: PureLoss, two: PureLoss, x: Tensor, draws: Sequence[SharedD
     if changed:
         raise UnsupportedError(
             f"it changes {changed[0]}, which would depend on the part of the minibatch that a "
-            f"process sees (batch normalisation?): {_ADVICE}"
+            f"process sees (batch normalisation?)"
         )
     if one.used != two.used:
-        raise UnsupportedError(f"what it trains depends on the number of images: {_ADVICE}")
+        raise UnsupportedError("what it trains depends on the number of images")
     whole = [loss, *gradients]
     halves = zip(*([value, *found] for value, found in results), strict=True)
     rtol = 1e-8 if loss.dtype == torch.float64 else 1e-3
@@ -250,5 +251,5 @@ def _check_mean(one: PureLoss, two: PureLoss, x: Tensor, draws: Sequence[SharedD
         if error > rtol * scale + torch.finfo(tensor.dtype).tiny:
             raise UnsupportedError(
                 "its loss on a minibatch is not the mean of those on two halves of it "
-                f"(batch normalisation?): {_ADVICE}"
+                "(batch normalisation?)"
             )

@@ -18,6 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from pyro_gpvae.allocator import keep_freed_memory
 from pyro_gpvae.elbo import in_data_plate
 from pyro_gpvae.memory import PeakMemory, free_memory
 from pyro_gpvae.model import DATA_PLATE
@@ -92,6 +93,9 @@ def log_weights(
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     check_batch(model, x)
+    device, _ = device_and_dtype(model, x)
+    if device.type == "cpu":
+        keep_freed_memory()
     scored = _lower_decoder(model, precision)
     if chunk_size is None:
         chunk_size = _chunk_size(model, guide, x, memory)

@@ -41,9 +41,7 @@ def build_encoder(image_shape: ImageShape) -> nn.Sequential:
     channels = [image_shape[0], 32, 32, 64, 64][: len(sides)]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(channels):
-        convolution = nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1)
-        # in place: half the memory, which on a CPU costs more than the arithmetic
-        layers += [convolution, nn.LeakyReLU(0.01, inplace=True)]
+        layers += [nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1), nn.LeakyReLU(0.01)]
     layers += [nn.Flatten(), nn.Linear(64 * math.prod(sides[-1]), width), nn.LeakyReLU(0.01)]
     return nn.Sequential(*layers)
 
@@ -127,7 +125,7 @@ def _conv_decoder(
         extra = (large[0] - 2 * small[0], large[1] - 2 * small[1])
         layers += [
             ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1, output_padding=extra),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
         ]
     return nn.Sequential(*layers[:-1])
 

@@ -73,9 +73,11 @@ def lowered(module: nn.Module, precision: Precision | None) -> Iterator[None]:
     contexts: list[Any] = []
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        context = autocast(precision, inputs[0].device.type)
+        tensors = (t for t in (*inputs, *module.parameters()) if isinstance(t, Tensor))
+        first = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+        context = autocast(precision, first.device.type)
         context.__enter__()
-        contexts.append((context, inputs[0].dtype))
+        contexts.append((context, first.dtype))
 
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         context, dtype = contexts.pop()

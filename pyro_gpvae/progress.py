@@ -32,6 +32,7 @@ class Progress:
         self.tally = stepper.tally
         self.options = dict(options)
         self.device = stepper.device
+        self.images_device = stepper.images.device
         self.modules = stepper.modules
         self.parameters = stepper.parameters
         self.permutations = torch.Generator().manual_seed(self.options["seed"])
@@ -51,7 +52,7 @@ class Progress:
 
     def _start_epoch(self) -> None:
         order = torch.randperm(self.options["num_images"], generator=self.permutations)
-        self.order = order.to(self.device)
+        self.order = order.to(self.images_device)
         self.position = 0
         self.tally.start_epoch()
 
@@ -76,6 +77,11 @@ class Progress:
         self.position += len(index)
         self.step += 1
         return index
+
+    def following(self) -> Tensor | None:
+        """What :meth:`next` will return; None at the end of an epoch."""
+        index = self.order[self.position : self.position + self.options["batch_size"]]
+        return index if len(index) else None
 
     def end_epoch(self) -> float:
         """Returns the mean loss of the epoch, and draws the order of the next."""
@@ -173,7 +179,7 @@ class Progress:
         set_random_state(random, self.device)
         if self.generator is not None and self._own in random:
             self.generator.set_state(random[self._own])
-        self.order = tensors["order"].to(self.device)
+        self.order = tensors["order"].to(self.images_device)
         self.tally.loss.copy_(tensors["loss"])
         self.tally.seen.fill_(values["seen"])
         self.tally.skipped.fill_(values["skipped"])

@@ -178,6 +178,7 @@ def pure_loss(
     if changed:
         raise UnsupportedError(f"a call changes its attribute {changed[0]}, which a graph cannot")
     _refuse_state(traced)
+    _refuse_state(traced)  # before functionalize stumbles over it
     draws = _lift_noise(traced)
     with _same_noise(x.device):
         noise = [draw() for draw in draws]

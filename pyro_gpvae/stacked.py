@@ -69,21 +69,26 @@ class StackedStep:
             stacked.found_inf = self._stop  # type: ignore[attr-defined]
             self.optimizers.append(stacked)
         self.share_moments()
-        self._function(0, self.images[: first.batch_size])  # now, if it cannot be done at all
+        with first.flags():
+            self._function(0, self.images[: first.batch_size])  # now, if it cannot be done at all
 
     def __call__(self, batches: Tensor) -> Tensor:
         """Makes one step of every run.
 
         Arguments:
-            batches: Numbers of training images, (S, B).
+            batches: Numbers of training images (S, B), or uint8 pixels (S, B, C, H, W).
 
         Returns:
             The losses of the last block, (S,).
         """
-        first = self.steps[0]
-        x = first.prepare(self.images[batches].flatten(0, 1)).unflatten(0, batches.shape)
+        with self.steps[0].flags():
+            return self._update(batches)
+
+    def _update(self, batches: Tensor) -> Tensor:
+        pixels = batches if batches.dim() > 2 else self.images[batches]
+        x = self.steps[0].prepare(pixels.flatten(0, 1)).unflatten(0, batches.shape[:2])
         for block, optimizer in enumerate(self.optimizers):
-            function, pure = self._function(block, self.images[batches[0]])
+            function, pure = self._function(block, pixels[0])
             noise = [pure.noise(generator) for generator in self.generators]
             with torch.no_grad():
                 losses, *gradients = function(

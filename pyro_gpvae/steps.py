@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.data import to_float
+from pyro_gpvae.distributed import World, shared_draws
 from pyro_gpvae.elbo import Objective, PerImage, without_syncs
 from pyro_gpvae.nonfinite import NonFiniteError, finite, refused_parameters
+from pyro_gpvae.precision import Precision, autocast, lowered
 from pyro_gpvae.pure import PureLoss, UnsupportedError, pure_loss, unvalidated
 from pyro_gpvae.randomness import random_state, set_random_state
 
@@ -75,6 +77,11 @@ class TrainingStep:
         strict: Whether a backend that cannot run these programs is an error. Otherwise the step
             is an eager one, and a line in the log says why.
         halt: Whether the first update that is not made is the last one that is tried.
+        precision: Of the matrix products and convolutions of the networks, which are the modules
+            in model and guide, see :class:`pyro_gpvae.precision.Precision`; densities and
+            parameters keep their dtype. None leaves it to torch's settings.
+        world: The processes that train together. Each then takes its part of every minibatch of
+            ``batch_size``, by way of :func:`pyro_gpvae.pure.pure_loss` also with ``"eager"``.
 
     Attributes:
         blocks: Objectives and what they train, in the order of a step.
@@ -84,7 +91,8 @@ class TrainingStep:
         tally: What happened so far, on the device.
 
     Raises:
-        ValueError: If there is nothing to train, or ``"captured"`` is asked for without CUDA.
+        ValueError: If there is nothing to train, ``"captured"`` is asked for without CUDA or in
+            several processes, these cannot share a minibatch evenly, or there is no such precision.
         UnsupportedError: If the programs cannot be compiled or captured, and why.
 
     Example:
@@ -108,15 +116,22 @@ class TrainingStep:
         backend: Backend = "eager",
         strict: bool = True,
         halt: bool = False,
+        precision: Precision | None = None,
+        world: World | None = None,
     ) -> None:
         if backend not in get_args(Backend):
             raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+        if precision is not None and precision not in get_args(Precision):
+            names = ", ".join(map(repr, get_args(Precision)))
+            raise ValueError(f"precision must be one of {names}, or None, got {precision!r}")
         if hasattr(model, "pair"):
             model.pair(guide)
         self.model, self.guide = model, guide
         named = {"model": model, "guide": guide}
         self.modules = {n: m for n, m in named.items() if isinstance(m, torch.nn.Module)}
         self.images = images
+        self.precision = precision
+        self.world = world or World()
         first = next((p for m in self.modules.values() for p in m.parameters()), None)
         self.device = images.device if first is None else first.device
         x = self.prepare(images[:batch_size])
@@ -151,7 +166,6 @@ class TrainingStep:
         self.batch_size = min(batch_size, len(images))
         #: Why the last update was not made, if a program said so.
         self.reason = ""
-        self._set_up(x)
         self._fast: list[Evaluate] = []
         self._graph: _CudaGraph | None = None
         self._strict = strict
@@ -160,29 +174,51 @@ class TrainingStep:
                 f"backend='captured' needs CUDA, and the model is on {self.device}: use "
                 "'compiled', 'eager' or 'auto'"
             )
-        if backend != "eager":
-            wrap = _compiled if backend == "compiled" else _traced
-            with self._or_eager():
-                for block in range(len(self.blocks)):
-                    self._fast.append(wrap(self.pure(block, x)))
-                    self._verify(block, x)
+        if backend == "captured" and self.world.size > 1:
+            raise ValueError("backend='captured' is for one process: use 'compiled'")
+        self.world.check(batch_size, len(images))
+        with self.flags():
+            self._set_up(x)
+            if backend != "eager":
+                with self._or_eager():
+                    self._build(x)
+            if self.world.size > 1 and not self._fast:
+                self._build_parts(x)
 
-    def __call__(self, batch: Tensor) -> Tensor:
+    def __call__(self, batch: Tensor, count: int | None = None) -> Tensor:
         """Makes one step, and returns the loss of the last block, on the device.
 
         Arguments:
             batch: Numbers of training images (B,), or uint8 pixels (B, C, H, W).
+            count: The number of images B of the minibatch, if this is already the :meth:`part`
+                of it for this process.
         """
-        if len(batch) != self.batch_size or self.backend == "eager":
-            return self._update([self._eager(i) for i in range(len(self.blocks))], batch)
-        if self.backend == "compiled":
-            return self._update(self._fast, batch)
-        if self._graph is None:
-            with self._or_eager():
-                self._graph = _CudaGraph(self, batch)
+        whole = len(batch) if count is None else count
+        if count is None:
+            batch = self.part(batch)
+        with self.flags():
+            if whole != self.batch_size or not self._fast:
+                evaluations = [self._eager(i, self.world.size > 1) for i in range(len(self.blocks))]
+                return self._update(evaluations, batch, whole)
+            if self.backend != "captured":
+                return self._update(self._fast, batch, whole)
             if self._graph is None:
-                return self(batch)
-        return self._graph(batch)
+                with self._or_eager():
+                    self._graph = _CudaGraph(self, batch)
+                if self._graph is None:
+                    return self(batch)
+            return self._graph(batch)
+
+    def part(self, batch: Tensor) -> Tensor:
+        """What of a minibatch this process looks at: a smaller one than usual goes to all."""
+        return self.world.part(batch) if len(batch) == self.batch_size else batch
+
+    @contextmanager
+    def flags(self) -> Iterator[None]:
+        """Sets torch's flags for the precision; the casts to bfloat16 are elsewhere."""
+        exact: Precision = "tf32" if self.precision == "tf32" else "float32"
+        with autocast(self.precision and exact, self.device.type):
+            yield
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images as floats in [0, 1], on the model's device, in the dtype of its parameters."""
@@ -199,7 +235,7 @@ class TrainingStep:
         objective, programs = self.objectives[block], self.programs[block]
         before = dict(_numbers(objective))
         found = pure_loss(
-            lambda x: objective.differentiable_loss(*programs, x),
+            lambda x: self._loss(objective, programs, x),
             self.modules,
             self.blocks[block].parameters,
             x,
@@ -208,13 +244,69 @@ class TrainingStep:
             raise UnsupportedError("its objective changes its attributes, which a graph cannot")
         return found
 
+    def _loss(self, objective: Objective, programs: tuple[PerImage, PerImage], x: Tensor) -> Tensor:
+        """The objective, with its networks in the precision asked for."""
+        with ExitStack() as stack:
+            if self.precision == "bf16":
+                for module in self.modules.values():
+                    for network in module.children():
+                        stack.enter_context(lowered(network, self.precision))
+            return objective.differentiable_loss(*programs, x)
+
+    def _build(self, x: Tensor) -> None:
+        """Makes the blocks pure functions, of this process's part of a minibatch."""
+        mine = x[: len(x) // self.world.size]
+        for block in range(len(self.blocks)):
+            pure = self.pure(block, mine)
+            graph: Callable[..., list[Tensor]] = pure.graph
+            if self.backend == "compiled":
+                graph = torch.compile(pure.graph, fullgraph=True, dynamic=False)
+            self._fast.append(_traced(pure, graph, pure.noise))
+            self._verify(block, mine)
+            if self.world.size > 1:
+                self._fast[block] = self._shared(block, pure, graph, x)
+
+    def _build_parts(self, x: Tensor) -> None:
+        """As :meth:`_build`, for several processes, which cannot do without."""
+        try:
+            self._build(x)
+        except Exception as error:  # of any kind, see _or_eager
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise UnsupportedError(
+                "model and guide cannot train in several processes, which need the objective as "
+                f"a pure function: {reason}. Train them in one process"
+            ) from error
+
+    def _shared(
+        self, block: int, pure: PureLoss, graph: Callable[..., list[Tensor]], x: Tensor
+    ) -> Evaluate:
+        """A block in one of several processes: noise, loss and gradients as if there were one."""
+        world, mine = self.world, len(x) // self.world.size
+        count = max(mine // 2, 1)
+        few = x[: 2 * count]
+        state = random_state(self.device)
+        both = pure if mine == 2 * count else self.pure(block, few)
+        draws = shared_draws(pure, self.pure(block, few[:count]), both, few, world)
+        set_random_state(state, self.device)
+        targets = [pure.leaves[name].detach() for name in pure.used]
+
+        def reduced(*inputs: Tensor) -> list[Tensor]:
+            try:
+                found = graph(*inputs)
+            except LinAlgError:  # in this part: the other processes wait for its message
+                nan = torch.full((), torch.nan, device=self.device, dtype=inputs[0].dtype)
+                found = [nan, *(torch.full_like(target, torch.nan) for target in targets)]
+            return world.mean(found)
+
+        return _traced(pure, reduced, lambda: [draw(world) for draw in draws])
+
     def _set_up(self, x: Tensor) -> None:
         """Runs every objective once, with Pyro's checks: what is set up at first use, is."""
         state = random_state(self.device)
         buffers = [(b, b.clone()) for m in self.modules.values() for b in m.buffers()]
         for objective, programs in zip(self.objectives, self.programs, strict=True):
-            with torch.no_grad(), refused_parameters(), suppress(NonFiniteError):
-                objective.differentiable_loss(*programs, x)
+            with suppress(NonFiniteError), torch.no_grad(), refused_parameters():
+                self._loss(objective, programs, x)
         for buffer, value in buffers:  # running statistics are not to see these images twice
             buffer.copy_(value)
         set_random_state(state, self.device)
@@ -230,6 +322,7 @@ class TrainingStep:
             reason = str(error).partition("\n")[0] or type(error).__name__
             _log.warning("trained with backend 'eager', not '%s': %s", self.backend, reason)
             self.backend = "eager"
+            self._fast.clear()
 
     def _verify(self, block: int, x: Tensor) -> None:
         """Compares a block with its eager equal, on the same noise; leaves no trace."""
@@ -238,13 +331,15 @@ class TrainingStep:
         results: list[Tensor] = []
         # the eager way twice: a program that counts its calls has counted since it was traced
         for evaluate in (self._eager(block), self._eager(block), self._fast[block]):
-            loss, gradients = evaluate(x)
-            norm = torch.stack(torch._foreach_norm(gradients)).norm()
-            results.append(torch.stack([loss, norm.to(loss)]).double())
-            for buffer, value in buffers:
-                buffer.copy_(value)
-            set_random_state(state, self.device)
-        self.optimizers[block].zero_grad()
+            try:
+                loss, gradients = evaluate(x)
+                norm = torch.stack(torch._foreach_norm(gradients)).norm()
+                results.append(torch.stack([loss, norm.to(loss)]).double())
+            finally:
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+                set_random_state(state, self.device)
+                self.optimizers[block].zero_grad()
         rtol = 1e-8 if x.dtype == torch.float64 else 1e-4
         for eager in results[:2]:
             if not torch.allclose(eager, results[2], rtol=rtol, equal_nan=True):
@@ -253,20 +348,26 @@ class TrainingStep:
                     f"{self.backend!r}, {eager.tolist()} with 'eager': use that"
                 )
 
-    def _eager(self, block: int) -> Evaluate:
+    def _eager(self, block: int, shared: bool = False) -> Evaluate:
         objective, programs = self.objectives[block], self.programs[block]
         parameters = list(self.blocks[block].parameters)
 
         def evaluate(x: Tensor) -> tuple[Tensor, list[Tensor]]:
             self.optimizers[block].zero_grad()
             with unvalidated(), refused_parameters():
-                loss = objective.differentiable_loss(*programs, x)
+                loss = self._loss(objective, programs, x)
                 loss.backward(inputs=parameters)
-            return loss.detach(), [p.grad for p in parameters if p.grad is not None]
+            trained = [p for p in parameters if p.grad is not None]
+            gradients = [p.grad for p in trained if p.grad is not None]
+            if shared:  # all processes have computed the same; rounding could tell them apart
+                _, *gradients = self.world.mean([loss.detach(), *gradients])
+                for parameter, gradient in zip(trained, gradients, strict=True):
+                    parameter.grad = in_memory_of(parameter, gradient)
+            return loss.detach(), gradients
 
         return evaluate
 
-    def _update(self, evaluations: Sequence[Evaluate], batch: Tensor) -> Tensor:
+    def _update(self, evaluations: Sequence[Evaluate], batch: Tensor, count: int) -> Tensor:
         """One step of Adam for each block: the body of a CUDA graph as well."""
         x = self.prepare(batch if batch.dim() > 1 else self.images[batch])
         for optimizer, evaluate in zip(self.optimizers, evaluations, strict=True):
@@ -281,7 +382,7 @@ class TrainingStep:
                 continue
             self.tally.note(finite(loss, gradients))
             optimizer.step()
-        self.tally.add(loss, len(x))
+        self.tally.add(loss, count)
         return loss
 
     def _refuses(self, x: Tensor) -> bool:
@@ -289,7 +390,7 @@ class TrainingStep:
         try:
             with torch.no_grad(), refused_parameters():
                 for objective, programs in zip(self.objectives, self.programs, strict=True):
-                    objective.differentiable_loss(*programs, x)
+                    self._loss(objective, programs, x)
         except NonFiniteError as error:
             self.reason = str(error)
         return bool(self.reason)
@@ -354,7 +455,7 @@ class _CudaGraph:
         try:
             with torch.cuda.stream(stream):
                 for _ in range(3):  # libraries choose their kernels, and Adam makes its moments
-                    step._update(step._fast, self.batch)
+                    step._update(step._fast, self.batch, len(batch))
         finally:
             torch.cuda.current_stream(step.device).wait_stream(stream)
             with torch.no_grad():
@@ -368,7 +469,7 @@ class _CudaGraph:
             torch.cuda.set_rng_state(state, step.device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss = step._update(step._fast, self.batch)
+            self.loss = step._update(step._fast, self.batch, len(batch))
 
     def __call__(self, batch: Tensor) -> Tensor:
         self.batch.copy_(batch, non_blocking=True)
@@ -380,20 +481,16 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Tensor]]:
     return {p: {n: v.clone() for n, v in s.items()} for p, s in optimizer.state.items()}
 
 
-def _compiled(pure: PureLoss) -> Evaluate:
-    """As :func:`_traced`, from one compiled function."""
-    return _traced(pure, torch.compile(pure.graph, fullgraph=True, dynamic=False))
-
-
-def _traced(pure: PureLoss, function: Callable[..., list[Tensor]] | None = None) -> Evaluate:
-    """The pure function with noise from the global generator; gradients go to the parameters."""
-    graph = pure.graph if function is None else function
+def _traced(
+    pure: PureLoss, graph: Callable[..., list[Tensor]], noise: Callable[[], list[Tensor]]
+) -> Evaluate:
+    """A pure function with noise from the global generator; gradients go to the parameters."""
     targets = [pure.leaves[name] for name in pure.used]
     unused = [leaf for name, leaf in pure.leaves.items() if name not in pure.used]
 
     def evaluate(x: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():
-            loss, *gradients = graph(x, *pure.inputs, *pure.noise())
+            loss, *gradients = graph(x, *pure.inputs, *noise())
         for parameter, gradient in zip(targets, gradients, strict=True):
             parameter.grad = in_memory_of(parameter, gradient)
         for parameter in unused:  # another block may have left one

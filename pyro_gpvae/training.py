@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
@@ -18,14 +18,17 @@ from tqdm.auto import tqdm
 from pyro_gpvae.allocator import keep_freed_memory
 from pyro_gpvae.checkpoint import Checkpoints, TrainingState
 from pyro_gpvae.data import check_images
+from pyro_gpvae.distributed import World
 from pyro_gpvae.elbo import Objective, elbo_terms
 from pyro_gpvae.interrupts import Interrupts, stopped
 from pyro_gpvae.nonfinite import NonFiniteError, explain, refused_parameters
+from pyro_gpvae.precision import Precision
 from pyro_gpvae.progress import Progress, merge_states, split_state
 from pyro_gpvae.provenance import sha256
 from pyro_gpvae.randomness import global_generator, seeded
 from pyro_gpvae.stacked import StackedStep
 from pyro_gpvae.steps import Backend, Block, Program, TrainingStep
+from pyro_gpvae.streaming import Gathering, stays_on_host
 
 __all__ = ["Block", "History", "NonFiniteError", "fit"]
 
@@ -84,10 +87,14 @@ def fit(  # type: ignore[misc]
     on_nonfinite: OnNonFinite = "stop",
     max_skipped: int = 100,
     backend: Backend | Literal["auto"] = "auto",
+    precision: Precision | None = None,
 ) -> History | list[History]:
     r"""Trains model and guide on images by Adam on eq. (2), in place.
 
-    The images are kept as uint8 on the device. Every epoch visits each of them once, in a fresh
+    The images are kept as uint8 on the device. If they are memory-mapped
+    (:func:`pyro_gpvae.data.memory_mapped`) or would fill more than half of a GPU's free memory,
+    they stay on the host, and a thread gathers every minibatch while the step before it runs;
+    the numbers are the same. Every epoch visits each of them once, in a fresh
     permutation from a generator of the run's own; the last batch may be smaller. The same seed
     gives the same run, and the global random state is left as it was.
 
@@ -101,6 +108,14 @@ def fit(  # type: ignore[misc]
     With ``seeds``, model and guide are sequences, one of each for every seed, and all are trained
     in one program: see :class:`pyro_gpvae.stacked.StackedStep`. Run i ends where it would have
     ended alone with seed i, up to rounding.
+
+    In several processes with ``torch.distributed``, one training uses all of them: each takes its
+    part of every minibatch of ``batch_size`` images, and the parameters are those that one
+    process finds, up to rounding. All are given all images; on CUDA, process r takes device
+    LOCAL_RANK; the first one writes the checkpoints. ``torchrun --nproc-per-node 2 script.py``::
+
+        torch.distributed.init_process_group()
+        fit(model, guide, images, epochs=100, batch_size=256)
 
     Arguments:
         model: A Pyro model, such as :class:`pyro_gpvae.ImageModel`.
@@ -125,7 +140,10 @@ def fit(  # type: ignore[misc]
         backend: How a step is made, see :class:`pyro_gpvae.steps.TrainingStep`: "eager",
             "compiled" or, on CUDA, "captured". "auto" is "captured" on CUDA, on a CPU "compiled"
             for trainings of 20,000 steps or more, and "eager" for programs that can be neither;
-            then one line in the log says why.
+            then one line in the log says why. In several processes "auto" is "compiled" on
+            CUDA, and "captured" is not possible.
+        precision: Of the networks' matrix products and convolutions: "float32", "tf32" (NVIDIA
+            GPUs) or "bf16"; None leaves it to torch's settings.
 
     Returns:
         The history, or a list of them, one for each of ``seeds``. It has one row an epoch:
@@ -135,11 +153,15 @@ def fit(  # type: ignore[misc]
         far), and ``seconds`` of training.
 
     Raises:
-        ValueError: If images, epochs, batch size or learning rate cannot be used, model and
-            guide have nothing to train, or a checkpoint is of another training or damaged.
+        ValueError: If several processes cannot share a minibatch evenly, or are given different
+            images or options, or ``seeds``; if images, epochs, batch size, learning rate or
+            precision cannot be used, model and guide have nothing to train, or a checkpoint is
+            of another training or damaged.
         FileExistsError: If there are checkpoints, but not ``resume``.
         InUseError: If another process writes checkpoints to the same folder.
-        UnsupportedError: If a backend cannot run the programs, or they cannot be stacked.
+        UnsupportedError: If a backend cannot run the programs, or they cannot be stacked, or not
+            be trained in several processes.
+        RuntimeError: If another process of this training failed.
         NonFiniteError: If the loss or a gradient becomes NaN or infinite; names the step, the
             term, the images and the last checkpoint.
         KeyboardInterrupt, Terminated: With checkpoints, after SIGINT or SIGTERM.
@@ -165,11 +187,17 @@ def fit(  # type: ignore[misc]
         check_images(validation, "validation")
     if seeds is not None and on_nonfinite == "skip":
         raise ValueError("on_nonfinite='skip' is for single runs: with seeds= it must be 'stop'")
+    world = World.present()
+    if seeds is not None and world.size > 1:
+        raise ValueError("seeds= is for one process: train one seed in several, or seed by seed")
+    world.check(batch_size, len(images))
     for batch in (images, validation):
         for method in ("check_shape", "check_pixels"):  # later, nobody looks
             if batch is not None and hasattr(programs[0][1], method):
-                getattr(programs[0][1], method)(batch)
+                for part in batch.split(4096):  # a comparison is as large as what it compares
+                    getattr(programs[0][1], method)(part)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = world.device(device)
     for program in (p for _, *pair in programs for p in pair):
         if isinstance(program, torch.nn.Module):
             program.to(device).eval()
@@ -178,6 +206,7 @@ def fit(  # type: ignore[misc]
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "images": sha256(images) if checkpoints is not None else None,
+        "precision": precision,
     }
     if isinstance(checkpoints, str | Path):
         checkpoints = Checkpoints(checkpoints)
@@ -187,21 +216,45 @@ def fit(  # type: ignore[misc]
         "learning_rate": learning_rate,
         "elbo": elbo,
         "halt": on_nonfinite == "stop",
+        "precision": precision,
+        "world": world,
     }
+    # a sample of the images, since all of them may be many
+    same = {**options, "seed": seed, "epochs": epochs, "first images": sha256(images[:64])}
+    for other in world.from_all(same):
+        differ = [name for name, value in same.items() if other[name] != value]
+        if differ:
+            raise ValueError(
+                f"{differ[0]} is {other[differ[0]]} in another process of this training, "
+                f"{same[differ[0]]} here: give all of them the same; fit shares out the images"
+            )
 
     if device.type == "cpu":
         keep_freed_memory()
-    in_use = checkpoints.in_use(resume) if checkpoints else nullcontext()
+    interval = 1 if device.type == "cpu" else READ_EVERY
     listening = Interrupts() if checkpoints else nullcontext()
-    with seeded(programs[0][0], device), in_use, listening as interrupts:
-        runs = _Runs(programs, images.to(device), device, backend, total, options, how)
-        states = runs.states
-        if checkpoints is not None:
-            saved = checkpoints.latest() if resume else None
-            if saved is not None:
-                runs.restore(saved)
+    with seeded(programs[0][0], device), listening as interrupts, ExitStack() as stack:
+        with world.agreed():
+            if checkpoints is not None and world.rank == 0:
+                stack.enter_context(checkpoints.in_use(resume))
+            gather = None
+            if stays_on_host(images, device):
+                gather = stack.enter_context(Gathering(images, device))
             else:
-                checkpoints.save(runs.capture())
+                images = images.to(device)
+            runs = _Runs(programs, images, device, backend, total, options, how, gather)
+        states = runs.states
+        for step in runs.steps:  # processes may have seeded their networks differently
+            world.copy_first([tensor for _, tensor in step.named_tensors()])
+        if checkpoints is not None:
+            with world.agreed():
+                saved = checkpoints.latest() if resume and world.rank == 0 else None
+            saved = world.from_first(saved)
+            with world.agreed():
+                if saved is not None:
+                    runs.restore(saved)
+                elif world.rank == 0:
+                    checkpoints.save(runs.capture())
 
         def check() -> None:
             """Reads the device: were all updates made?"""
@@ -223,11 +276,22 @@ def fit(  # type: ignore[misc]
             """Writes a checkpoint if it is time for one, and ends if a signal asks for it."""
             if checkpoints is None or interrupts is None:
                 return
-            if now or interrupts.signal or checkpoints.due(states[0].step):
+            state = states[0]
+            signal = interrupts.signal
+            due = now or bool(signal) or checkpoints.due(state.step)
+            if world.size > 1:
+                if state.step % interval and not now:  # the device is not read now
+                    return
+                found = world.from_all((signal, due and world.rank == 0))
+                signal = max((number for number, _ in found if number), default=None)
+                due = bool(signal) or found[0][1]
+            if due:
                 check()
-                checkpoints.save(runs.capture())
-            if interrupts.signal is not None:
-                raise stopped(interrupts.signal, f"stopped after step {states[0].step}")
+                with world.agreed():
+                    if world.rank == 0:
+                        checkpoints.save(runs.capture())
+            if signal is not None:
+                raise stopped(signal, f"stopped after step {state.step}")
 
         def look(seed: int, step: TrainingStep, state: Progress) -> None:
             """Ends an epoch of a run: adds a row to its history."""
@@ -257,10 +321,9 @@ def fit(  # type: ignore[misc]
             total=total,
             initial=first.step,
             desc=label,
-            disable=not progress or first.epoch == epochs,
+            disable=not progress or first.epoch == epochs or world.rank > 0,
             leave=True,
         )
-        interval = 1 if device.type == "cpu" else READ_EVERY
         with bar:
             while first.epoch < epochs:
                 runs.train(True)
@@ -317,8 +380,12 @@ class _Runs:
         total: int,
         options: Mapping[str, Any],
         how: Mapping[str, Any],
+        gather: Gathering | None = None,
     ) -> None:
         chosen = _choose(device, total) if backend == "auto" else backend
+        if backend == "auto" and chosen == "captured" and how["world"].size > 1:
+            chosen = "compiled"
+        self.gather = gather
         self.stacked: StackedStep | None = None
         if len(programs) == 1:
             ((seed, model, guide),) = programs
@@ -350,11 +417,25 @@ class _Runs:
 
     def step(self) -> None:
         """Makes one step of every run."""
-        batches = [state.next() for state in self.states]
+        index = self._index([state.next() for state in self.states])
+        count = index.shape[-1]
+        batch = index if self.stacked is not None else self.steps[0].part(index)
+        if self.gather is not None:
+            following = [state.following() for state in self.states]
+            ahead = self._index([i for i in following if i is not None])
+            if self.stacked is None:
+                ahead = self.steps[0].part(ahead)
+            batch = self.gather(batch, ahead if ahead.numel() else None)
         if self.stacked is None:
-            self.steps[0](batches[0])
+            self.steps[0](batch, count)
         else:
-            self.stacked(torch.stack(batches))
+            self.stacked(batch)
+
+    def _index(self, numbers: Sequence[Tensor]) -> Tensor:
+        """Numbers of images: (B,), or (S, B) for stacked runs."""
+        if not numbers:
+            return torch.empty(0, dtype=torch.long)
+        return numbers[0] if self.stacked is None else torch.stack(list(numbers))
 
     def train(self, mode: bool) -> None:
         for step in self.steps:

