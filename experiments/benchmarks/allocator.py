@@ -1,0 +1,96 @@
+"""What `fit` does to the allocator is worth: steps in processes of their own, one after the other.
+
+    OMP_NUM_THREADS=1 python experiments/benchmarks/allocator.py
+
+`fit` lets glibc keep freed memory (`pyro_gpvae.allocator`), which is a setting of the whole
+process: a hand-written step beside it would profit as well. Here every timing has a process of its
+own, hand-written and ours in turns. Writes allocator_cpu.json and .md.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import torch
+import tyro
+from _bench import Ceilings, Options, Timings, seconds_of
+from _handwritten import NETS, VAE, eager
+from _report import Report, Target
+from step import on_batches, ours
+
+from pyro_gpvae.allocator import keep_freed_memory
+
+HAND, KEPT, OURS = "hand-written", "hand-written, freed memory kept", "vae, eager, as fit runs it"
+
+
+@dataclass
+class Settings(Options):
+    """What the allocator is worth.
+
+    Attributes:
+        variant: Time one variant in this process, and print its seconds: how the script calls
+            itself.
+        net: "conv" or "tiny".
+        images: Training images.
+    """
+
+    rounds: int = 8
+    seconds: float = 2.0
+    variant: str | None = None
+    net: str = "conv"
+    images: int = 4096
+
+
+def measure(settings: Settings) -> float:
+    """Seconds of a step of one variant, in this process."""
+    torch.manual_seed(settings.seed)
+    net, device = NETS[settings.net], torch.device("cpu")
+    images = torch.randint(256, (settings.images, *net.image_shape), dtype=torch.uint8)
+    if settings.variant != HAND:
+        keep_freed_memory()
+    step = (
+        ours(net, "vae", images, "eager") if settings.variant == OURS else eager(VAE(net), images)
+    )
+    program = on_batches(step, images, net.batch_size)
+    for _ in range(5):
+        program()
+    return seconds_of(
+        program, device, max(3, round(settings.seconds / seconds_of(program, device)))
+    )
+
+
+def main(settings: Settings) -> None:
+    if settings.variant is not None:
+        print(measure(settings))
+        return
+    command = [sys.executable, __file__, "--net", settings.net, "--images", str(settings.images)]
+    command += ["--seconds", str(settings.seconds), "--seed", str(settings.seed)]
+    seconds: dict[str, list[float]] = {HAND: [], KEPT: [], OURS: []}
+    for _ in range(settings.rounds):
+        for variant, found in seconds.items():
+            done = subprocess.run(
+                [*command, "--variant", variant], capture_output=True, text=True, check=True
+            )
+            found.append(float(done.stdout.split()[-1]))
+    timings = Timings(seconds)
+    report = Report(
+        "allocator",
+        "A step in a process of its own",
+        settings,
+        f"Network {settings.net} as in the table of steps. Every timing is the mean of about "
+        f"{settings.seconds:g} s of steps in a fresh process; variants in turns.",
+        Ceilings.measure(torch.device("cpu")),
+    )
+    limit = {"conv": 0.85, "tiny": 1.0}[settings.net]
+    report.targets.append(
+        Target(f"{settings.net}, {OURS} / {HAND}", limit, timings.ratio(OURS, HAND).median)
+    )
+    report.tables["A step"] = timings.table(HAND)
+    report.record["step_seconds"] = seconds
+    report.write()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
