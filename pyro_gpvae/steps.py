@@ -16,7 +16,6 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
-from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_gpvae.data import to_float
 from pyro_gpvae.distributed import World, shared_draws
@@ -220,17 +219,6 @@ class TrainingStep:
         exact: Precision = "tf32" if self.precision == "tf32" else "float32"
         with autocast(self.precision and exact, self.device.type):
             yield
-
-    def flops(self) -> float:
-        """Floating-point operations of the losses of a minibatch, without their gradients."""
-        state = random_state(self.device)
-        counter = FlopCounterMode(display=False)
-        x = self.prepare(self.images[: self.batch_size])
-        with torch.no_grad(), unvalidated(), suppress(ArithmeticError, LinAlgError), counter:
-            for objective, programs in zip(self.objectives, self.programs, strict=True):
-                self._loss(objective, programs, x)
-        set_random_state(state, self.device)
-        return float(counter.get_total_flops())
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images as floats in [0, 1], on the model's device, in the dtype of its parameters."""

@@ -25,7 +25,7 @@ from pyro_gpvae.nonfinite import NonFiniteError, explain, refused_parameters
 from pyro_gpvae.precision import Precision
 from pyro_gpvae.progress import Progress, merge_states, split_state
 from pyro_gpvae.provenance import sha256
-from pyro_gpvae.randomness import global_generator, random_state, seeded, set_random_state
+from pyro_gpvae.randomness import global_generator, seeded
 from pyro_gpvae.stacked import StackedStep
 from pyro_gpvae.steps import Backend, Block, Program, TrainingStep
 from pyro_gpvae.streaming import Gathering, stays_on_host
@@ -36,10 +36,8 @@ OnNonFinite = Literal["stop", "skip"]
 
 #: Steps between readings of a GPU, which waits for the host meanwhile; a CPU is read every step.
 READ_EVERY = 100
-#: Steps of a training on the CPU from which on it is worth half a minute of compiling, if a step
-#: is so small that it is Python rather than arithmetic: operations of a loss without its gradient.
+#: Steps of a training on the CPU from which on it is worth half a minute of compiling.
 WORTH_COMPILING = 20_000
-SMALL_STEP = 3e7
 
 
 @dataclass
@@ -141,9 +139,8 @@ def fit(  # type: ignore[misc]
         max_skipped: With "skip": stop when more updates than this were skipped.
         backend: How a step is made, see :class:`pyro_gpvae.steps.TrainingStep`: "eager",
             "compiled" or, on CUDA, "captured". "auto" is "captured" on CUDA, on a CPU "compiled"
-            for long trainings (20,000 steps) of small networks (30 million operations a loss),
-            and "eager" otherwise, and for programs that can be neither; then one line in the log
-            says why. In several processes "auto" is "compiled" on
+            for trainings of 20,000 steps or more, and "eager" otherwise, and for programs that
+            can be neither; then one line in the log says why. In several processes "auto" is "compiled" on
             CUDA, and "captured" is not possible.
         precision: Of the networks' matrix products and convolutions: "float32", "tf32" (NVIDIA
             GPUs) or "bf16"; None leaves it to torch's settings.
@@ -385,7 +382,7 @@ class _Runs:
         how: Mapping[str, Any],
         gather: Gathering | None = None,
     ) -> None:
-        chosen = _choose(device, total, programs[0], images, how) if backend == "auto" else backend
+        chosen = _choose(device, total) if backend == "auto" else backend
         if backend == "auto" and chosen == "captured" and how["world"].size > 1:
             chosen = "compiled"
         self.gather = gather
@@ -457,23 +454,11 @@ class _Runs:
             self.stacked.share_moments()
 
 
-def _choose(
-    device: torch.device,
-    steps: int,
-    programs: tuple[int, Program, Program],
-    images: Tensor,
-    how: Mapping[str, Any],
-) -> Backend:
-    """The fastest backend for a training of so many steps, which the seed does not change."""
+def _choose(device: torch.device, steps: int) -> Backend:
+    """The fastest backend for a training of so many steps."""
     if device.type == "cuda":
         return "captured"
-    if steps < WORTH_COMPILING:
-        return "eager"
-    state = random_state(device)
-    _, model, guide = programs
-    flops = TrainingStep(model, guide, images, **how).flops()
-    set_random_state(state, device)
-    return "compiled" if flops < SMALL_STEP else "eager"
+    return "compiled" if steps >= WORTH_COMPILING else "eager"
 
 
 def _explained(
