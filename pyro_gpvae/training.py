@@ -140,8 +140,8 @@ def fit(  # type: ignore[misc]
         backend: How a step is made, see :class:`pyro_gpvae.steps.TrainingStep`: "eager",
             "compiled" or, on CUDA, "captured". "auto" is "captured" on CUDA, on a CPU "compiled"
             for trainings of 20,000 steps or more, and "eager" otherwise, and for programs that
-            can be neither; then one line in the log says why. In several processes "auto" is "compiled" on
-            CUDA, and "captured" is not possible.
+            can be neither; then one line in the log says why. In several processes "auto" is
+            "compiled" on CUDA, and "captured" is not possible.
         precision: Of the networks' matrix products and convolutions: "float32", "tf32" (NVIDIA
             GPUs) or "bf16"; None leaves it to torch's settings.
 
