@@ -75,7 +75,9 @@ class Report:
         """Writes NAME_DEVICE.json and .md to the folder of results."""
         device = self.options.on()
         where = environment(device)
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
+        # names, not paths, which are a machine's own
+        options = {k: v.name if isinstance(v, Path) else v for k, v in vars(self.options).items()}
+        options.pop("out")
         targets = [asdict(target) | {"reached": target.reached} for target in self.targets]
         record = {**options, **where, "ceilings": asdict(self.ceilings), "targets": targets}
         name = f"{self.name}_{device.type}"

@@ -76,7 +76,7 @@ def main(options: Options) -> None:
     costs = [row for p in options.latent_dims for row in _costs(options, p, device)]
     memory = _memory(options, device)
     precisions = _precisions(options, device)
-    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    record = {k: v for k, v in vars(options).items() if k != "out"}
     record |= environment(device) | {"chunk_size": default_chunk_size(device), "target": TARGET}
     record |= {"costs": costs, "memory": memory, "precisions": precisions}
     text = _text(options, record)
