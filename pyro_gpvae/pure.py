@@ -42,7 +42,7 @@ class Draw:
     """One random operator of a program: how to draw its numbers again.
 
     Attributes:
-        method: The method of a tensor that fills it with them, such as "normal_".
+        method: The method of a tensor that fills it with them, such as ``normal_``.
         arguments: Of the method.
         size, stride, dtype, device: Of the tensor.
     """
