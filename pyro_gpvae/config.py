@@ -44,6 +44,8 @@ class RunConfig:
             from its encoder where the guide can.
         freeze_decoder: Train the guide only, on the decoder of the warm start as it is.
         backend: How a step is made: "eager", "compiled" or, on CUDA, "captured"; "auto" chooses.
+        precision: Of the networks' matrix products and convolutions in training: "float32", "tf32"
+            (NVIDIA GPUs) or "bf16"; "default" is torch's own setting. Evaluation is in float32.
         on_nonfinite: "stop" at a loss or gradient that is NaN or infinite, or "skip" the update;
             100 of them stop the run.
     """
@@ -68,6 +70,7 @@ class RunConfig:
     warm_start: str | None = None
     freeze_decoder: bool = False
     backend: Literal["auto", "eager", "compiled", "captured"] = "auto"
+    precision: Literal["default", "float32", "tf32", "bf16"] = "default"
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def check(self) -> None:

@@ -15,7 +15,7 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_gpvae.randomness import random_state, set_random_state
+from pyro_gpvae.randomness import random_state, untouched
 
 __all__ = ["Draw", "PureLoss", "UnsupportedError", "pure_loss", "unvalidated"]
 
@@ -161,7 +161,7 @@ def pure_loss(
 
     before = _attributes(container)
     inputs = [x, *(p.detach() for p in trained.values()), *(t.clone() for t in others.values())]
-    with unvalidated(), _same_noise(x.device):
+    with unvalidated(), untouched(x.device):
         drawn_elsewhere = _outside_torch(x.device)
         try:
             traced = make_fx(function)(*inputs)
@@ -180,7 +180,7 @@ def pure_loss(
     _refuse_state(traced)
     _refuse_state(traced)  # before functionalize stumbles over it
     draws = _lift_noise(traced)
-    with _same_noise(x.device):
+    with untouched(x.device):
         noise = [draw() for draw in draws]
         # without writes to temporary tensors, which stacked seeds could not be
         graph = make_fx(functionalize(traced))(*inputs, *noise)
@@ -216,16 +216,6 @@ def _replaced(
     finally:
         for store, name, tensor in places:
             store[name] = tensor
-
-
-@contextmanager
-def _same_noise(device: torch.device) -> Iterator[None]:
-    """Leaves all global random states as they were."""
-    state = random_state(device)
-    try:
-        yield
-    finally:
-        set_random_state(state, device)
 
 
 def _outside_torch(device: torch.device) -> dict[str, list[float]]:

@@ -3,14 +3,14 @@ r"""Random numbers of one's own: seeded inside a block, as they were after it.""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["global_generator", "random_state", "seeded", "set_random_state"]
+__all__ = ["global_generator", "random_state", "seeded", "set_random_state", "untouched"]
 
 
 @contextmanager
@@ -80,3 +80,25 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     random.setstate((version, tuple(words), left[0] if left else None))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def untouched(device: torch.device, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Afterwards the global random states are what they were, and so are the given tensors.
+
+    Example:
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> with untouched(torch.device("cpu"), norm.buffers()):
+        ...     _ = norm(torch.randn(8, 2))
+        >>> norm.num_batches_tracked
+        tensor(0)
+    """
+    state = random_state(device)
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+        set_random_state(state, device)

@@ -68,6 +68,7 @@ __all__ = [
     "train_into",
     "train_run",
     "warm_guide",
+    "warm_start",
 ]
 
 RUN_FILES = (
@@ -170,7 +171,7 @@ def train_run(
     # what may be wrong is found before anything is overwritten
     check_replaceable(Path(out).expanduser().resolve(), overwrite, _REPLACEABLE)
     data = data or load_data(config.data, root=config.root, download=config.download)
-    start = _start(config, trust_guide)
+    start = warm_start(config, trust_guide)
     saving: dict[str, Any] = {"every": checkpoint_every, "on_error": on_checkpoint_error}
     how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
     return _train_beside(out, config, start, saving, how, overwrite=overwrite)
@@ -218,7 +219,7 @@ def resume_run(
     source = partial / "config.json"
     config = RunConfig.from_json(read_json(source), source)
     check_trust(config.guide, source, trust_guide)
-    start = _start(config, trust_guide)
+    start = warm_start(config, trust_guide)
     saving: dict[str, Any] = {"every": checkpoint_every, "on_error": on_checkpoint_error}
     how: dict[str, Any] = {"progress": progress, "data": data, "plan": plan}
     return _train_beside(out, config, start, saving, how, resume=True)
@@ -371,6 +372,7 @@ class Begun:
             "device": self.device,
             "on_nonfinite": config.on_nonfinite,
             "backend": config.backend,
+            "precision": None if config.precision == "default" else config.precision,
         }
 
     def check(self, folder: Path) -> None:
@@ -606,8 +608,8 @@ def evaluate_run(
     return result
 
 
-def _start(config: RunConfig, trust_guide: bool) -> Run | None:
-    """The warm start, if there is one."""
+def warm_start(config: RunConfig, trust_guide: bool) -> Run | None:
+    """The run that a run starts from, if there is one; see :func:`load_run` about trust."""
     if config.warm_start is None:
         return None
     return load_run(config.warm_start, trust_guide=trust_guide)

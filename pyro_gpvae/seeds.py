@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pyro_gpvae.checkpoint import Checkpoints, OnError
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data
 from pyro_gpvae.files import CHECKPOINTS, partial_folder, read_json, work_folder, write_json
-from pyro_gpvae.runs import Begun, check_trust, load_run
+from pyro_gpvae.runs import Begun, Run, check_trust, warm_start
 from pyro_gpvae.training import fit
 
 __all__ = ["is_stacked", "resume_seeds", "train_seeds"]
@@ -58,8 +58,10 @@ def train_seeds(
     numbers = [operator.index(seed) for seed in seeds]
     if len(numbers) < 2 or len(set(numbers)) < len(numbers) or min(numbers) < 0:
         raise ValueError(f"seeds must be at least two different whole numbers, got {numbers}")
+    start = warm_start(config, trust_guide)
     saving: dict[str, Any] = {"every": checkpoint_every, "on_error": on_checkpoint_error}
-    return _train(config, numbers, out, saving, overwrite, False, progress, trust_guide, data)
+    how: dict[str, Any] = {"progress": progress, "data": data, "overwrite": overwrite}
+    return _train(config, numbers, out, start, saving, **how)
 
 
 def resume_seeds(
@@ -90,8 +92,9 @@ def resume_seeds(
         raise ValueError(f"{source} does not name the seeds of runs: it is damaged")
     config = RunConfig.from_json(begun.get("config", {}), source)
     check_trust(config.guide, source, trust_guide)
+    start = warm_start(config, trust_guide)
     saving: dict[str, Any] = {"every": checkpoint_every, "on_error": on_checkpoint_error}
-    return _train(config, seeds, out, saving, False, True, progress, trust_guide, data)
+    return _train(config, seeds, out, start, saving, progress=progress, data=data, resume=True)
 
 
 def is_stacked(out: str | Path) -> bool:
@@ -104,19 +107,19 @@ def _train(
     config: RunConfig,
     seeds: list[int],
     out: str | Path,
-    saving: dict[str, Any],
-    overwrite: bool,
-    resume: bool,
+    start: Run | None,
+    saving: Mapping[str, Any],
+    *,
     progress: bool | str,
-    trust_guide: bool,
     data: ImageData | None,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> list[dict[str, Any]]:
-    """Does the work of both in ``out.partial``."""
+    """Does the work of both in ``out.partial``; ``saving`` are arguments of Checkpoints."""
     out = Path(out).expanduser().resolve()
     ours = [p.name for p in out.glob("seed-*") if (p / "record.json").is_file()]
     data = data or load_data(config.data, root=config.root, download=config.download)
-    start = config.warm_start and load_run(config.warm_start, trust_guide=trust_guide)
-    runs = [Begun(dataclasses.replace(config, seed=seed), start or None, data) for seed in seeds]
+    runs = [Begun(dataclasses.replace(config, seed=seed), start, data) for seed in seeds]
     files = (_SEEDS, "begun.json", *ours, CHECKPOINTS, "lock")
     with work_folder(out, overwrite=overwrite, files=files, resume=resume) as folder:
         if not resume:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae.pure import PureLoss, UnsupportedError
-from pyro_gpvae.steps import Backend, Tally, TrainingStep, in_memory_of
+from pyro_gpvae.steps import Backend, TrainingStep, in_memory_of
+from pyro_gpvae.tally import Tally
 
 __all__ = ["StackedStep"]
 

@@ -2,7 +2,6 @@ r"""One optimiser step on eq. (2), in Python, compiled, or as one CUDA graph."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import re
@@ -17,13 +16,15 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from pyro_gpvae.cuda_graph import CudaGraph
 from pyro_gpvae.data import to_float
 from pyro_gpvae.distributed import World, shared_draws
 from pyro_gpvae.elbo import Objective, PerImage, without_syncs
 from pyro_gpvae.nonfinite import NonFiniteError, finite, refused_parameters
 from pyro_gpvae.precision import Precision, autocast, lowered
 from pyro_gpvae.pure import PureLoss, UnsupportedError, pure_loss, unvalidated
-from pyro_gpvae.randomness import random_state, set_random_state
+from pyro_gpvae.randomness import untouched
+from pyro_gpvae.tally import Tally
 
 __all__ = ["Backend", "Block", "Program", "TrainingStep", "in_memory_of", "to_batch"]
 
@@ -167,7 +168,7 @@ class TrainingStep:
         #: Why the last update was not made, if a program said so.
         self.reason = ""
         self._fast: list[Evaluate] = []
-        self._graph: _CudaGraph | None = None
+        self._graph: CudaGraph | None = None
         self._strict = strict
         if backend == "captured" and self.device.type != "cuda":
             raise ValueError(
@@ -204,7 +205,7 @@ class TrainingStep:
                 return self._update(self._fast, batch, whole)
             if self._graph is None:
                 with self._or_eager():
-                    self._graph = _CudaGraph(self, batch)
+                    self._graph = self._captured(batch)
                 if self._graph is None:
                     return self(batch)
             return self._graph(batch)
@@ -229,6 +230,10 @@ class TrainingStep:
         for role, module in self.modules.items():
             for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
                 yield f"{role}.{name}", tensor
+
+    @property
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for module in self.modules.values() for buffer in module.buffers()]
 
     def pure(self, block: int, x: Tensor) -> PureLoss:
         """The objective of a block as a pure function, for images of the shape of x."""
@@ -266,6 +271,18 @@ class TrainingStep:
             if self.world.size > 1:
                 self._fast[block] = self._shared(block, pure, graph, x)
 
+    def _captured(self, batch: Tensor) -> CudaGraph:
+        """A step on minibatches of this size, as one CUDA graph."""
+        tally = self.tally
+        written = [tally.loss, tally.seen, tally.skipped, tally.refused, *self._buffers]
+        written += [p for block in self.blocks for p in block.parameters]
+        return CudaGraph(
+            lambda batch: self._update(self._fast, batch, len(batch)),
+            batch.to(self.device, copy=True),
+            self.optimizers,
+            written,
+        )
+
     def _build_parts(self, x: Tensor) -> None:
         """As :meth:`_build`, for several processes, which cannot do without."""
         try:
@@ -284,10 +301,9 @@ class TrainingStep:
         world, mine = self.world, len(x) // self.world.size
         count = max(mine // 2, 1)
         few = x[: 2 * count]
-        state = random_state(self.device)
         both = pure if mine == 2 * count else self.pure(block, few)
-        draws = shared_draws(pure, self.pure(block, few[:count]), both, few, world)
-        set_random_state(state, self.device)
+        with untouched(self.device):
+            draws = shared_draws(pure, self.pure(block, few[:count]), both, few, world)
         targets = [pure.leaves[name].detach() for name in pure.used]
 
         def reduced(*inputs: Tensor) -> list[Tensor]:
@@ -302,14 +318,11 @@ class TrainingStep:
 
     def _set_up(self, x: Tensor) -> None:
         """Runs every objective once, with Pyro's checks: what is set up at first use, is."""
-        state = random_state(self.device)
-        buffers = [(b, b.clone()) for m in self.modules.values() for b in m.buffers()]
-        for objective, programs in zip(self.objectives, self.programs, strict=True):
-            with suppress(NonFiniteError), torch.no_grad(), refused_parameters():
-                self._loss(objective, programs, x)
-        for buffer, value in buffers:  # running statistics are not to see these images twice
-            buffer.copy_(value)
-        set_random_state(state, self.device)
+        # running statistics are not to see these images twice
+        with untouched(self.device, self._buffers):
+            for objective, programs in zip(self.objectives, self.programs, strict=True):
+                with suppress(NonFiniteError), torch.no_grad(), refused_parameters():
+                    self._loss(objective, programs, x)
 
     @contextmanager
     def _or_eager(self) -> Iterator[None]:
@@ -326,19 +339,15 @@ class TrainingStep:
 
     def _verify(self, block: int, x: Tensor) -> None:
         """Compares a block with its eager equal, on the same noise; leaves no trace."""
-        buffers = [(b, b.clone()) for m in self.modules.values() for b in m.buffers()]
-        state = random_state(self.device)
         results: list[Tensor] = []
         # the eager way twice: a program that counts its calls has counted since it was traced
         for evaluate in (self._eager(block), self._eager(block), self._fast[block]):
             try:
-                loss, gradients = evaluate(x)
+                with untouched(self.device, self._buffers):
+                    loss, gradients = evaluate(x)
                 norm = torch.stack(torch._foreach_norm(gradients)).norm()
                 results.append(torch.stack([loss, norm.to(loss)]).double())
             finally:
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-                set_random_state(state, self.device)
                 self.optimizers[block].zero_grad()
         rtol = 1e-8 if x.dtype == torch.float64 else 1e-4
         for eager in results[:2]:
@@ -394,91 +403,6 @@ class TrainingStep:
         except NonFiniteError as error:
             self.reason = str(error)
         return bool(self.reason)
-
-
-class Tally:
-    """What a training counts, on the device: read it once in a while, not in a step.
-
-    Attributes:
-        loss: Sum of the losses of the images of this epoch, without those that are not finite.
-        seen: The number of those images.
-        skipped: Updates that were not made, since the training began.
-        refused: Whether the present update is not to be made, 0 or 1.
-    """
-
-    def __init__(self, device: torch.device, halt: bool, shape: Sequence[int] = ()) -> None:
-        self.halt = halt
-        self.loss = torch.zeros(tuple(shape), dtype=torch.float64, device=device)
-        self.seen, self.skipped = self.loss.clone(), self.loss.clone()
-        self.refused = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
-
-    def of(self, run: int) -> Tally:
-        """The part of one run, where the tensors have a dimension for runs."""
-        part = copy.copy(self)
-        for name in ("loss", "seen", "skipped", "refused"):
-            setattr(part, name, getattr(self, name)[run])
-        return part
-
-    def note(self, ok: Tensor) -> None:
-        """Notes whether an update is finite."""
-        if self.halt:  # an update that was refused is the last one
-            self.refused.copy_(torch.maximum(self.refused, (~ok).to(self.refused)))
-        else:
-            self.refused.copy_(~ok)
-        self.skipped += self.refused
-
-    def add(self, loss: Tensor, count: int) -> None:
-        """Adds a minibatch, unless its last update was refused."""
-        weight = (1 - self.refused) * count
-        self.loss += torch.where(weight > 0, loss.to(self.loss) * weight, 0.0)
-        self.seen += weight
-
-    def start_epoch(self) -> None:
-        self.loss.zero_()
-        self.seen.zero_()
-
-
-class _CudaGraph:
-    """A step that the GPU replays without the host."""
-
-    def __init__(self, step: TrainingStep, batch: Tensor) -> None:
-        self.batch = batch.to(step.device, copy=True)
-        tally = step.tally
-        kept = [tally.loss, tally.seen, tally.skipped, tally.refused]
-        kept += [b for m in step.modules.values() for b in m.buffers()]
-        kept += [p for b in step.blocks for p in b.parameters]
-        copies = [t.detach().clone() for t in kept]
-        optimizers = [_moments(o) for o in step.optimizers]
-        state = torch.cuda.get_rng_state(step.device)
-        stream = torch.cuda.Stream(step.device)
-        stream.wait_stream(torch.cuda.current_stream(step.device))
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # libraries choose their kernels, and Adam makes its moments
-                    step._update(step._fast, self.batch, len(batch))
-        finally:
-            torch.cuda.current_stream(step.device).wait_stream(stream)
-            with torch.no_grad():
-                for tensor, copy in zip(kept, copies, strict=True):
-                    tensor.copy_(copy)
-                for optimizer, moments in zip(step.optimizers, optimizers, strict=True):
-                    for parameter, values in optimizer.state.items():
-                        for name, value in values.items():
-                            before = moments.get(parameter, {}).get(name)
-                            value.zero_() if before is None else value.copy_(before)
-            torch.cuda.set_rng_state(state, step.device)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = step._update(step._fast, self.batch, len(batch))
-
-    def __call__(self, batch: Tensor) -> Tensor:
-        self.batch.copy_(batch, non_blocking=True)
-        self.graph.replay()
-        return self.loss.clone()
-
-
-def _moments(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Tensor]]:
-    return {p: {n: v.clone() for n, v in s.items()} for p, s in optimizer.state.items()}
 
 
 def _traced(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +16,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_gpvae.allocator import keep_freed_memory
-from pyro_gpvae.checkpoint import Checkpoints, TrainingState
+from pyro_gpvae.checkpoint import Checkpoints
 from pyro_gpvae.data import check_images
 from pyro_gpvae.distributed import World
 from pyro_gpvae.elbo import Objective, elbo_terms
 from pyro_gpvae.interrupts import Interrupts, stopped
+from pyro_gpvae.lockstep import Lockstep
 from pyro_gpvae.nonfinite import NonFiniteError, explain, refused_parameters
 from pyro_gpvae.precision import Precision
-from pyro_gpvae.progress import Progress, merge_states, split_state
+from pyro_gpvae.progress import Progress
 from pyro_gpvae.provenance import sha256
-from pyro_gpvae.randomness import global_generator, seeded
-from pyro_gpvae.stacked import StackedStep
+from pyro_gpvae.randomness import seeded
 from pyro_gpvae.steps import Backend, Block, Program, TrainingStep
 from pyro_gpvae.streaming import Gathering, stays_on_host
 
@@ -211,14 +211,7 @@ def fit(  # type: ignore[misc]
     if isinstance(checkpoints, str | Path):
         checkpoints = Checkpoints(checkpoints)
     total = epochs * -(-len(images) // batch_size)
-    how = {
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "elbo": elbo,
-        "halt": on_nonfinite == "stop",
-        "precision": precision,
-        "world": world,
-    }
+    chosen = _choose(device, total, world.size) if backend == "auto" else backend
     # a sample of the images, since all of them may be many
     same = {**options, "seed": seed, "epochs": epochs, "first images": sha256(images[:64])}
     for other in world.from_all(same):
@@ -231,7 +224,6 @@ def fit(  # type: ignore[misc]
 
     if device.type == "cpu":
         keep_freed_memory()
-    interval = 1 if device.type == "cpu" else READ_EVERY
     listening = Interrupts() if checkpoints else nullcontext()
     with seeded(programs[0][0], device), listening as interrupts, ExitStack() as stack:
         with world.agreed():
@@ -242,8 +234,21 @@ def fit(  # type: ignore[misc]
                 gather = stack.enter_context(Gathering(images, device))
             else:
                 images = images.to(device)
-            runs = _Runs(programs, images, device, backend, total, options, how, gather)
-        states = runs.states
+            runs = Lockstep(
+                programs,
+                images,
+                device,
+                backend=chosen,
+                strict=backend != "auto",
+                options=options,
+                gather=gather,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                elbo=elbo,
+                halt=on_nonfinite == "stop",
+                precision=precision,
+                world=world,
+            )
         for step in runs.steps:  # processes may have seeded their networks differently
             world.copy_first([tensor for _, tensor in step.named_tensors()])
         if checkpoints is not None:
@@ -256,64 +261,8 @@ def fit(  # type: ignore[misc]
                 elif world.rank == 0:
                     checkpoints.save(runs.capture())
 
-        def check() -> None:
-            """Reads the device: were all updates made?"""
-            for step, state in zip(runs.steps, states, strict=True):
-                skipped = state.skipped
-                if skipped == state.skips_known:
-                    continue
-                if on_nonfinite == "stop" or skipped > max_skipped:
-                    raise _explained(step, state, skipped, checkpoints)
-                if not state.skips_known:
-                    warnings.warn(
-                        f"the loss or its gradient is not finite at step {state.step}: "
-                        "this update is skipped; the history counts them",
-                        stacklevel=3,
-                    )
-                state.skips_known = skipped
-
-        def keep(now: bool = False) -> None:
-            """Writes a checkpoint if it is time for one, and ends if a signal asks for it."""
-            if checkpoints is None or interrupts is None:
-                return
-            state = states[0]
-            signal = interrupts.signal
-            due = now or bool(signal) or checkpoints.due(state.step)
-            if world.size > 1:
-                if state.step % interval and not now:  # the device is not read now
-                    return
-                found = world.from_all((signal, due and world.rank == 0))
-                signal = max((number for number, _ in found if number), default=None)
-                due = bool(signal) or found[0][1]
-            if due:
-                check()
-                with world.agreed():
-                    if world.rank == 0:
-                        checkpoints.save(runs.capture())
-            if signal is not None:
-                raise stopped(signal, f"stopped after step {state.step}")
-
-        def look(seed: int, step: TrainingStep, state: Progress) -> None:
-            """Ends an epoch of a run: adds a row to its history."""
-            loss = state.end_epoch()
-            row = {"epoch": state.epoch, "step": state.step, "loss": loss}
-            pair = step.model, step.guide
-            try:
-                # noise of its own: looking at a run does not change it either
-                with seeded(seed, device), refused_parameters():
-                    row |= _monitor(*pair, step.prepare(images[:512]), len(images))
-                    if validation is not None:
-                        terms = elbo_terms(*pair, step.prepare(validation), len(images))
-                        row["validation_elbo"] = terms["log_likelihood"] - terms["kl_z"]
-            except NonFiniteError as error:
-                if on_nonfinite == "stop":  # otherwise it is only not logged
-                    found = NonFiniteError(
-                        f"not finite after step {state.step}: {error}", state.step
-                    )
-                    raise _with_advice(found, state.skipped, checkpoints) from error
-            state.rows.append(row | {"skipped": state.skipped, "seconds": state.seconds})
-
-        first = states[0]
+        watch = _Watch(runs, world, checkpoints, interrupts, on_nonfinite, max_skipped)
+        first = runs.states[0]
         if first.epoch > epochs:
             raise ValueError(f"the checkpoint has {first.epoch} epochs, more than epochs={epochs}")
         label = progress if isinstance(progress, str) else "training"
@@ -329,18 +278,17 @@ def fit(  # type: ignore[misc]
                 runs.train(True)
                 while first.position < len(images):
                     runs.step()
-                    if first.step % interval == 0:
-                        check()
+                    if first.step % watch.interval == 0:
+                        watch.check()
                     bar.update()
-                    keep()
-                check()
+                    watch.keep()
+                watch.check()
                 runs.train(False)  # what is only looked at must not change running statistics
-                for (seed, *_), step, state in zip(programs, runs.steps, states, strict=True):
-                    look(seed, step, state)
+                watch.look(images, validation)
                 bar.set_postfix(epoch=first.epoch, loss=f"{first.rows[-1]['loss']:.1f}")
                 if first.epoch == epochs:
-                    keep(now=True)
-    histories = [History(state.rows) for state in states]
+                    watch.keep(now=True)
+    histories = [History(state.rows) for state in runs.states]
     return histories[0] if seeds is None else histories
 
 
@@ -368,97 +316,90 @@ def _programs(
     return list(zip(numbers, model, guide, strict=True))
 
 
-class _Runs:
-    """One run, or several that are stacked: their steps and their progress."""
-
-    def __init__(
-        self,
-        programs: Sequence[tuple[int, Program, Program]],
-        images: Tensor,
-        device: torch.device,
-        backend: Backend | Literal["auto"],
-        total: int,
-        options: Mapping[str, Any],
-        how: Mapping[str, Any],
-        gather: Gathering | None = None,
-    ) -> None:
-        chosen = _choose(device, total) if backend == "auto" else backend
-        if backend == "auto" and chosen == "captured" and how["world"].size > 1:
-            chosen = "compiled"
-        self.gather = gather
-        self.stacked: StackedStep | None = None
-        if len(programs) == 1:
-            ((seed, model, guide),) = programs
-            strict = backend != "auto"
-            self.steps = [TrainingStep(model, guide, images, backend=chosen, strict=strict, **how)]
-            self.states = [Progress(self.steps[0], self._options(options, seed, self.steps[0]))]
-            return
-        self.steps, generators = [], []
-        for seed, model, guide in programs:
-            with seeded(seed, device):
-                self.steps.append(TrainingStep(model, guide, images, **how))
-                generators.append(global_generator(device))
-        self.stacked = StackedStep(self.steps, generators, chosen)
-        self.states = [
-            Progress(step, self._options(options, seed, step), generator)
-            for (seed, *_), step, generator in zip(programs, self.steps, generators, strict=True)
-        ]
-
-    @staticmethod
-    def _options(options: Mapping[str, Any], seed: int, step: TrainingStep) -> dict[str, Any]:
-        """What a checkpoint must have in common with the training that goes on from it."""
-        names = {id(p): name for name, p in step.parameters.items()}
-        return {
-            "seed": seed,
-            **options,
-            "objectives": [type(block.elbo).__name__ for block in step.blocks],
-            "trained": [[names.get(id(p), "?") for p in b.parameters] for b in step.blocks],
-        }
-
-    def step(self) -> None:
-        """Makes one step of every run."""
-        index = self._index([state.next() for state in self.states])
-        count = index.shape[-1]
-        batch = index if self.stacked is not None else self.steps[0].part(index)
-        if self.gather is not None:
-            following = [state.following() for state in self.states]
-            ahead = self._index([i for i in following if i is not None])
-            if self.stacked is None:
-                ahead = self.steps[0].part(ahead)
-            batch = self.gather(batch, ahead if ahead.numel() else None)
-        if self.stacked is None:
-            self.steps[0](batch, count)
-        else:
-            self.stacked(batch)
-
-    def _index(self, numbers: Sequence[Tensor]) -> Tensor:
-        """Numbers of images: (B,), or (S, B) for stacked runs."""
-        if not numbers:
-            return torch.empty(0, dtype=torch.long)
-        return numbers[0] if self.stacked is None else torch.stack(list(numbers))
-
-    def train(self, mode: bool) -> None:
-        for step in self.steps:
-            for module in step.modules.values():
-                module.train(mode)
-
-    def capture(self) -> TrainingState:
-        """The state of all runs."""
-        return merge_states([state.capture() for state in self.states])
-
-    def restore(self, saved: TrainingState) -> None:
-        """Puts all runs back as :meth:`capture` found them."""
-        for state, part in zip(self.states, split_state(saved, len(self.states)), strict=True):
-            state.restore(part)
-        if self.stacked is not None:
-            self.stacked.share_moments()
-
-
-def _choose(device: torch.device, steps: int) -> Backend:
+def _choose(device: torch.device, steps: int, processes: int) -> Backend:
     """The fastest backend for a training of so many steps."""
     if device.type == "cuda":
-        return "captured"
+        return "captured" if processes == 1 else "compiled"
     return "compiled" if steps >= WORTH_COMPILING else "eager"
+
+
+@dataclass
+class _Watch:
+    """What happens between steps: devices are read, checkpoints and histories written.
+
+    Attributes:
+        runs: What makes the steps.
+        world: The processes that train together.
+        checkpoints: Where to write them.
+        interrupts: Which signals were caught.
+        on_nonfinite, max_skipped: As for :func:`fit`.
+    """
+
+    runs: Lockstep
+    world: World
+    checkpoints: Checkpoints | None
+    interrupts: Interrupts | None
+    on_nonfinite: OnNonFinite
+    max_skipped: int
+
+    @property
+    def interval(self) -> int:
+        """Steps between readings of the device."""
+        return 1 if self.runs.steps[0].device.type == "cpu" else READ_EVERY
+
+    def check(self) -> None:
+        """Reads the device: were all updates made?"""
+        for step, state in zip(self.runs.steps, self.runs.states, strict=True):
+            skipped = state.skipped
+            if skipped == state.skips_known:
+                continue
+            if self.on_nonfinite == "stop" or skipped > self.max_skipped:
+                raise _explained(step, state, skipped, self.checkpoints)
+            if not state.skips_known:
+                warnings.warn(
+                    f"the loss or its gradient is not finite at step {state.step}: "
+                    "this update is skipped; the history counts them",
+                    stacklevel=3,
+                )
+            state.skips_known = skipped
+
+    def keep(self, now: bool = False) -> None:
+        """Writes a checkpoint if it is time for one, and ends if a signal asks for it."""
+        if self.checkpoints is None or self.interrupts is None:
+            return
+        step, world = self.runs.states[0].step, self.world
+        signal = self.interrupts.signal
+        due = now or bool(signal) or self.checkpoints.due(step)
+        if world.size > 1:
+            if step % self.interval and not now:  # the device is not read now
+                return
+            found = world.from_all((signal, due and world.rank == 0))
+            signal = max((number for number, _ in found if number), default=None)
+            due = bool(signal) or found[0][1]
+        if due:
+            self.check()
+            with world.agreed():
+                if world.rank == 0:
+                    self.checkpoints.save(self.runs.capture())
+        if signal is not None:
+            raise stopped(signal, f"stopped after step {step}")
+
+    def look(self, images: Tensor, validation: Tensor | None) -> None:
+        """Ends an epoch: adds a row to the history of every run."""
+        for seed, step, state in zip(
+            self.runs.seeds, self.runs.steps, self.runs.states, strict=True
+        ):
+            row = {"epoch": state.epoch + 1, "step": state.step, "loss": state.end_epoch()}
+            try:
+                # noise of its own: looking at a run does not change it either
+                with seeded(seed, step.device), refused_parameters():
+                    row |= _terms(step, images, validation)
+            except NonFiniteError as error:
+                if self.on_nonfinite == "stop":  # otherwise it is only not logged
+                    text = f"not finite after step {state.step}: {error}"
+                    found = NonFiniteError(text, state.step)
+                    raise _with_advice(found, state.skipped, self.checkpoints) from error
+            state.rows.append(row | {"skipped": state.skipped, "seconds": state.seconds})
 
 
 def _explained(
@@ -497,13 +438,18 @@ def _with_advice(
     return NonFiniteError(f"{error}{advice}", error.step, error.images)
 
 
-def _monitor(model: Program, guide: Program, x: Tensor, num_images: int) -> dict[str, float]:
+def _terms(step: TrainingStep, images: Tensor, validation: Tensor | None) -> dict[str, float]:
     """The terms of eq. (2), σ, and the guide's diagnostics, on some training images."""
-    row = elbo_terms(model, guide, x, num_images)
+    model, guide = step.model, step.guide
+    x = step.prepare(images[:512])
+    row = elbo_terms(model, guide, x, len(images))
     sigma = getattr(model, "sigma", None)
     if sigma is not None:
         row["sigma"] = float(sigma.detach())
     if hasattr(guide, "diagnostics"):
         with torch.no_grad():
             row |= {name: float(value) for name, value in guide.diagnostics(x).items()}
+    if validation is not None:
+        terms = elbo_terms(model, guide, step.prepare(validation), len(images))
+        row["validation_elbo"] = terms["log_likelihood"] - terms["kl_z"]
     return row

@@ -117,6 +117,20 @@ def test_same_seed_same_numbers(vae, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_the_precision_of_training_is_an_option(vae, tmp_path):
+    folder, record = vae
+    train_run(tiny(guide="vae", precision="float32"), tmp_path / "exact", progress=False)
+    lowered = train_run(tiny(guide="vae", precision="bf16"), tmp_path / "bf16", progress=False)
+    weights, exact, rounded = (
+        load_file(f / "weights.safetensors")
+        for f in (folder, tmp_path / "exact", tmp_path / "bf16")
+    )
+    assert all(torch.equal(exact[name], tensor) for name, tensor in weights.items())
+    assert not all(torch.equal(rounded[name], tensor) for name, tensor in weights.items())
+    assert lowered["config"]["precision"] == "bf16"
+    assert lowered["scores"]["elbo"] == pytest.approx(record["scores"]["elbo"], rel=0.01)
+
+
 def test_a_warm_start_takes_over_model_and_encoder(vae, tmp_path):
     # with a learning rate of 1e-12 the weights stay where they started
     config = tiny(guide="gp", warm_start=str(vae[0]), learning_rate=1e-12, seed=7)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import Block, Checkpoints, ImageModel, NonFiniteError, fit, steps, training
+from pyro_gpvae import Block, Checkpoints, ImageModel, NonFiniteError, fit, training
 from pyro_gpvae.progress import Progress
 from pyro_gpvae.pure import UnsupportedError
 from pyro_gpvae.steps import TrainingStep
@@ -815,7 +815,7 @@ def test_capturing_changes_nothing():
     step = TrainingStep(model, guide, uint8().cuda(), batch_size=B, backend="captured")
     before = tensors(model, guide)
     state = torch.cuda.get_rng_state()
-    steps._CudaGraph(step, torch.arange(B, device="cuda"))
+    step._captured(torch.arange(B, device="cuda"))
     assert torch.equal(torch.cuda.get_rng_state(), state)
     assert all(torch.equal(tensors(model, guide)[n], v) for n, v in before.items())
     assert int(step.tally.seen) == 0

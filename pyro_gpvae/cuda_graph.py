@@ -1,0 +1,67 @@
+r"""A training step that the GPU replays without the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_gpvae.randomness import untouched
+
+__all__ = ["CudaGraph"]
+
+
+class CudaGraph:
+    """A step of some optimisers, captured as one CUDA graph. Capturing it changes nothing.
+
+    Arguments:
+        step: From the numbers or pixels of a minibatch, on the GPU, to its loss. It must neither
+            read the device nor give tensors another place in memory.
+        batch: A minibatch of the shape of all.
+        optimizers: What it steps.
+        tensors: All else that it writes to: parameters, buffers, counts.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[Tensor], Tensor],
+        batch: Tensor,
+        optimizers: Sequence[torch.optim.Optimizer],
+        tensors: Iterable[Tensor],
+    ) -> None:
+        self.batch = batch
+        device = batch.device
+        before = [_moments(optimizer) for optimizer in optimizers]
+        stream = torch.cuda.Stream(device)
+        with untouched(device, tensors):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(3):  # libraries choose their kernels, and Adam makes its moments
+                        step(batch)
+            finally:
+                torch.cuda.current_stream(device).wait_stream(stream)
+                for optimizer, moments in zip(optimizers, before, strict=True):
+                    _restore(optimizer, moments)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = step(batch)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.batch.copy_(batch, non_blocking=True)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Tensor]]:
+    return {p: {n: v.clone() for n, v in s.items()} for p, s in optimizer.state.items()}
+
+
+def _restore(optimizer: torch.optim.Optimizer, moments: dict[Any, dict[str, Tensor]]) -> None:
+    """Puts moments back in their place in memory; those that are new become zero."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            old = moments.get(parameter, {}).get(name)
+            value.zero_() if old is None else value.copy_(old)

@@ -1,0 +1,122 @@
+r"""One run, or several that are stacked, as one thing that makes steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_gpvae.checkpoint import TrainingState
+from pyro_gpvae.progress import Progress, merge_states, split_state
+from pyro_gpvae.randomness import global_generator, seeded
+from pyro_gpvae.stacked import StackedStep
+from pyro_gpvae.steps import Backend, Program, TrainingStep
+from pyro_gpvae.streaming import Gathering
+
+__all__ = ["Lockstep"]
+
+
+class Lockstep:
+    """One run, or several that are stacked: their steps and their progress.
+
+    Arguments:
+        programs: Seed, model and guide of every run.
+        images: Training images, uint8 (N, C, H, W).
+        device: Where to train.
+        backend: Of the step.
+        options: What a checkpoint must have in common with the training that goes on from it.
+        gather: What fetches pixels, if the images stay on the host.
+        how: Keyword arguments of :class:`pyro_gpvae.steps.TrainingStep`.
+
+    Attributes:
+        seeds: Of every run.
+        steps: Of every run.
+        states: The progress of every run.
+        stacked: The step of all, if there are several.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[tuple[int, Program, Program]],
+        images: Tensor,
+        device: torch.device,
+        *,
+        backend: Backend,
+        options: Mapping[str, Any],
+        gather: Gathering | None = None,
+        **how: Any,
+    ) -> None:
+        self.seeds = [seed for seed, *_ in programs]
+        self.gather = gather
+        self.stacked: StackedStep | None = None
+        generators: list[torch.Generator | None] = [None]
+        if len(programs) == 1:
+            ((_, model, guide),) = programs
+            self.steps = [TrainingStep(model, guide, images, backend=backend, **how)]
+        else:
+            self.steps, own = [], []
+            for seed, model, guide in programs:
+                with seeded(seed, device):
+                    self.steps.append(TrainingStep(model, guide, images, **how))
+                    own.append(global_generator(device))
+            self.stacked = StackedStep(self.steps, own, backend)
+            generators = [*own]
+        self.states = [
+            Progress(step, {"seed": seed, **options, **_trained(step)}, generator)
+            for seed, step, generator in zip(self.seeds, self.steps, generators, strict=True)
+        ]
+
+    def step(self) -> None:
+        """Makes one step of every run."""
+        index = self._index([state.next() for state in self.states])
+        batch = self._part(index)
+        if self.gather is not None:
+            following = [state.following() for state in self.states]
+            ahead = self._part(self._index([i for i in following if i is not None]))
+            batch = self.gather(batch, ahead if ahead.numel() else None)
+        if self.stacked is None:
+            self.steps[0](batch, index.shape[-1])
+        else:
+            self.stacked(batch)
+
+    def _index(self, numbers: Sequence[Tensor]) -> Tensor:
+        """Numbers of images: (B,), or (S, B) for stacked runs."""
+        if not numbers:
+            return torch.empty(0, dtype=torch.long)
+        return numbers[0] if self.stacked is None else torch.stack(list(numbers))
+
+    def _part(self, index: Tensor) -> Tensor:
+        """What of a minibatch this process looks at."""
+        return index if self.stacked is not None else self.steps[0].part(index)
+
+    def train(self, mode: bool) -> None:
+        """Puts all modules into training or evaluation mode."""
+        for step in self.steps:
+            for module in step.modules.values():
+                module.train(mode)
+
+    def capture(self) -> TrainingState:
+        """The state of all runs."""
+        return merge_states([state.capture() for state in self.states])
+
+    def restore(self, saved: TrainingState) -> None:
+        """Puts all runs back as :meth:`capture` found them.
+
+        Raises:
+            ValueError: If it is the state of another training.
+        """
+        for state, part in zip(self.states, split_state(saved, len(self.states)), strict=True):
+            state.restore(part)
+        if self.stacked is not None:
+            self.stacked.share_moments()
+
+
+def _trained(step: TrainingStep) -> dict[str, Any]:
+    """The objectives of a step, and the names of what they train."""
+    names = {id(p): name for name, p in step.parameters.items()}
+    return {
+        "objectives": [type(block.elbo).__name__ for block in step.blocks],
+        "trained": [[names.get(id(p), "?") for p in b.parameters] for b in step.blocks],
+    }
