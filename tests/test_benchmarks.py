@@ -17,10 +17,12 @@ from pyro_gpvae.networks import build_decoder, build_encoder
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "benchmarks"))
 import _bench
 import _handwritten
+import evaluation
 import growth
 import peer
 import seeds
 import step
+import streaming
 from _bench import Ceilings, Options, Quartiles, Timings, Work, interleave, short
 from _report import Report, Target, profile
 from _worker import Worker
@@ -305,22 +307,84 @@ def test_seeds(tmp_path):
             seeds=3,
             latent_dims=(2,),
             guides=("gp",),
-            images=10,
+            images=64,
             batch_size=4,
             backend="eager",
             out=tmp_path,
         )
     )
     record = read_json(tmp_path / "seeds_cpu.json")
-    found = record["gp, p = 2"]
+    found = record["gp, conv, p = 2"]
     one, stacked, loop = names = ["one seed", "3 seeds, stacked", "3 seeds, one by one"]
     assert list(found["step_seconds"]) == names
     assert found["limit_seconds"][stacked] == found["limit_seconds"][loop]
     assert found["limit_seconds"][loop] == pytest.approx(3 * found["limit_seconds"][one])
-    (target,) = record["targets"]
-    assert target["name"] == "gp, p = 2: 3 seeds, stacked / one seed"
+    target, tiny = record["targets"]
+    assert target["name"] == "gp, conv, p = 2: 3 seeds, stacked / one seed"
+    assert tiny["name"] == "gp, tiny, p = 5: 3 seeds, stacked / one seed"
     assert target["measured"] == Timings(found["step_seconds"]).ratio(stacked, one).median
     assert target["limit"] == 4
+
+
+def test_evaluation(tmp_path):
+    options = evaluation.EvaluationOptions(
+        **TINY,
+        guides=("vae", "vlae:1"),
+        latent_dims=(2,),
+        samples=4,
+        images=3,
+        memory_samples=(2, 4, 6),
+        memory_images=(3, 6),
+        epochs=1,
+        train_images=32,
+        out=tmp_path,
+    )
+    evaluation.main(options)
+    record = read_json(tmp_path / "evaluation_cpu.json")
+    names = [target["name"] for target in record["targets"]]
+    assert names == [
+        "vae, p = 2: evaluation / decoder",
+        "vlae:1, p = 2: evaluation / decoder",
+        "vae: peak memory, K = 6 / K = 2",
+        "gp: peak memory, K = 6 / K = 2",
+    ]
+    assert record["targets"][1]["reached"] is False, "it optimises"
+    assert set(record["p = 2"]["seconds"]) == {
+        "decoder",
+        "vae",
+        "vae, q(z\\|x) alone",
+        "vlae:1",
+        "vlae:1, q(z\\|x) alone",
+    }
+    assert set(record["memory, gp"]) == {
+        "K = 2, B = 3",
+        "K = 4, B = 3",
+        "K = 6, B = 3",
+        "K = 2, B = 6",
+    }
+    assert record["precisions"]["tf32"]["largest_difference"] == 0
+    assert 0 < record["precisions"]["bf16"]["largest_difference"] < 10
+    assert "## p = 2: profile of vlae:1" in (tmp_path / "evaluation_cpu.md").read_text()
+
+
+def test_streaming(tmp_path):
+    streaming.main(
+        streaming.StreamingOptions(
+            **TINY,
+            gigabytes=1e-4,
+            resident=64,
+            batch_size=8,
+            backend="eager",
+            cold=True,
+            out=tmp_path,
+        )
+    )
+    record = read_json(tmp_path / "streaming_cpu.json")
+    (target,) = record["targets"]
+    assert target["name"] == "file, next minibatch in a thread / in memory"
+    names = ["in memory", "file, next minibatch in a thread", "file, without a thread"]
+    assert list(record["seconds"]) == names
+    assert target["measured"] == Timings(record["seconds"]).ratio(names[1], names[0]).median
 
 
 PEER = """

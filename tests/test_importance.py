@@ -1,6 +1,4 @@
 import math
-from importlib import import_module
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -20,7 +18,6 @@ from pyro_gpvae import (
     log_weights,
     make_guide,
 )
-from pyro_gpvae.files import read_json
 from pyro_gpvae.importance import ParetoWarning, as_pixels, bytes_per_latent, pareto_k
 from pyro_gpvae.memory import PeakMemory
 
@@ -461,32 +458,3 @@ def test_models_of_ones_own_have_a_budget_too():
     weights = log_weights(model, guide, x, 3, memory=10**6)
     assert weights.shape == (3, 4)
     assert weights.isfinite().all()
-
-
-def test_the_benchmark_writes_its_table(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments" / "benchmarks")
-    benchmark = import_module("evaluation")
-    options = benchmark.Options(
-        guides=["vae", "vlae:1"],
-        latent_dims=[2],
-        samples=4,
-        images=3,
-        rounds=1,
-        memory_samples=[2, 4],
-        memory_images=[3, 6],
-        epochs=1,
-        train_images=32,
-        out=tmp_path,
-    )
-    benchmark.main(options)
-    record = read_json(tmp_path / "evaluation_cost.json")
-    assert [(row["guide"], row["ratio"] > 0) for row in record["costs"]] == [
-        ("vae", True),
-        ("vlae:1", True),
-    ]
-    assert [row["precision"] for row in record["precisions"]] == ["float32", "tf32", "bf16"]
-    assert record["precisions"][1]["largest_difference"] == 0
-    text = (tmp_path / "evaluation_cost.md").read_text()
-    for row in record["costs"]:
-        assert row["reached"] or f"* {row['guide']}, p = 2: missed. " in text
-    assert "K = 4, B = 3" in text

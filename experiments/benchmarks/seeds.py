@@ -4,7 +4,8 @@
 
 A step of ten trainings that are stacked into one program, as ``fit(..., seeds=range(10))`` makes
 it; a step of one of them; and a step of each of ten, one by one. All take turns, on the same random
-images, with the networks of Table 1, p = 10 and p = 50. JSON and Markdown are written to --out.
+images, with the networks of Table 1, p = 10 and p = 50, and with a tiny net whose steps are all
+overhead. JSON and Markdown are written to --out.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ class SeedsOptions(Options):
 
     Attributes:
         seeds: How many are trained.
-        latent_dims: Dimensions p of z.
+        latent_dims: Dimensions p of z with the networks of Table 1.
+        tiny: Whether to measure the tiny net as well.
         guides: What is trained.
         images: Training images.
-        batch_size: Images per step and seed.
+        batch_size: Images per step and seed with the networks of Table 1.
         backend: Of the steps; None is what ``fit`` chooses for long trainings.
     """
 
     rounds: int = 15
     seeds: int = 10
     latent_dims: tuple[int, ...] = (10, 50)
+    tiny: bool = True
     guides: tuple[str, ...] = ("vae", "gp")
     images: int = 4096
     batch_size: int = 128
@@ -55,16 +58,17 @@ def main(options: SeedsOptions) -> None:
         "seeds",
         f"{options.seeds} seeds at once",
         options,
-        f"Networks of Table 1, batches of {options.batch_size} for each seed, {options.images:,} "
-        f"random images; a step, all seeds together; backend {backend}. Limit: operations and "
-        "unavoidable bytes of hand-written steps of a VAE, one for each seed, at the speed of the "
-        "ceilings.",
+        f"conv: networks of Table 1, B = {options.batch_size} for each seed; tiny: 8×8, 64 hidden "
+        f"units, p = 5, B = 32. {options.images:,} random images; a step, all seeds together; "
+        f"backend {backend}. Limit: operations and unavoidable bytes of hand-written steps of a "
+        "VAE, one for each seed, at the speed of the ceilings.",
         Ceilings.measure(options.on()),
     )
-    for guide in options.guides:
-        for latent_dim in options.latent_dims:
-            net = Net("conv", NETS["conv"].image_shape, latent_dim, options.batch_size)
-            measure(report, options, guide, net, backend)
+    shape = NETS["conv"].image_shape
+    nets = [Net("conv", shape, p, options.batch_size) for p in options.latent_dims]
+    nets += [NETS["tiny"]] if options.tiny else []
+    for guide, net in itertools.product(options.guides, nets):
+        measure(report, options, guide, net, backend)
     report.write()
 
 
@@ -91,7 +95,8 @@ def measure(report: Report, options: SeedsOptions, guide: str, net: Net, backend
         }
         timings = interleave(programs, device, options)
         bound = 2.5 if device.type == "cuda" else 4
-        name = f"{guide}, p = {net.latent_dim}"
+        kind = "tiny" if net == NETS["tiny"] else "conv"
+        name = f"{guide}, {kind}, p = {net.latent_dim}"
         target = Target(f"{name}: {many} / {ONE}", bound, timings.ratio(many, ONE).median)
         limits = {ONE: limit, many: count * limit, loop: count * limit}
         report.tables[name] = timings.table(ONE, limits)

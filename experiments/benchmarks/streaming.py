@@ -1,12 +1,13 @@
 """What does a training step cost whose images stay in a file, beside one in memory?
 
-    OMP_NUM_THREADS=1 python experiments/benchmarks/streaming.py --gigabytes 2
+    OMP_NUM_THREADS=1 python experiments/benchmarks/streaming.py --cold
 
 Random images of the size of MNIST's are written to a temporary file and memory-mapped. Steps on
 the same networks take turns: images in memory (a part of them: all have to fit), from the file
 with a thread that gathers the next minibatch, and from the file without one. A file that is much
 smaller than the memory stays in the page cache: then this measures the gather, not the disk;
-``--cold`` asks the kernel before every round to forget the file.
+``--cold`` asks the kernel now and then to forget the file, as it must if the file is larger than
+the memory. JSON and Markdown are written to --out.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from _bench import Options, Program, interleave
+from _bench import Ceilings, Options, Program, interleave
 from _handwritten import NETS, Net
+from _report import Report, Target
 from step import lasting, ours
 from torch import Tensor
 
@@ -31,7 +33,7 @@ from pyro_gpvae.randomness import seeded
 from pyro_gpvae.steps import Backend
 from pyro_gpvae.streaming import Gathering
 
-RESIDENT = "in memory"
+RESIDENT, THREAD = "in memory", "file, next minibatch in a thread"
 
 
 @dataclass(kw_only=True)
@@ -73,14 +75,24 @@ def main(options: StreamingOptions) -> None:
             forget = forgetting(path) if options.cold else lambda: None
             programs: dict[str, Program] = {
                 RESIDENT: resident_step(step, resident, net.batch_size),
-                "file, next minibatch in a thread": file_step(step, gather, mapped, net, forget),
+                THREAD: file_step(step, gather, mapped, net, forget),
                 "file, without a thread": plain_step(step, mapped, net, forget),
             }
             timings = interleave(programs, device, options)
-        cache = "forgotten every 100 steps" if options.cold else "warm where memory allows"
-        print(f"{len(mapped):,} images, {mapped.nbytes / 2**30:.1f} GiB, page cache {cache}; ")
-        print(f"batches of {net.batch_size}, backend {backend}, {device}\n")
-        print(timings.table(RESIDENT))
+    cache = "forgotten by the page cache every 100 steps" if options.cold else "in the page cache"
+    report = Report(
+        "streaming",
+        "A step whose images stay in a file",
+        options,
+        f"{len(mapped):,} images, {mapped.nbytes / 2**30:.1f} GiB, {cache}; networks of Table 1, "
+        f"p = {options.latent_dim}, batches of {net.batch_size}, backend {backend}.",
+        Ceilings.measure(device),
+    )
+    found = timings.ratio(THREAD, RESIDENT).median
+    report.targets.append(Target(f"{THREAD} / {RESIDENT}", 1.05, found))
+    report.tables["A step"] = timings.table(RESIDENT)
+    report.record["seconds"] = timings.seconds
+    report.write()
 
 
 def write(path: Path, net: Net, options: StreamingOptions) -> Path:
