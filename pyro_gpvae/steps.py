@@ -378,6 +378,8 @@ class TrainingStep:
 
     def _update(self, evaluations: Sequence[Evaluate], batch: Tensor, count: int) -> Tensor:
         """One step of Adam for each block: the body of a CUDA graph as well."""
+        if not self.tally.halt:  # what an earlier one was refused for
+            self.reason = ""
         x = self.prepare(batch if batch.dim() > 1 else self.images[batch])
         for optimizer, evaluate in zip(self.optimizers, evaluations, strict=True):
             try:

@@ -411,6 +411,27 @@ def test_skip_counts_and_goes_on(backend, interpreted):
     assert "after 2 skipped updates" in str(caught.value)
 
 
+def test_a_reason_is_not_that_of_an_earlier_update():
+    first, last = sorted((0, 4, 17), key=place_of)[::2]
+    assert place_of(first) < place_of(last)
+
+    class Refusing(Breaking):
+        """It says why it breaks for one image."""
+
+        def posterior(self, x):
+            if bool((x[:, 0, 0, 1] == 1).any()):
+                raise NonFiniteError("what it says of itself")
+            return super().posterior(x)
+
+    data = uint8().clamp(max=254)
+    data[first, 0, 0, 1], data[last, 0, 0, 0] = 255, 255
+    with pytest.warns(UserWarning, match="is skipped"), pytest.raises(NonFiniteError) as caught:
+        trained(lambda: of(Refusing), "eager", data=data, on_nonfinite="skip", max_skipped=1)
+    assert caught.value.step == place_of(last)
+    assert "what it says of itself" not in str(caught.value)
+    assert "site 'z'" in str(caught.value)
+
+
 # --- checkpoints
 
 
