@@ -9,7 +9,8 @@ Writes main_table and main_table_companion as Markdown, LaTeX, CSV and PNG.
 """
 
 import tyro
-from _tables import Column, Options, Table, main
+from _records import Column, Table
+from _tables import Options, main
 from table4 import GUIDES
 
 TABLE = Table(

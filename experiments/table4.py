@@ -7,7 +7,8 @@ The folders hold runs of ``pyro-gpvae train`` and evaluations of ``pyro-gpvae ev
 """
 
 import tyro
-from _tables import Column, Options, Table, main
+from _records import Column, Table
+from _tables import Options, main
 
 GUIDES = (
     "vae", "sa:1", "sa:2", "sa:4", "sa:8", "iaf:1", "iaf:2", "iaf:4", "iaf:8", "hf:1", "hf:2",

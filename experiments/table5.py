@@ -8,7 +8,8 @@ The paper has VLAE for fully-connected decoders only; here it has convolutional 
 """
 
 import tyro
-from _tables import Column, Options, Table, main
+from _records import Column, Table
+from _tables import Options, main
 
 GUIDES = (
     "vae", "sa:1", "sa:2", "sa:4", "sa:8", "vlae:1", "vlae:2", "vlae:4", "vlae:8", "gp",

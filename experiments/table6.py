@@ -29,7 +29,9 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from _tables import _DATA, _escape, _latex_table, _tabular, method_label, published_scores
+from _frames import published_scores
+from _records import DATA_NAMES, method_label
+from _render import escape, latex_table, tabular
 from torch import Tensor
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
@@ -209,7 +211,7 @@ def frame(rows: list[dict[str, Any]], latent_dims: tuple[int, ...]) -> pd.DataFr
                     lines.append(
                         {
                             "panel": _panel(decoder),
-                            "column": f"{_DATA[data]}, p = {latent_dim}",
+                            "column": f"{DATA_NAMES[data]}, p = {latent_dim}",
                             "data": data,
                             "decoder": decoder,
                             "latent_dim": latent_dim,
@@ -241,9 +243,11 @@ def caption(record: dict[str, Any]) -> str:
         "images; only the VAE itself is trained. "
     )
     ran = {row["data"] for row in record["rows"]}
-    sources = [f"{_DATA[data]} is {name}" for data, name in record["images"].items() if data in ran]
+    sources = [
+        f"{DATA_NAMES[data]} is {name}" for data, name in record["images"].items() if data in ran
+    ]
     text += f"Images: {', '.join(sources)}. " if sources else ""
-    text += " ".join(f"{_DATA[e['data']]} was not run: {e['why']}." for e in record["not_run"])
+    text += " ".join(f"{DATA_NAMES[e['data']]} was not run: {e['why']}." for e in record["not_run"])
     decoder = [row for row in record["rows"] if row["guide"] == "gp" and row["decoder"] == "conv"]
     if decoder and statistics.median(row["ms_high"] / row["ms_low"] for row in decoder) > 1.5:
         text += " The machine was busy: quartiles of GPVAE differ by more than half."
@@ -273,10 +277,10 @@ def latex(table: pd.DataFrame, caption: str) -> str:
         lines = []
         for method, rows in part.groupby("method", sort=False):
             cells = [text for _, row in rows.iterrows() for text in _texts(row)]
-            lines.append(" & ".join(map(_escape, [str(method), *cells])))
+            lines.append(" & ".join(map(escape, [str(method), *cells])))
         heads = [[f"{column}, ms", "ratio", "paper"] for column in dict.fromkeys(part["column"])]
-        blocks.append(_tabular(str(panel), heads, lines))
-    return _latex_table("table6", caption, blocks)
+        blocks.append(tabular(str(panel), heads, lines))
+    return latex_table("table6", caption, blocks)
 
 
 def _texts(row: Any) -> list[str]:

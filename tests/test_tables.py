@@ -19,15 +19,16 @@ from pyro_gpvae.files import read_json, write_json
 from pyro_gpvae.plots.tables import companion_dots, score_dots, time_dots
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-import _tables
+import _frames
+import _records
 import main_table
 import table4
 import table5
 import table6
 from _tables import Options, main
 
-SMALL = _tables.Table(
-    "small", "Small", {"": (_tables.Column("mnist", 10),)}, ("vae", "sa:4", "me:2", "gp")
+SMALL = _records.Table(
+    "small", "Small", {"": (_records.Column("mnist", 10),)}, ("vae", "sa:4", "me:2", "gp")
 )
 
 
@@ -95,7 +96,7 @@ def make(table, folder, out, **options):
 
 
 def published4():
-    return pd.read_csv(_tables.PUBLISHED / "table4.csv", comment="#")
+    return pd.read_csv(_frames.PUBLISHED / "table4.csv", comment="#")
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +223,9 @@ def test_table_5_has_both_decoders(tmp_path):
 
 
 def test_published_numbers_are_complete():
-    counts = [len(_tables.published_scores(name)) for name in ("score", "ms")]
+    counts = [len(_frames.published_scores(name)) for name in ("score", "ms")]
     assert counts == [22 * 3 + 16 * 4, 6 * 4]
-    frame = _tables.published_scores()
+    frame = _frames.published_scores()
     assert frame.index.is_unique
     assert frame.loc[("gp", "cifar10", 50, "conv"), "score"] == 2786.5
     assert frame.loc[("vlae:8", "omniglot", 50, "fc"), "score"] == 553.1
@@ -279,7 +280,7 @@ def test_a_warm_start_within_the_budget_needs_no_control(tmp_path):
 def test_gradient_steps_of_each_guide():
     expected = {"vae": 1, "gp": 1, "me:3": 3, "me:num_components=3": 3, "rme:2": 6, "rme:1": 1,
                 "sa:4": 5, "vlae:4": 1}  # fmt: skip
-    assert {guide: _tables.gradients(guide) for guide in expected} == expected
+    assert {guide: _records.gradients(guide) for guide in expected} == expected
 
 
 REFUSED = {
@@ -370,7 +371,7 @@ def test_the_companion_ranks_and_tests_every_score(tmp_path):
     frame = make(SMALL, tmp_path / "runs", tmp_path / "out")
     assert frame.set_index("method").loc["GPVAE", "mark"] == "best"
     companion = pd.read_csv(tmp_path / "out" / "small_companion.csv")
-    assert list(dict.fromkeys(companion["score"])) == list(_tables.COMPANION)
+    assert list(dict.fromkeys(companion["score"])) == list(_frames.COMPANION)
     rows = companion.set_index(["score", "method"])
     assert rows.loc[("IWAE, own q", "GPVAE"), "mark"] == "best"
     assert rows.loc[("IWAE, own q", "GPVAE"), "mean"] == pytest.approx(115.0)
