@@ -5,8 +5,8 @@
 Each layer of the tables, as torch computes it, in channels-last memory, as a 2×2 convolution with
 four times the channels, as a matrix product, and as ``pyro_gpvae`` does: forward and backward, the
 weights of ten models by ``vmap`` beside ten layers in turn, and forward only, as in evaluation.
-Then the whole networks, with torch's own layers and with ours. JSON and Markdown are written to
---out.
+Then the whole networks, with torch's own layers and with ours. Freed memory is kept, as ``fit``
+does it. JSON and Markdown are written to --out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
 from pyro_gpvae import build_decoder, build_encoder
+from pyro_gpvae.allocator import keep_freed_memory
 from pyro_gpvae.convolutions import ConvTranspose2d
 from pyro_gpvae.networks import ImageShape, feature_dim
 from pyro_gpvae.randomness import seeded
@@ -57,6 +58,8 @@ class FormulationOptions(Options):
 
 
 def main(options: FormulationOptions) -> None:
+    if options.on().type == "cpu":
+        keep_freed_memory()
     report = Report(
         "formulations",
         "Formulations of the networks",
@@ -109,7 +112,13 @@ def measure(report: Report, options: FormulationOptions, shape: ImageShape) -> N
     for module in in_place.modules():
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
             module.inplace = True
-    networks = {TORCH: plain, OURS: network, "ours, activations in place": in_place}
+    networks = {
+        TORCH: plain,
+        OURS: network,
+        "ours, activations in place": in_place,
+        "torch, channels last": copy.deepcopy(plain).to(memory_format=torch.channels_last),
+        "ours, channels last": copy.deepcopy(network).to(memory_format=torch.channels_last),
+    }
     steps = {k: training(m, nn.Module.__call__, x, False) for k, m in networks.items()}
     add(report, options, f"{title}, whole, training", steps, TORCH)
     stacks = {TURNS: in_turn(plain, x, False, options.models)}
@@ -117,6 +126,8 @@ def measure(report: Report, options: FormulationOptions, shape: ImageShape) -> N
         stacks[key] = stacked(module, nn.Module.__call__, x, False, options.models)
     add(report, options, f"{title}, whole, stacked", stacks, TURNS)
     decoders = {k: evaluation(m[2], nn.Module.__call__, z) for k, m in networks.items()}
+    compiled: Any = torch.compile(network[2], fullgraph=True, dynamic=False)
+    decoders["ours, compiled"] = evaluation(compiled, nn.Module.__call__, z)
     add(report, options, f"{title}, decoder, evaluation", decoders, TORCH)
 
 
