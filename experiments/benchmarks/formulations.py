@@ -116,8 +116,8 @@ def measure(report: Report, options: FormulationOptions, shape: ImageShape) -> N
         TORCH: plain,
         OURS: network,
         "ours, activations in place": in_place,
-        "torch, channels last": copy.deepcopy(plain).to(memory_format=torch.channels_last),
-        "ours, channels last": copy.deepcopy(network).to(memory_format=torch.channels_last),
+        "torch, channels last": weights_channels_last(plain),
+        "ours, channels last": weights_channels_last(network),
     }
     steps = {k: training(m, nn.Module.__call__, x, False) for k, m in networks.items()}
     add(report, options, f"{title}, whole, training", steps, TORCH)
@@ -165,6 +165,15 @@ def torchs_own(network: nn.Sequential) -> nn.Sequential:
     for module in network.modules():
         if isinstance(module, ConvTranspose2d):
             module.__class__ = nn.ConvTranspose2d  # type: ignore[assignment]
+    return network
+
+
+def weights_channels_last(network: nn.Sequential) -> nn.Sequential:
+    """A copy with all weights in channels-last memory, which activations then follow."""
+    network = copy.deepcopy(network)
+    for parameter in network.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network
 
 
