@@ -3,7 +3,7 @@ r"""How well a variational autoencoder infers: models, guides and measurements i
 from pyro_gpvae.annealing import annealed_evidence, bidirectional
 from pyro_gpvae.checkpoint import Checkpoints
 from pyro_gpvae.config import RunConfig
-from pyro_gpvae.data import ImageData, load_data
+from pyro_gpvae.data import ImageData, load_data, memory_mapped
 from pyro_gpvae.distributions import MarginalPosterior
 from pyro_gpvae.elbo import MeanFieldELBO, PerImage, TraceELBO, elbo_terms
 from pyro_gpvae.gap import Gap, decompose
@@ -57,6 +57,7 @@ __all__ = [
     "log_evidence",
     "log_weights",
     "make_guide",
+    "memory_mapped",
     "reference_evidence",
     "resume_run",
     "resume_seeds",

@@ -159,7 +159,6 @@ class MarginalPosterior(TorchDistribution):
         )
         self.num_nodes = num_nodes
         self._unexpanded = tuple(getattr(self, name) for name in self.arg_constraints)
-        self._tables: list[tuple[Tensor, Tensor]] = []
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     def expand(
@@ -170,8 +169,7 @@ class MarginalPosterior(TorchDistribution):
         new = self._get_checked_instance(MarginalPosterior, _instance)  # type: ignore[no-untyped-call]
         for name in self.arg_constraints:
             setattr(new, name, getattr(self, name).expand(batch_shape))
-        new.num_nodes = self.num_nodes
-        new._unexpanded, new._tables = self._unexpanded, self._tables
+        new.num_nodes, new._unexpanded = self.num_nodes, self._unexpanded
         super(MarginalPosterior, new).__init__(torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -198,30 +196,24 @@ class MarginalPosterior(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        log_mass, precision = self._mixture()
-        loc = self._unexpanded[0]
-        value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
-        square = (value - loc).square()
-        samples = square.reshape(-1, *square.shape[square.dim() - loc.dim() :])
-        step = max(1, _MAX_NODES // max(1, self.num_nodes * samples[0].numel()))
-        parts = [_mix(log_mass, precision, part) for part in samples.split(step)]
-        return torch.cat(parts).reshape(square.shape) - 0.5 * math.log(2 * math.pi)
-
-    def _mixture(self) -> tuple[Tensor, Tensor]:
-        """Log mass, normaliser included, and precision of each normal of the mixture: what does
-        not depend on the sample, (nodes, 1, *batch). Without gradients computed once."""
-        if self._tables and not torch.is_grad_enabled():
-            return self._tables[0]
+        # what depends on the node but not on the sample: ℓ, its variance and its normaliser
         loc, loc_scale, log_scale, log_scale_scale = self._unexpanded
         shape = (-1, 1) + (1,) * loc.dim()  # nodes, samples, latents
         quadrature = _gauss_hermite(self.num_nodes)
         nodes, log_weights = (loc.new_tensor(t).reshape(shape) for t in quadrature)
         ell = bounded(torch.addcmul(log_scale, log_scale_scale, nodes))
         variance = (2 * ell).exp() + loc_scale.square()
-        table = torch.add(log_weights, variance.log(), alpha=-0.5), variance.reciprocal()
-        if not torch.is_grad_enabled():
-            self._tables.append(table)
-        return table
+        log_mass = torch.add(log_weights, variance.log(), alpha=-0.5)
+        precision = variance.reciprocal()
+
+        value = value.expand(torch.broadcast_shapes(value.shape, self.batch_shape))
+        square = (value - loc).square()
+        if not square.numel():
+            return square
+        samples = square.reshape(-1, *square.shape[square.dim() - loc.dim() :])
+        step = max(1, _MAX_NODES // max(1, self.num_nodes * samples[0].numel()))
+        parts = [_mix(log_mass, precision, part) for part in samples.split(step)]
+        return torch.cat(parts).reshape(square.shape) - 0.5 * math.log(2 * math.pi)
 
 
 def _mix(log_mass: Tensor, precision: Tensor, square: Tensor) -> Tensor:

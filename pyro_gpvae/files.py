@@ -209,14 +209,14 @@ def work_folder(
         if not resume and (folder / CHECKPOINTS).exists():
             if not overwrite:
                 raise FileExistsError(
-                    f"{folder} holds an unfinished run: continue it (--resume {path.name}), or "
+                    f"{folder} holds an unfinished run: continue it (--resume {path}), or "
                     "overwrite it (--overwrite)"
                 )
             shutil.rmtree(folder / CHECKPOINTS)
         try:
             yield folder
         except BaseException:
-            if not (folder / CHECKPOINTS).exists():  # nothing to continue
+            if not any((folder / CHECKPOINTS).glob("step-*")):  # nothing to continue
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         check_replaceable(path, overwrite or resume, files)

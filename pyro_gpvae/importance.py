@@ -16,6 +16,7 @@ from pyro import poutine
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.allocator import keep_freed_memory
@@ -77,7 +78,8 @@ def log_weights(
             the order of random numbers, nothing else. By default 640 on a CPU; on a GPU 65,536, or
             as many as fit half of its free memory, halved until they do.
         memory: Instead of chunk_size, how many bytes decoding and densities may take beside the
-            images, the networks and the log weights. See :func:`bytes_per_latent`.
+            images, the networks and the log weights. See :func:`bytes_per_latent`. Like
+            chunk_size it changes the order of random numbers.
         precision: Of the decoder where p(x|z) is scored; densities, the encoder and refinement
             are computed in full. "tf32" and "bf16" are approximations, so that the result is
             no longer a bound; None leaves torch's settings alone, which allow TF32 in the
@@ -94,12 +96,14 @@ def log_weights(
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     check_batch(model, x)
+    _check_pixels(x)
     device, _ = device_and_dtype(model, x)
     if device.type == "cpu":
         keep_freed_memory()
     scored = _lower_decoder(model, precision)
     if chunk_size is None:
-        chunk_size = _chunk_size(model, guide, x, memory)
+        with refused_parameters():
+            chunk_size = _chunk_size(model, guide, x, memory)
     elif memory is not None:
         raise ValueError(f"give chunk_size or memory, not both: got {chunk_size} and {memory}")
     if chunk_size < 1:
@@ -110,19 +114,25 @@ def log_weights(
     columns = []
     size = min(chunk_size, MAX_IMAGES)
     for start in range(0, len(x), size):
-        batch = as_pixels(model, x[start : start + size])
-        try:
-            with (
-                refused_parameters(),
-                autocast(None if precision is None else "float32", batch.device.type),
-            ):
-                weights = _log_weights_of_batch(scored, guide, batch, num_samples, chunk_size)
-            _check_weights(weights)
-        except (LinAlgError, NonFiniteError) as error:
-            if start == 0:
+        batch = _to_pixels(model, x[start : start + size])
+        with autocast(None if precision is None else "float32", device.type):
+            try:
+                with refused_parameters():
+                    weights = _log_weights_of_batch(scored, guide, batch, num_samples, chunk_size)
+                _check_weights(weights, start)
+            except LinAlgError as error:
+                if start == 0:
+                    raise
+                where = f"{error} (images are counted from image {start} of the batch)"
+                raise LinAlgError(where) from error
+            except NonFiniteError as error:
+                if error.images:
+                    raise
+                # a parameter was refused: without checks it shows in the weights of its images
+                with unvalidated():
+                    weights = _log_weights_of_batch(scored, guide, batch, num_samples, chunk_size)
+                _check_weights(weights, start, f": {error}")
                 raise
-            where = f"{error} (images are counted from image {start} of the batch)"
-            raise type(error)(where) from error
         columns.append(weights)
     return torch.cat(columns, dim=1)
 
@@ -344,7 +354,7 @@ def bytes_per_latent(model: Program, guide: Program, x: Tensor) -> int:
     device, _ = device_and_dtype(model, x)
     peaks = []
     for count in (2, 4):
-        images = as_pixels(model, x[:1]).expand(count, *x.shape[1:])
+        images = _to_pixels(model, x[:1]).expand(count, *x.shape[1:])
         with torch.no_grad(), seeded(0, device):
             programs = _local_programs(model, guide, images)
             with PeakMemory() as memory:
@@ -431,11 +441,27 @@ def _log_weights_of_chunk(model: Program, guide: Program, x: Tensor, count: int)
     _, model_trace, guide_trace = vectorized_importance_weights(
         model, guide, x, num_samples=count, max_plate_nesting=1
     )
+    _check_support(model_trace)
     # a guide's auxiliary sites are absent from the model: p(x, z) / q(z | x, auxiliary)
     # is unbiased, dividing by their density as well would not be
     return site_sum(model_trace, model_trace, (count, len(x))) - site_sum(
         guide_trace, model_trace, (count, len(x))
     )
+
+
+def _check_support(model_trace: Any) -> None:
+    """Refuses draws of z that the prior cannot make, whether or not Pyro looks."""
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or not in_data_plate(site):
+            continue
+        support = site["fn"].support
+        while isinstance(support, constraints.independent):
+            support = support.base_constraint
+        if support is not constraints.real and not bool(support.check(site["value"]).all()):
+            raise ValueError(
+                f"the guide's draws of {name!r} lie outside the support {support} of the model's "
+                f"{type(site['fn']).__name__}: give both the same support"
+            )
 
 
 def as_pixels(model: Any, x: Tensor) -> Tensor:
@@ -450,9 +476,19 @@ def as_pixels(model: Any, x: Tensor) -> Tensor:
         ValueError: If x is another type of number, not finite, or obviously not on the scale of
             pixels/255: beyond ±100, or above 2 with no value below zero.
     """
+    _check_pixels(x)
+    return _to_pixels(model, x)
+
+
+def _to_pixels(model: Any, x: Tensor) -> Tensor:
     device, dtype = device_and_dtype(model, x)
+    return x.to(device).to(dtype) / 255 if x.dtype == torch.uint8 else x.to(device, dtype)
+
+
+def _check_pixels(x: Tensor) -> None:
+    """See :func:`as_pixels`; of all images at once, whose scale is one."""
     if x.dtype == torch.uint8:
-        return x.to(device).to(dtype) / 255
+        return
     if not x.dtype.is_floating_point:
         raise ValueError(f"images must be uint8 values or floats in [0, 1], got {x.dtype}")
     low, high = float(x.min()), float(x.max())
@@ -463,7 +499,6 @@ def as_pixels(model: Any, x: Tensor) -> Tensor:
             f"images must be uint8, or floats on the scale [0, 1], got floats between {low:g} and "
             f"{high:g}: divide values 0 to 255 by 255"
         )
-    return x.to(device, dtype)
 
 
 def check_batch(model: Any, x: Any) -> None:
@@ -474,13 +509,17 @@ def check_batch(model: Any, x: Any) -> None:
         model.check_shape(x)
 
 
-def _check_weights(log_weights: Tensor) -> None:
-    wrong = (~(log_weights < math.inf)).any(0).nonzero().flatten().tolist()
+def _check_weights(log_weights: Tensor, start: int, reason: str = "") -> None:
+    """Names images with weights that are not finite; the first one has the number ``start``."""
+    bad = (~(log_weights < math.inf)).any(0).nonzero().flatten()
+    wrong = [start + int(i) for i in bad]
     if wrong:
         names = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        default = (
+            f": a density of the guide or of the model is NaN or overflows {log_weights.dtype}"
+        )
         raise NonFiniteError(
-            f"log p(x, z) - log q(z|x) is not finite for image {names}: a density of the guide or "
-            f"of the model is NaN or overflows {log_weights.dtype}",
+            f"log p(x, z) - log q(z|x) is not finite for image {names}{reason or default}",
             images=wrong,
         )
 

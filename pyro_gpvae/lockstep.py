@@ -2,6 +2,7 @@ r"""One run, or several that are stacked, as one thing that makes steps."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class Lockstep:
         images: Training images, uint8 (N, C, H, W).
         device: Where to train.
         backend: Of the step.
+        strict: Whether it is an error if that cannot be.
         options: What a checkpoint must have in common with the training that goes on from it.
         gather: What fetches pixels, if the images stay on the host.
         how: Keyword arguments of :class:`pyro_gpvae.steps.TrainingStep`.
@@ -44,29 +46,36 @@ class Lockstep:
         device: torch.device,
         *,
         backend: Backend,
+        strict: bool,
         options: Mapping[str, Any],
         gather: Gathering | None = None,
         **how: Any,
     ) -> None:
+        begin = time.monotonic()
         self.seeds = [seed for seed, *_ in programs]
         self.gather = gather
         self.stacked: StackedStep | None = None
         generators: list[torch.Generator | None] = [None]
         if len(programs) == 1:
             ((_, model, guide),) = programs
-            self.steps = [TrainingStep(model, guide, images, backend=backend, **how)]
+            self.steps = [TrainingStep(model, guide, images, backend=backend, strict=strict, **how)]
         else:
             self.steps, own = [], []
             for seed, model, guide in programs:
                 with seeded(seed, device):
                     self.steps.append(TrainingStep(model, guide, images, **how))
                     own.append(global_generator(device))
-            self.stacked = StackedStep(self.steps, own, backend)
+            self.stacked = StackedStep(self.steps, own, backend, strict)
             generators = [*own]
         self.states = [
-            Progress(step, {"seed": seed, **options, **_trained(step)}, generator)
+            Progress(step, {"seed": seed, **options, **_trained(step)}, generator, begin)
             for seed, step, generator in zip(self.seeds, self.steps, generators, strict=True)
         ]
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that was taken."""
+        return self.steps[0].backend if self.stacked is None else self.stacked.backend
 
     def step(self) -> None:
         """Makes one step of every run."""
@@ -109,6 +118,8 @@ class Lockstep:
         """
         for state, part in zip(self.states, split_state(saved, len(self.states)), strict=True):
             state.restore(part)
+        if len({(state.step, state.epoch, state.position) for state in self.states}) > 1:
+            raise ValueError(f"the runs of the checkpoint of step {saved.step} are not at one step")
         if self.stacked is not None:
             self.stacked.share_moments()
 

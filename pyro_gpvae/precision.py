@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 __all__ = ["Precision", "autocast", "lowered"]
 
@@ -51,7 +52,7 @@ def autocast(precision: Precision | None, device_type: str) -> Iterator[None]:
 
 @contextmanager
 def lowered(module: nn.Module, precision: Precision | None) -> Iterator[None]:
-    """Runs one module, wherever it is called, under :func:`autocast`; its output is cast back.
+    """Runs one module, wherever it is called, under :func:`autocast`; what it returns is cast back.
 
     Arguments:
         module: The module, such as a model's decoder.
@@ -82,7 +83,9 @@ def lowered(module: nn.Module, precision: Precision | None) -> Iterator[None]:
     def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         context, dtype = contexts.pop()
         context.__exit__(None, None, None)
-        return output.to(dtype) if isinstance(output, Tensor) else output
+        return tree_map(
+            lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, output
+        )
 
     with ExitStack() as stack:
         # also if the module fails: its context is left, and the error goes on

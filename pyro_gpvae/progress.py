@@ -26,6 +26,7 @@ class Progress:
         stepper: TrainingStep,
         options: Mapping[str, Any],
         generator: torch.Generator | None = None,
+        begin: float | None = None,
     ) -> None:
         self.generator = generator  # of the run's own noise, if that is not the global one
         self.optimizers = stepper.optimizers
@@ -39,7 +40,7 @@ class Progress:
         self.epoch = self.step = 0
         self.skips_known = 0  # when the device was last read
         self.rows: list[dict[str, float]] = []
-        self._begin = time.monotonic()
+        self._begin = time.monotonic() if begin is None else begin
         self._start_epoch()
 
     @property
@@ -119,7 +120,7 @@ class Progress:
         try:
             self._check(saved.values, name)
             self._restore(saved, name)
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        except (AttributeError, LookupError, TypeError, RuntimeError) as error:
             raise ValueError(f"{name} makes no sense: {error!r}; delete it") from error
 
     def _check(self, values: Mapping[str, Any], name: str) -> None:
@@ -161,13 +162,17 @@ class Progress:
             for key, tensor in take(f"moments.{number}.").items():
                 index, _, moment = key.partition(".")
                 parameter = trained[int(index)]
-                if tensor.shape == parameter.shape:
+                if tensor.shape != (torch.Size() if moment == "step" else parameter.shape):
+                    raise ValueError(f"{name}: {moment} has shape {tuple(tensor.shape)}")
+                if moment != "step":
                     # Adam's fused kernels go through both in the order of memory
                     tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-                elif tensor.dim():
-                    raise ValueError(f"{name}: {moment} has shape {tuple(tensor.shape)}")
                 moments.setdefault(int(index), {})[moment] = tensor
+            if any(m.keys() != {"step", "exp_avg", "exp_avg_sq"} for m in moments.values()):
+                raise KeyError("moments of Adam are missing")
             optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
+        if take("moments."):
+            raise KeyError("it has moments of other parameters")
         self.permutations.set_state(tensors.pop("random.permutations"))
         random = take("random.")
         if self.device.type == "cuda" and "cuda" not in random:
@@ -179,7 +184,10 @@ class Progress:
         set_random_state(random, self.device)
         if self.generator is not None and self._own in random:
             self.generator.set_state(random[self._own])
-        self.order = tensors["order"].to(self.images_device)
+        order = tensors["order"]
+        if not torch.equal(order.sort().values, torch.arange(self.options["num_images"])):
+            raise TypeError("its order of images is no permutation")
+        self.order = order.to(self.images_device)
         self.tally.loss.copy_(tensors["loss"])
         self.tally.seen.fill_(values["seen"])
         self.tally.skipped.fill_(values["skipped"])
@@ -204,7 +212,10 @@ def split_state(merged: TrainingState, count: int) -> list[TrainingState]:
     Raises:
         ValueError: If it holds another number of runs.
     """
-    found = len(merged.values["runs"]) if "runs" in merged.values else 1
+    runs = merged.values.get("runs", [merged.values])
+    if not isinstance(runs, list) or not all(isinstance(values, dict) for values in runs):
+        raise ValueError(f"the checkpoint of step {merged.step} makes no sense; delete it")
+    found = len(runs)
     if found != count:
         raise ValueError(
             f"the checkpoint of step {merged.step} is of {found} runs, not {count}: "

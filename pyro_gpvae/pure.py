@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae.randomness import random_state, untouched
 
-__all__ = ["Draw", "PureLoss", "UnsupportedError", "pure_loss", "unvalidated"]
+__all__ = ["Draw", "PureLoss", "UnsupportedError", "pure_loss", "snapshot", "unvalidated"]
 
 #: Random operators whose numbers depend on the shape, dtype and device of the result alone, as a
 #: method that fills a tensor with them, and its arguments if they are not the operator's own.
@@ -143,8 +144,9 @@ def pure_loss(
     missing = [tuple(p.shape) for p in parameters if id(p) not in ids]
     if missing:
         raise UnsupportedError(
-            f"parameters of shape {', '.join(map(str, missing[:3]))} belong to no module, but to "
-            "pyro.param statements: make the guide a pyro_gpvae.Program"
+            f"parameters of shape {', '.join(map(str, missing[:3]))} belong to no module that is "
+            "the model or the guide, but to pyro.param or pyro.module statements: make it a "
+            "torch.nn.Module or pyro_gpvae.Program that holds them"
         )
     trained = {ids[id(p)]: p for p in parameters}
     others = {n: t.detach() for n, t in tensors.items() if n not in trained}
@@ -177,7 +179,6 @@ def pure_loss(
     changed = [name for name in after if name not in before or before[name] != after[name]]
     if changed:
         raise UnsupportedError(f"a call changes its attribute {changed[0]}, which a graph cannot")
-    _refuse_state(traced)
     _refuse_state(traced)  # before functionalize stumbles over it
     draws = _lift_noise(traced)
     with untouched(x.device):
@@ -210,8 +211,9 @@ def _replaced(
         rebound = [name for store, name, old in places if store.get(name) is not new[id(old)]]
         if rebound:
             raise UnsupportedError(
-                f"a call replaces its tensor {rebound[0]}: write to it in place, with copy_, or "
-                "(a PyroModule) use pyro.settings.set(module_local_params=True)"
+                f"a call replaces its tensor {rebound[0]}, as PyroParam does: make that a "
+                "torch.nn.Parameter, and transform it where it is used; or write to it in place, "
+                "with copy_"
             )
     finally:
         for store, name, tensor in places:
@@ -226,11 +228,25 @@ def _outside_torch(device: torch.device) -> dict[str, list[float]]:
 def _attributes(container: nn.Module) -> dict[str, Any]:
     """What modules keep in Python, which a graph would freeze as it is today."""
     return {
-        f"{prefix}.{name}": id(value) if isinstance(value, Tensor) else value
+        f"{prefix}.{name}": snapshot(value)
         for prefix, module in container.named_modules()
         for name, value in vars(module).items()
-        if value is None or isinstance(value, int | float | str | bool | Tensor)
+        if name not in _OF_ALL_MODULES
     }
+
+
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+
+
+def snapshot(value: Any) -> Any:
+    """Numbers and texts, also inside lists, sets and dictionaries, as they are now."""
+    if isinstance(value, dict):
+        return {key: snapshot(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value).__name__, [snapshot(inner) for inner in value]
+    if value is None or isinstance(value, int | float | str | bool | np.generic):
+        return value
+    return id(value) if isinstance(value, Tensor) else None
 
 
 def _lift_noise(traced: GraphModule) -> tuple[Draw, ...]:
@@ -295,9 +311,23 @@ def _is_whole(node: Node) -> bool:
     return fresh in ("empty", "empty_strided", "zeros") and not before & set(made.users)
 
 
+def _shape_depends_on_data(node: Node) -> bool:
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    indices: Any = node.args[1]  # numbers are as many as there are; a mask is not
+    return any(i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices)
+
+
 def _refuse_state(graph: GraphModule) -> None:
-    """Refuses a graph that trains, or writes to, tensors that are not among its inputs."""
+    """Refuses a graph that trains, or writes to, tensors that are not among its inputs, or whose
+    shapes depend on data."""
     for node in graph.graph.nodes:
+        if _shape_depends_on_data(node):
+            raise UnsupportedError(
+                f"the shape of what {node.target} returns depends on data, as in x[x > 0]"
+            )
         if node.op != "get_attr":
             continue
         tensor = getattr(graph, node.target)

@@ -2,6 +2,7 @@ r"""Random numbers of one's own: seeded inside a block, as they were after it.""
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["global_generator", "random_state", "seeded", "set_random_state", "untouched"]
+__all__ = [
+    "global_generator",
+    "random_state",
+    "seeded",
+    "set_global_state",
+    "set_random_state",
+    "untouched",
+]
 
 
 @contextmanager
@@ -26,6 +34,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         >>> torch.equal(torch.random.get_rng_state(), state)
         True
     """
+    seed = operator.index(seed)
     cuda = device.type == "cuda"
     # the global generator of numpy is meant: a guide of the user's may draw from it
     others = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -51,6 +60,14 @@ def global_generator(device: torch.device) -> torch.Generator:
     else:
         generator.set_state(torch.random.get_rng_state())
     return generator
+
+
+def set_global_state(state: Tensor, device: torch.device) -> None:
+    """Puts the global generator of a device into the state of a generator."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.random.set_rng_state(state)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -98,7 +115,8 @@ def untouched(device: torch.device, tensors: Iterable[Tensor] = ()) -> Iterator[
     try:
         yield
     finally:
+        set_random_state(state, device)
         with torch.no_grad():
             for tensor, value in kept:
-                tensor.copy_(value)
-        set_random_state(state, device)
+                if not torch.equal(tensor, value):  # nobody can write to an expanded one
+                    tensor.copy_(value)

@@ -413,6 +413,7 @@ class Begun:
                 "test_sha256": self.hashes["test"],
             },
             **environment(device),
+            "backend": trained.backend,
             "steps": int(history["step"].iloc[-1]),
             "seconds": {
                 "training": float(history["seconds"].iloc[-1]),
@@ -470,6 +471,9 @@ def load_run(
         raise FileNotFoundError(
             f"there is no run folder {folder}: {hint or 'expected one that train wrote'}"
         )
+    inside = sorted(path.parent.name for path in folder.glob("*/record.json"))
+    if inside and not (folder / "record.json").exists():
+        raise ValueError(f"{folder} holds the runs {', '.join(inside)}: name one of them")
     if (folder / MANIFEST).exists():  # runs of version 0.1 have none
         check_manifest(folder)
     source = folder / "config.json"

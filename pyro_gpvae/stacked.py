@@ -2,6 +2,7 @@ r"""Several independent trainings in one program: their tensors are stacked, the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae.pure import PureLoss, UnsupportedError
+from pyro_gpvae.randomness import set_global_state, untouched
 from pyro_gpvae.steps import Backend, TrainingStep, in_memory_of
 from pyro_gpvae.tally import Tally
 
 __all__ = ["StackedStep"]
+
+_log = logging.getLogger(__name__)
 
 
 class StackedStep:
@@ -30,11 +34,14 @@ class StackedStep:
             parameters.
         generators: Of each run, in the state in which its first step is to find it.
         backend: "eager" runs the vectorised function operator by operator; "compiled".
+        strict: Whether it is an error if it cannot be compiled; otherwise a line in the log says
+            why it runs operator by operator.
 
     Attributes:
         tally: What happened so far, each tensor (S,).
 
     Raises:
+        ValueError: If runs share a parameter or buffer, or theirs have other names or shapes.
         UnsupportedError: If the programs cannot be made a pure function, or not vectorised.
     """
 
@@ -43,11 +50,18 @@ class StackedStep:
         steps: Sequence[TrainingStep],
         generators: Sequence[torch.Generator],
         backend: Backend = "eager",
+        strict: bool = True,
     ) -> None:
         self.steps = list(steps)
         self.generators = list(generators)
-        self.backend = backend
+        self.backend: Backend = backend
+        self._strict = strict
         first = self.steps[0]
+        if any(name.startswith("param.") for name in first.parameters):
+            raise UnsupportedError(
+                "model and guide cannot be stacked: parameters of pyro.param statements belong to "
+                "no module. Train seed by seed"
+            )
         self.images = first.images
         self.device = first.device
         self.tally = Tally(self.device, halt=True, shape=(len(self.steps),))
@@ -71,7 +85,8 @@ class StackedStep:
             self.optimizers.append(stacked)
         self.share_moments()
         with first.flags():
-            self._function(0, self.images[: first.batch_size])  # now, if it cannot be done at all
+            for block in range(len(first.blocks)):  # now, if it cannot be done at all
+                self._verify(block)
 
     def __call__(self, batches: Tensor) -> Tensor:
         """Makes one step of every run.
@@ -115,6 +130,8 @@ class StackedStep:
                 owners = [(s.optimizers[block].state, s.parameters[name]) for s in self.steps]
                 states = [state.get(parameter, {}) for state, parameter in owners]
                 resumed = all("step" in state for state in states)
+                if len({float(state["step"]) for state in states if "step" in state}) > 1:
+                    raise ValueError(f"the runs have made different numbers of steps of {name}")
                 moments = {
                     key: torch.stack([s[key] for s in states])
                     if resumed
@@ -132,19 +149,30 @@ class StackedStep:
     def _names(self, block: int) -> list[str]:
         """The names of what a block trains."""
         first = self.steps[0]
-        names = {id(p): name for name, p in first.parameters.items()}
+        names = {id(tensor): name for name, tensor in _named_once(first).items()}
         return [names[id(p)] for p in first.blocks[block].parameters]
 
     def _share_tensors(self) -> None:
         """Stacks the parameters and buffers of the runs, which become views of the stack."""
-        runs = [dict(step.named_tensors()) for step in self.steps]
+        runs = [_named_once(step) for step in self.steps]
         for run in runs[1:]:
             for name in run.keys() | runs[0].keys():
-                shapes = [r[name].shape if name in r else None for r in (runs[0], run)]
-                if shapes[0] != shapes[1]:
+                mine, other = (r.get(name) for r in (runs[0], run))
+                if mine is None or other is None or mine.shape != other.shape:
+                    shapes = [None if t is None else tuple(t.shape) for t in (mine, other)]
                     raise ValueError(
                         f"{name} is not the same tensor in all runs, build them alike: "
                         f"shapes {shapes[0]} and {shapes[1]}"
+                    )
+                if mine.requires_grad != other.requires_grad:
+                    raise ValueError(f"{name} is trained in some runs only: build them alike")
+        owners: dict[int, int] = {}
+        for number, run in enumerate(runs):
+            for name, tensor in run.items():
+                if owners.setdefault(id(tensor), number) != number:
+                    raise ValueError(
+                        f"runs {owners[id(tensor)]} and {number} share {name}: every seed needs a "
+                        "model and a guide of its own"
                     )
         for name, tensor in runs[0].items():
             stack = torch.stack([run[name].detach() for run in runs])
@@ -157,7 +185,12 @@ class StackedStep:
         key = block, len(x)
         if key not in self._functions:
             first, generator = self.steps[0], torch.Generator(self.device)
-            pure = first.pure(block, first.prepare(x))
+            try:
+                pure = first.pure(block, first.prepare(x))
+            except UnsupportedError as error:
+                raise UnsupportedError(
+                    f"model and guide cannot be stacked: {error}. Train seed by seed"
+                ) from error
             count = len(self.steps)
             inputs = [
                 torch.stack([first.prepare(x)] * count),
@@ -170,11 +203,65 @@ class StackedStep:
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 raise UnsupportedError(
-                    f"these programs cannot be stacked ({reason}): train seed by seed"
+                    f"model and guide cannot be stacked: {reason}. Train seed by seed"
                 ) from error
-            compiled = self.backend == "compiled" and len(x) == first.batch_size
-            self._functions[key] = (
-                torch.compile(graph, fullgraph=True, dynamic=False) if compiled else graph
-            )
-            self._pure[key] = pure
+            self._functions[key], self._pure[key] = graph, pure
+            if self.backend == "compiled" and len(x) == first.batch_size:
+                try:
+                    compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+                    with torch.no_grad():
+                        compiled(*inputs)
+                    self._functions[key] = compiled
+                except Exception as error:  # of any kind: compilers raise what they like
+                    if self._strict:
+                        raise
+                    reason = str(error).partition("\n")[0] or type(error).__name__
+                    _log.warning("trained with backend 'eager', not 'compiled': %s", reason)
+                    self.backend = "eager"
         return self._functions[key], self._pure[key]
+
+    def _verify(self, block: int) -> None:
+        """Compares the part of every run with its own eager step, on the same noise and on images
+        of its own; leaves no trace."""
+        first = self.steps[0]
+        size, count = min(first.batch_size, len(self.images)), len(self.images)
+        rows = [(torch.arange(size) + 1 + run) % count for run in range(len(self.steps))]
+        x = torch.stack([first.prepare(self.images[i.to(self.images.device)]) for i in rows])
+        function, pure = self._function(block, self.images[:size])
+        states = [generator.get_state() for generator in self.generators]
+        noise = [pure.noise(generator) for generator in self.generators]
+        with torch.no_grad():
+            losses, *gradients = function(
+                x,
+                *(self._stack[name].detach().clone() for name in (*pure.leaves, *pure.others)),
+                *(torch.stack(draws) for draws in zip(*noise, strict=True)),
+            )
+        rtol = 1e-8 if x.dtype == torch.float64 else 0.1 if first.precision == "bf16" else 1e-3
+        for run, (step, state) in enumerate(zip(self.steps, states, strict=True)):
+            self.generators[run].set_state(state)
+            with untouched(self.device, [t for _, t in step.named_tensors()]):
+                set_global_state(state, self.device)
+                loss, own = step.eager(block)(x[run])
+            step.optimizers[block].zero_grad()
+            found = _size(losses[run], [g[run] for g in gradients])
+            if not torch.allclose(found, _size(loss, own), rtol=rtol, equal_nan=True):
+                raise UnsupportedError(
+                    f"model and guide cannot be stacked: run {run} has loss and gradient norm "
+                    f"{_size(loss, own).tolist()} alone, {found.tolist()} with the others; what "
+                    "differs between runs must be a parameter or a buffer. Train seed by seed"
+                )
+
+
+def _size(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """The loss, and the norm of all gradients."""
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    return torch.stack([loss.detach(), norm.to(loss)]).double()
+
+
+def _named_once(step: TrainingStep) -> dict[str, Tensor]:
+    """All parameters and buffers; those that several modules share by their first name."""
+    names: dict[int, str] = {}
+    for name, tensor in step.named_tensors():
+        names.setdefault(id(tensor), name)
+    tensors = dict(step.named_tensors())
+    return {name: tensors[name] for name in names.values()}

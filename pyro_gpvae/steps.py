@@ -22,7 +22,7 @@ from pyro_gpvae.distributed import World, shared_draws
 from pyro_gpvae.elbo import Objective, PerImage, without_syncs
 from pyro_gpvae.nonfinite import NonFiniteError, finite, refused_parameters
 from pyro_gpvae.precision import Precision, autocast, lowered
-from pyro_gpvae.pure import PureLoss, UnsupportedError, pure_loss, unvalidated
+from pyro_gpvae.pure import PureLoss, UnsupportedError, pure_loss, snapshot, unvalidated
 from pyro_gpvae.randomness import untouched
 from pyro_gpvae.tally import Tally
 
@@ -163,7 +163,7 @@ class TrainingStep:
         self.tally = Tally(self.device, halt)
         for optimizer in self.optimizers:
             optimizer.found_inf = self.tally.refused  # type: ignore[attr-defined]
-        self.backend = backend
+        self.backend: Backend = backend
         self.batch_size = min(batch_size, len(images))
         #: Why the last update was not made, if a program said so.
         self.reason = ""
@@ -199,7 +199,7 @@ class TrainingStep:
             batch = self.part(batch)
         with self.flags():
             if whole != self.batch_size or not self._fast:
-                evaluations = [self._eager(i, self.world.size > 1) for i in range(len(self.blocks))]
+                evaluations = [self.eager(i, self.world.size > 1) for i in range(len(self.blocks))]
                 return self._update(evaluations, batch, whole)
             if self.backend != "captured":
                 return self._update(self._fast, batch, whole)
@@ -238,14 +238,14 @@ class TrainingStep:
     def pure(self, block: int, x: Tensor) -> PureLoss:
         """The objective of a block as a pure function, for images of the shape of x."""
         objective, programs = self.objectives[block], self.programs[block]
-        before = dict(_numbers(objective))
+        before = snapshot(dict(vars(objective)))
         found = pure_loss(
             lambda x: self._loss(objective, programs, x),
             self.modules,
             self.blocks[block].parameters,
             x,
         )
-        if dict(_numbers(objective)) != before:
+        if snapshot(dict(vars(objective))) != before:
             raise UnsupportedError("its objective changes its attributes, which a graph cannot")
         return found
 
@@ -253,9 +253,8 @@ class TrainingStep:
         """The objective, with its networks in the precision asked for."""
         with ExitStack() as stack:
             if self.precision == "bf16":
-                for module in self.modules.values():
-                    for network in module.children():
-                        stack.enter_context(lowered(network, self.precision))
+                for network in itertools.chain(*map(_networks, self.modules.values())):
+                    stack.enter_context(lowered(network, self.precision))
             return objective.differentiable_loss(*programs, x)
 
     def _build(self, x: Tensor) -> None:
@@ -268,6 +267,7 @@ class TrainingStep:
                 graph = torch.compile(pure.graph, fullgraph=True, dynamic=False)
             self._fast.append(_traced(pure, graph, pure.noise))
             self._verify(block, mine)
+            self._verify(block, 1 - mine)  # what was read of those that were traced is wrong here
             if self.world.size > 1:
                 self._fast[block] = self._shared(block, pure, graph, x)
 
@@ -330,6 +330,11 @@ class TrainingStep:
         try:
             yield
         except Exception as error:  # of any kind: tracers and compilers raise what they like
+            if self._strict and isinstance(error, UnsupportedError):
+                raise UnsupportedError(
+                    f"model and guide cannot be trained with backend {self.backend!r}: {error}. "
+                    "Otherwise use 'eager', or 'auto'"
+                ) from error
             if self._strict:
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -341,7 +346,7 @@ class TrainingStep:
         """Compares a block with its eager equal, on the same noise; leaves no trace."""
         results: list[Tensor] = []
         # the eager way twice: a program that counts its calls has counted since it was traced
-        for evaluate in (self._eager(block), self._eager(block), self._fast[block]):
+        for evaluate in (self.eager(block), self.eager(block), self._fast[block]):
             try:
                 with untouched(self.device, self._buffers):
                     loss, gradients = evaluate(x)
@@ -354,10 +359,11 @@ class TrainingStep:
             if not torch.allclose(eager, results[2], rtol=rtol, equal_nan=True):
                 raise UnsupportedError(
                     f"loss and gradient norm are {results[2].tolist()} with backend "
-                    f"{self.backend!r}, {eager.tolist()} with 'eager': use that"
+                    f"{self.backend!r}, {eager.tolist()} with 'eager'"
                 )
 
-    def _eager(self, block: int, shared: bool = False) -> Evaluate:
+    def eager(self, block: int, shared: bool = False) -> Evaluate:
+        """The objective of a block as it is: from a batch to the loss and the gradients."""
         objective, programs = self.objectives[block], self.programs[block]
         parameters = list(self.blocks[block].parameters)
 
@@ -446,10 +452,13 @@ def to_batch(
     return to_float(images.to(device, non_blocking=True), dtype)
 
 
-def _numbers(objective: Any) -> list[tuple[str, Any]]:
-    """What an objective keeps in Python."""
-    values = getattr(objective, "__dict__", {}).items()
-    return [(n, v) for n, v in values if isinstance(v, int | float | str | bool)]
+def _networks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules in a program; of lists, which nobody calls, those inside."""
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList | torch.nn.ModuleDict):
+            yield from _networks(child)
+        else:
+            yield child
 
 
 def _parameters(model: Program, guide: Program, x: Tensor) -> dict[str, Tensor]:

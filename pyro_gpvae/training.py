@@ -3,6 +3,7 @@ r"""Training: the loop, nothing else."""
 from __future__ import annotations
 
 import operator
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -42,9 +43,15 @@ WORTH_COMPILING = 20_000
 
 @dataclass
 class History:
-    """What happened in each epoch: one dictionary a row."""
+    """What happened in each epoch: one dictionary a row.
+
+    Attributes:
+        rows: One dictionary for each epoch.
+        backend: How steps were made; see :class:`pyro_gpvae.steps.TrainingStep`.
+    """
 
     rows: list[dict[str, float]] = field(default_factory=list)
+    backend: Backend = "eager"
 
     def frame(self) -> pd.DataFrame:
         """The rows as a table, one column a quantity."""
@@ -111,8 +118,9 @@ def fit(  # type: ignore[misc]
 
     In several processes with ``torch.distributed``, one training uses all of them: each takes its
     part of every minibatch of ``batch_size`` images, and the parameters are those that one
-    process finds, up to rounding. All are given all images; on CUDA, process r takes device
-    LOCAL_RANK; the first one writes the checkpoints. ``torchrun --nproc-per-node 2 script.py``::
+    process finds, up to rounding: all begin with those of the first process. All are given all
+    images; on CUDA, process r takes device LOCAL_RANK; the first one writes the checkpoints.
+    ``torchrun --nproc-per-node 2 script.py``::
 
         torch.distributed.init_process_group()
         fit(model, guide, images, epochs=100, batch_size=256)
@@ -146,11 +154,12 @@ def fit(  # type: ignore[misc]
             GPUs) or "bf16"; None leaves it to torch's settings.
 
     Returns:
-        The history, or a list of them, one for each of ``seeds``. It has one row an epoch:
+        The history, or a list of them, one for each of ``seeds``: ``.frame()`` is a table,
+        ``.rows`` its rows, ``.backend`` the one that was taken. It has one row an epoch:
         ``epoch``, ``step``, ``loss`` (mean over the epoch's images, nats per image), the terms of
         eq. (2) on up to 512 training images (see :func:`pyro_gpvae.elbo_terms`), ``sigma`` where
         the model has one, the guide's diagnostics, ``validation_elbo``, ``skipped`` (updates so
-        far), and ``seconds`` of training.
+        far), and ``seconds`` of training, compiling included.
 
     Raises:
         ValueError: If several processes cannot share a minibatch evenly, or are given different
@@ -177,6 +186,8 @@ def fit(  # type: ignore[misc]
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     if on_nonfinite not in get_args(OnNonFinite):
         raise ValueError(f"on_nonfinite must be one of {get_args(OnNonFinite)}, got {on_nonfinite}")
+    if backend not in ("auto", *get_args(Backend)):
+        raise ValueError(f"backend must be 'auto' or one of {get_args(Backend)}, got {backend!r}")
     if resume and checkpoints is None:
         raise ValueError("resume=True needs checkpoints: the folder to go on from")
     if elbo is not None and not hasattr(elbo, "differentiable_loss"):
@@ -185,6 +196,8 @@ def fit(  # type: ignore[misc]
         )
     if validation is not None:
         check_images(validation, "validation")
+    if seeds is not None and backend == "captured":
+        raise ValueError("backend='captured' is for single runs: with seeds= use 'compiled'")
     if seeds is not None and on_nonfinite == "skip":
         raise ValueError("on_nonfinite='skip' is for single runs: with seeds= it must be 'stop'")
     world = World.present()
@@ -211,7 +224,8 @@ def fit(  # type: ignore[misc]
     if isinstance(checkpoints, str | Path):
         checkpoints = Checkpoints(checkpoints)
     total = epochs * -(-len(images) // batch_size)
-    chosen = _choose(device, total, world.size) if backend == "auto" else backend
+    alone = world.size == 1 and seeds is None
+    chosen = _choose(device, total, alone) if backend == "auto" else backend
     # a sample of the images, since all of them may be many
     same = {**options, "seed": seed, "epochs": epochs, "first images": sha256(images[:64])}
     for other in world.from_all(same):
@@ -224,6 +238,7 @@ def fit(  # type: ignore[misc]
 
     if device.type == "cpu":
         keep_freed_memory()
+    label = progress if isinstance(progress, str) else "training"
     listening = Interrupts() if checkpoints else nullcontext()
     with seeded(programs[0][0], device), listening as interrupts, ExitStack() as stack:
         with world.agreed():
@@ -234,6 +249,8 @@ def fit(  # type: ignore[misc]
                 gather = stack.enter_context(Gathering(images, device))
             else:
                 images = images.to(device)
+            if chosen == "compiled" and progress and world.rank == 0:
+                tqdm.write(f"{label}: compiling, which can take a minute", file=sys.stderr)
             runs = Lockstep(
                 programs,
                 images,
@@ -265,7 +282,6 @@ def fit(  # type: ignore[misc]
         first = runs.states[0]
         if first.epoch > epochs:
             raise ValueError(f"the checkpoint has {first.epoch} epochs, more than epochs={epochs}")
-        label = progress if isinstance(progress, str) else "training"
         bar = tqdm(
             total=total,
             initial=first.step,
@@ -288,7 +304,7 @@ def fit(  # type: ignore[misc]
                 bar.set_postfix(epoch=first.epoch, loss=f"{first.rows[-1]['loss']:.1f}")
                 if first.epoch == epochs:
                     watch.keep(now=True)
-    histories = [History(state.rows) for state in runs.states]
+    histories = [History(state.rows, runs.backend) for state in runs.states]
     return histories[0] if seeds is None else histories
 
 
@@ -316,10 +332,10 @@ def _programs(
     return list(zip(numbers, model, guide, strict=True))
 
 
-def _choose(device: torch.device, steps: int, processes: int) -> Backend:
-    """The fastest backend for a training of so many steps."""
+def _choose(device: torch.device, steps: int, alone: bool) -> Backend:
+    """The fastest backend for a training of so many steps, of one run in one process or others."""
     if device.type == "cuda":
-        return "captured" if processes == 1 else "compiled"
+        return "captured" if alone else "compiled"
     return "compiled" if steps >= WORTH_COMPILING else "eager"
 
 

@@ -305,6 +305,33 @@ def test_a_state_that_makes_no_sense_is_refused(changes, tmp_path):
         train(tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moments.0.1.exp_avg", torch.zeros(())),
+        ("moments.0.0.step", torch.zeros(2)),
+        ("moments.0.0.exp_avg_sq", None),
+        ("moments.0.99.exp_avg", torch.zeros(())),
+        ("moments.7.0.exp_avg", torch.zeros(())),
+        ("order", torch.zeros(60, dtype=torch.long)),
+        ("order", torch.arange(59)),
+        ("order", torch.arange(60).double()),
+    ],
+)
+def test_tensors_that_make_no_sense_are_refused(name, value, tmp_path):
+    train(tmp_path)
+    saving = Checkpoints(tmp_path)
+    state = saving.latest()
+    state.tensors.pop(name, None)
+    if value is not None:
+        state.tensors[name] = value
+    with saving.in_use(resume=True):
+        shutil.rmtree(newest(tmp_path))
+        saving.save(state)
+    with pytest.raises(ValueError, match=r"step 6( makes no sense|: \w+ has shape)"):
+        train(tmp_path, resume=True)
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     options = {"batch_size": np.int64(10), "seed": np.int64(5), "epochs": np.int32(2)}
     assert_equal(train(tmp_path / "a", **options), train(tmp_path / "b"))

@@ -283,3 +283,10 @@ def test_overflown_pixels_are_impossible_not_an_error():
     found = GaussianPixels(loc, scale, validate_args=True).log_prob(torch.zeros(2, 2, 3, 4))
     assert found[0].isfinite()
     assert found[1] == -math.inf
+
+
+def test_no_samples_and_no_images():
+    q = MarginalPosterior(torch.zeros(4, 2), 0.1, -1.0, 0.3)
+    assert q.log_prob(torch.zeros(0, 4, 2)).shape == (0, 4, 2)
+    none = MarginalPosterior(torch.zeros(0, 2), 0.1, -1.0, 0.3)
+    assert none.log_prob(torch.zeros(5, 0, 2)).shape == (5, 0, 2)

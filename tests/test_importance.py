@@ -12,6 +12,7 @@ from guides import GaussianGuide, GPGuide
 from pyro_gpvae import (
     Evidence,
     ImageModel,
+    NonFiniteError,
     evidence_curve,
     importance,
     log_evidence,
@@ -458,3 +459,50 @@ def test_models_of_ones_own_have_a_budget_too():
     weights = log_weights(model, guide, x, 3, memory=10**6)
     assert weights.shape == (3, 4)
     assert weights.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 100])
+def test_draws_outside_the_support_of_the_prior_are_refused_in_every_chunk(chunk_size):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Exponential(torch.ones(1)).to_event(1))
+            mean = z[..., None, None] * torch.ones(1, 1, 1)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.full((len(x), 1), 2.0), 1.0).to_event(1))
+
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"outside the support|Error while computing log_prob"):
+        log_weights(model, guide, torch.zeros(1, 1, 1, 1), 100, chunk_size=chunk_size)
+
+
+def test_the_scale_of_the_pixels_is_that_of_all_images():
+    model = linear_model().float()
+    x = images(4).float()
+    x[0, 0, 0, 0], x[3, 0, 0, 0] = -0.3, 2.5
+    for options in ({"chunk_size": 1}, {"memory": 10**6}, {}):
+        assert (
+            log_weights(model, GaussianGuide(model, linear_encoder()), x, 3, **options)
+            .isfinite()
+            .all()
+        )
+    with pytest.raises(ValueError, match="scale"):
+        log_weights(model, GaussianGuide(model, linear_encoder()), x.abs(), 3, chunk_size=1)
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 1}, {"chunk_size": 4}, {"memory": 10**6}, {}])
+def test_images_are_named_wherever_a_density_is_not_a_number(options):
+    class Broken(GaussianGuide):
+        def posterior(self, x):
+            q = super().posterior(x)
+            bad = x.flatten(1)[:, :1] == 1
+            return dist.Normal(torch.where(bad, torch.nan, q.mean), q.stddev).to_event(1)
+
+    model = linear_model().float()
+    x = images(6).float().clamp(max=0.9)
+    x[4, 0, 0, 0] = 1
+    with pytest.raises(NonFiniteError, match="not finite for image 4") as caught:
+        log_weights(model, Broken(model, linear_encoder()), x, 3, **options)
+    assert caught.value.images == (4,)

@@ -239,6 +239,16 @@ def draws_from_python(self, x):
     return self.shifted(x, random.random())
 
 
+def counts_in_a_dictionary(self, x):
+    self.numbers = getattr(self, "numbers", {"calls": 0})
+    self.numbers["calls"] += 1
+    return self.shifted(x, 0.0)
+
+
+def masks(self, x):
+    return self.shifted(x, x[x > 0.5].mean())
+
+
 def draws_from_a_generator_of_its_own(self, x):
     return self.shifted(x, torch.randn(2, generator=self.own, dtype=x.dtype))
 
@@ -275,10 +285,15 @@ def drops_out(self, x):
         (branches, "reads a tensor in Python"),
         (takes_a_number, "reads a tensor in Python"),
         (counts, "changes its attribute guide.calls"),
+        (counts_in_a_dictionary, "changes its attribute guide.numbers"),
+        (masks, "shape of what aten.index.Tensor returns depends on data"),
         (makes_an_attribute, "changes its attribute guide.new"),
         (keeps_a_tensor, "changes its attribute guide.kept"),
         (writes_to_a_tensor_that_is_no_buffer, r"writes to a tensor of shape \(2,\)"),
-        (replaces_a_buffer, "replaces its tensor average: write to it in place"),
+        (
+            replaces_a_buffer,
+            "replaces its tensor average, as PyroParam does: .*write to it in place",
+        ),
         (draws_from_numpy, "random numbers of numpy or Python: use pyro.sample"),
         (draws_from_python, "random numbers of numpy or Python: use pyro.sample"),
         (draws_from_a_generator_of_its_own, "from a generator of its own"),

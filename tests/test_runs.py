@@ -68,6 +68,7 @@ def test_a_run_writes_what_it_promises(gp):
     assert json.loads((folder / "record.json").read_text()) == record
     assert json.loads((folder / "config.json").read_text()) == record["config"]
     assert record["config"]["chunk_size"] >= 1, "None is resolved"
+    assert record["backend"] == "eager", "what auto chose"
     assert record["versions"]["torch"] == version("torch")
     assert record["threads"] == torch.get_num_threads()
     assert record["data"]["train_images"] == 56
@@ -418,7 +419,7 @@ def test_a_killed_run_is_continued_to_the_same_numbers(kind, step, vae, tmp_path
     assert not (tmp_path / "b").exists()
     with pytest.raises(FileNotFoundError, match=r"not finished: continue it \(--resume .*b\)"):
         load_run(tmp_path / "b")
-    with pytest.raises(FileExistsError, match=r"unfinished run: continue it \(--resume b\)"):
+    with pytest.raises(FileExistsError, match=r"unfinished run: continue it \(--resume .*b\)"):
         train_run(config, tmp_path / "b", progress=False)
     found = complete_run(config, tmp_path / "b", progress=False)
     for name in ("config", "data", "steps", "scores", "sigma", "diagnostics"):
@@ -439,6 +440,13 @@ def test_a_run_killed_before_its_first_checkpoint_can_be_resumed_or_started_agai
     assert (
         train_run(tiny(guide="vae"), tmp_path / "c", progress=False)["scores"] == record["scores"]
     )
+
+
+def test_a_run_that_is_refused_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="needs CUDA"):
+        train_run(tiny(backend="captured"), tmp_path / "run", progress=False)
+    assert not any(tmp_path.iterdir())
+    train_run(tiny(guide="vae"), tmp_path / "run", progress=False)
 
 
 def test_a_run_killed_in_its_last_moment(vae, tmp_path):

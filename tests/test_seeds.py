@@ -2,12 +2,17 @@
 
 import json
 import re
+import shutil
 
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 from toy import images, linear_encoder, linear_model
 
+from guides import GaussianGuide
 from pyro_gpvae import (
     Checkpoints,
     ImageModel,
@@ -20,6 +25,7 @@ from pyro_gpvae import (
     resume_seeds,
     train_run,
     train_seeds,
+    training,
 )
 from pyro_gpvae.cli import main
 
@@ -169,6 +175,7 @@ def test_the_run_that_is_not_finite_is_named():
         ({"seeds": ()}, "0 seeds need"),
         ({"seeds": None}, "need seeds="),
         ({"on_nonfinite": "skip"}, "single runs"),
+        ({"backend": "captured"}, "use 'compiled'"),
     ],
 )
 def test_refuses(changes, words):
@@ -190,10 +197,131 @@ def test_refuses_runs_that_are_not_built_alike():
         fit(*zip(*pairs, strict=True), data(), epochs=1, seeds=(0, 1), progress=False)
 
 
-@pytest.mark.parametrize(("spec", "words"), [("sa:1", "reads a tensor"), ("vlae:1", "reads")])
-def test_what_cannot_be_stacked_says_so(spec, words):
+@pytest.mark.parametrize("who", ["both", "model"])
+def test_refuses_one_model_for_several_seeds(who):
+    (model, guide), (_, other) = build("vae", 0), build("vae", 1)
+    guides = [guide, guide if who == "both" else other]
+    with pytest.raises(ValueError, match=r"runs 0 and 1 share (model|guide)\..* of its own"):
+        fit([model, model], guides, data(), epochs=1, seeds=(0, 1), progress=False)
+
+
+@pytest.mark.parametrize("spec", ["sa:1", "vlae:1"])
+def test_what_cannot_be_stacked_says_so(spec):
+    words = "model and guide cannot be stacked: it reads a tensor.*Train seed by seed"
     with pytest.raises(UnsupportedError, match=words):
         together(spec)
+
+
+class Own(GaussianGuide):
+    """A guide whose features of images differ from those of other seeds."""
+
+    def __init__(self, model, seed, how):
+        super().__init__(model, linear_encoder())
+        self.how = how
+        generator = torch.Generator().manual_seed(seed)
+        self.turned = torch.randperm(6, generator=generator)
+        self.places = self.turned.tolist()
+        self.factor = 1.0 + seed
+        self.model = model if how == "owns the model" else None
+
+    def posterior(self, x):
+        flat = x.flatten(1)
+        if self.how == "a tensor":
+            flat = flat[:, self.turned]
+        elif self.how == "a list":
+            flat = flat[:, self.places]
+        elif self.how == "a number":
+            flat = flat * self.factor
+        elif self.how == "numpy":
+            flat = torch.from_numpy(np.sort(flat.numpy()))
+        return super().posterior(flat.reshape(x.shape))
+
+
+def of_its_own(seed, how):
+    torch.manual_seed(seed)
+    model = linear_model().double()
+    return model, Own(model, seed, how).double()
+
+
+@pytest.mark.parametrize("how", ["a tensor", "a list", "a number", "numpy"])
+def test_what_differs_between_runs_and_is_no_parameter_is_found(how):
+    pairs = [of_its_own(seed, how) for seed in (0, 1)]
+    words = r"cannot be stacked: run [01] has loss and gradient norm .* alone.*Train seed by seed"
+    with pytest.raises(UnsupportedError, match=words):
+        fit(*zip(*pairs, strict=True), data(), epochs=1, seeds=(0, 1), progress=False)
+
+
+def test_a_guide_that_holds_the_model():
+    options = {"epochs": 3, "batch_size": 8, "progress": False}
+    pairs = [of_its_own(seed, "owns the model") for seed in (0, 1)]
+    fit(*zip(*pairs, strict=True), data(), seeds=(0, 1), **options)
+    for seed, pair in enumerate(pairs):
+        single = of_its_own(seed, "owns the model")
+        fit(*single, data(), seed=seed, **options)
+        assert difference(pair, single) < 1e-10
+
+
+def test_what_is_frozen_in_one_run_only_is_named():
+    pairs = [build("vae", seed) for seed in (0, 1)]
+    pairs[1][1].head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"guide\.head\.weight is trained in some runs only"):
+        fit(*zip(*pairs, strict=True), data(), epochs=1, seeds=(0, 1), progress=False)
+
+
+def test_parameters_of_pyro_param_cannot_be_stacked():
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(2, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("z", dist.Normal(loc.expand(len(x), 2), 1.0).to_event(1))
+
+    models = [linear_model().double() for _ in range(2)]
+    with pytest.raises(UnsupportedError, match=r"parameters of pyro\.param statements"):
+        fit(models, [guide, guide], data(), epochs=1, seeds=(0, 1), progress=False)
+
+
+def test_auto_takes_the_eager_way_if_stacked_runs_cannot_be_compiled(monkeypatch, caplog):
+    def fails(graph, **_):
+        def function(*inputs):
+            raise RuntimeError("there is no compiler")
+
+        return function
+
+    expected, _ = together("vae")
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(training, "WORTH_COMPILING", 1)
+    found, histories = together("vae", backend="auto", device="cpu")
+    assert [history.backend for history in histories] == ["eager"] * 3
+    assert difference(found[0], expected[0]) == 0
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("pyro_gpvae")] == [
+        "trained with backend 'eager', not 'compiled': there is no compiler"
+    ]
+    with pytest.raises(RuntimeError, match="no compiler"):
+        together("vae", backend="compiled", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors, runs: runs.clear(),
+        lambda tensors, runs: runs.__setitem__(1, None),
+        lambda tensors, runs: runs[1].__setitem__("position", 16),
+        lambda tensors, runs: tensors.pop("1.moments.0.0.exp_avg"),
+        lambda tensors, runs: tensors.__setitem__("1.moments.0.0.step", torch.tensor(9.0)),
+    ],
+    ids=["no runs", "no run", "another place", "no moment", "another step of Adam"],
+)
+def test_a_checkpoint_that_makes_no_sense_is_refused(damage, tmp_path):
+    together("vae", checkpoints=tmp_path, epochs=1)
+    saving = Checkpoints(tmp_path)
+    saved = saving.latest()
+    damage(saved.tensors, saved.values["runs"])
+    shutil.rmtree(tmp_path)
+    with saving.in_use(resume=False):
+        saving.save(saved)
+    with pytest.raises(
+        ValueError, match=r"makes no sense|not at one step|numbers of steps|of 0 runs"
+    ):
+        together("vae", checkpoints=tmp_path, resume=True, epochs=2)
 
 
 TINY = {"latent_dim": 2, "epochs": 2, "batch_size": 24, "train_images": 64, "test_images": 5,
@@ -212,6 +340,8 @@ def test_run_folders_of_all_seeds(tmp_path):
     assert found == pytest.approx(expected, abs=1e-2)
     run = load_run(tmp_path / "runs" / "seed-4")
     assert run.record == records[1]
+    with pytest.raises(ValueError, match="holds the runs seed-1, seed-4: name one of them"):
+        load_run(tmp_path / "runs")
     assert resume_seeds(tmp_path / "runs", progress=False) == records
     with pytest.raises(FileExistsError, match="not empty"):
         train_seeds(config, (1, 4), tmp_path / "runs", progress=False)

@@ -1,5 +1,7 @@
 """fit(..., precision=): bf16 trains, and nothing changes unless asked for."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from toy import images, linear_encoder, linear_model
@@ -73,7 +75,7 @@ def test_eager_and_traced_agree_in_bf16(kind):
             pure = step.pure(0, x)
             results.append(pure(x, pure.noise()))
         else:
-            results.append(step._eager(0)(x))
+            results.append(step.eager(0)(x))
     (loss, gradients), (same, others) = results
     assert torch.allclose(loss, same, rtol=1e-6)
     for a, b in zip(gradients, others, strict=True):
@@ -109,3 +111,38 @@ def test_a_checkpoint_of_another_precision_is_refused(tmp_path):
     fit(*pair(), uint8(10), **options)
     with pytest.raises(ValueError, match="its precision is None, not bf16"):
         fit(*pair(), uint8(10), resume=True, precision="bf16", **options)
+
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loc, self.log_scale = torch.nn.Linear(6, 2), torch.nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.loc(x), self.log_scale(x)
+
+
+@pytest.mark.parametrize("how", ["tuple", "list"])
+def test_networks_that_return_tuples_and_networks_in_lists(how):
+    seen, inside = set(), set()
+
+    class Guide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.nn.ModuleList([Two()]) if how == "list" else Two()
+
+        def forward(self, x):
+            network = self.network[0] if how == "list" else self.network
+            handle = network.loc.register_forward_hook(lambda m, i, out: inside.add(out.dtype))
+            loc, log_scale = network(x.flatten(1))
+            handle.remove()
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+            seen.add(z.dtype)
+
+    model = linear_model().float()
+    step = TrainingStep(model, Guide(), uint8(20), batch_size=10, precision="bf16")
+    inside.clear()
+    step(torch.arange(10))
+    assert seen == {torch.float32}
+    assert inside == {torch.bfloat16}
