@@ -113,8 +113,8 @@ def fit(  # type: ignore[misc]
     attributes, such as a step counter, is not part of a checkpoint.
 
     With ``seeds``, model and guide are sequences, one of each for every seed with parameters of
-    its own, and all are trained in one program: see :class:`pyro_gpvae.stacked.StackedStep`. Run i ends where it would have
-    ended alone with seed i, up to rounding.
+    its own, and all are trained in one program: see :class:`pyro_gpvae.stacked.StackedStep`. Run i
+    ends where it would have ended alone with seed i, up to rounding.
 
     In several processes with ``torch.distributed``, one training uses all of them: each takes its
     part of every minibatch of ``batch_size`` images, and the parameters are those that one
