@@ -151,9 +151,9 @@ def test_resumes_as_one(tmp_path):
     for one, other in zip(histories, continued, strict=True):
         assert one.frame().drop(columns="seconds").equals(other.frame().drop(columns="seconds"))
     with pytest.raises(ValueError, match="of 3 runs, not 2"):
-        together("rme:2", seeds=(3, 5), checkpoints=saving, resume=True)
-    with pytest.raises(ValueError, match="its seed is 5, not 6"):
-        together("rme:2", seeds=(3, 6, 8), checkpoints=saving, resume=True)
+        together("vae", seeds=(3, 5), checkpoints=saving, resume=True)
+    with pytest.raises(ValueError, match="its seed is 3, not 6"):
+        together("vae", seeds=(6, 5, 8), checkpoints=saving, resume=True)
 
 
 def test_the_run_that_is_not_finite_is_named():
