@@ -471,8 +471,9 @@ def load_run(
         raise FileNotFoundError(
             f"there is no run folder {folder}: {hint or 'expected one that train wrote'}"
         )
-    inside = sorted(path.parent.name for path in folder.glob("*/record.json"))
-    if inside and not (folder / "record.json").exists():
+    if not (folder / "record.json").exists() and (
+        inside := sorted(path.parent.name for path in folder.glob("*/record.json"))
+    ):
         raise ValueError(f"{folder} holds the runs {', '.join(inside)}: name one of them")
     if (folder / MANIFEST).exists():  # runs of version 0.1 have none
         check_manifest(folder)

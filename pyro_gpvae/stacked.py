@@ -2,7 +2,6 @@ r"""Several independent trainings in one program: their tensors are stacked, the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,12 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae.pure import PureLoss, UnsupportedError
 from pyro_gpvae.randomness import set_global_state, untouched
-from pyro_gpvae.steps import Backend, TrainingStep, in_memory_of
+from pyro_gpvae.steps import Backend, TrainingStep, in_memory_of, log_fallback, loss_and_norm
 from pyro_gpvae.tally import Tally
 
 __all__ = ["StackedStep"]
-
-_log = logging.getLogger(__name__)
 
 
 class StackedStep:
@@ -107,11 +104,7 @@ class StackedStep:
             function, pure = self._function(block, pixels[0])
             noise = [pure.noise(generator) for generator in self.generators]
             with torch.no_grad():
-                losses, *gradients = function(
-                    x,
-                    *(self._stack[name].detach() for name in (*pure.leaves, *pure.others)),
-                    *(torch.stack(draws) for draws in zip(*noise, strict=True)),
-                )
+                losses, *gradients = function(x, *self._inputs(pure, noise))
                 norms = [g.reshape(len(g), -1).norm(dim=1, dtype=torch.float64) for g in gradients]
                 ok = torch.isfinite(torch.stack([losses.double(), *norms]).sum(0))
                 self.tally.note(ok)
@@ -180,6 +173,11 @@ class StackedStep:
                 run[name].data = stack[number]
             self._stack[name] = stack.requires_grad_(tensor.requires_grad)
 
+    def _inputs(self, pure: PureLoss, noise: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """What a vectorised objective takes after the images: all tensors, and noise by run."""
+        tensors = [self._stack[name].detach() for name in (*pure.leaves, *pure.others)]
+        return [*tensors, *(torch.stack(draws) for draws in zip(*noise, strict=True))]
+
     def _function(self, block: int, x: Tensor) -> tuple[Callable[..., list[Tensor]], PureLoss]:
         """The vectorised objective of a block, for minibatches of this size."""
         key = block, len(x)
@@ -192,11 +190,8 @@ class StackedStep:
                     f"model and guide cannot be stacked: {error}. Train seed by seed"
                 ) from error
             count = len(self.steps)
-            inputs = [
-                torch.stack([first.prepare(x)] * count),
-                *(self._stack[name].detach().clone() for name in (*pure.leaves, *pure.others)),
-                *(torch.stack([draw] * count) for draw in pure.noise(generator)),
-            ]
+            others = self._inputs(pure, [pure.noise(generator)] * count)
+            inputs = [torch.stack([first.prepare(x)] * count), *(t.clone() for t in others)]
             try:
                 with torch.no_grad():
                     graph = make_fx(torch.func.vmap(pure.graph))(*inputs)
@@ -215,8 +210,7 @@ class StackedStep:
                 except Exception as error:  # of any kind: compilers raise what they like
                     if self._strict:
                         raise
-                    reason = str(error).partition("\n")[0] or type(error).__name__
-                    _log.warning("trained with backend 'eager', not 'compiled': %s", reason)
+                    log_fallback(self.backend, error)
                     self.backend = "eager"
         return self._functions[key], self._pure[key]
 
@@ -231,37 +225,27 @@ class StackedStep:
         states = [generator.get_state() for generator in self.generators]
         noise = [pure.noise(generator) for generator in self.generators]
         with torch.no_grad():
-            losses, *gradients = function(
-                x,
-                *(self._stack[name].detach().clone() for name in (*pure.leaves, *pure.others)),
-                *(torch.stack(draws) for draws in zip(*noise, strict=True)),
-            )
+            losses, *gradients = function(x, *(t.clone() for t in self._inputs(pure, noise)))
         rtol = 1e-8 if x.dtype == torch.float64 else 0.1 if first.precision == "bf16" else 1e-3
         for run, (step, state) in enumerate(zip(self.steps, states, strict=True)):
             self.generators[run].set_state(state)
-            with untouched(self.device, [t for _, t in step.named_tensors()]):
+            with untouched(self.device, step.buffers):
                 set_global_state(state, self.device)
                 loss, own = step.eager(block)(x[run])
             step.optimizers[block].zero_grad()
-            found = _size(losses[run], [g[run] for g in gradients])
-            if not torch.allclose(found, _size(loss, own), rtol=rtol, equal_nan=True):
+            found = loss_and_norm(losses[run], [g[run] for g in gradients])
+            alone = loss_and_norm(loss, own)
+            if not torch.allclose(found, alone, rtol=rtol, equal_nan=True):
                 raise UnsupportedError(
                     f"model and guide cannot be stacked: run {run} has loss and gradient norm "
-                    f"{_size(loss, own).tolist()} alone, {found.tolist()} with the others; what "
+                    f"{alone.tolist()} alone, {found.tolist()} with the others; what "
                     "differs between runs must be a parameter or a buffer. Train seed by seed"
                 )
 
 
-def _size(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """The loss, and the norm of all gradients."""
-    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    return torch.stack([loss.detach(), norm.to(loss)]).double()
-
-
 def _named_once(step: TrainingStep) -> dict[str, Tensor]:
     """All parameters and buffers; those that several modules share by their first name."""
-    names: dict[int, str] = {}
+    found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in step.named_tensors():
-        names.setdefault(id(tensor), name)
-    tensors = dict(step.named_tensors())
-    return {name: tensors[name] for name in names.values()}
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())

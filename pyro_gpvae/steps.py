@@ -26,7 +26,16 @@ from pyro_gpvae.pure import PureLoss, UnsupportedError, pure_loss, snapshot, unv
 from pyro_gpvae.randomness import untouched
 from pyro_gpvae.tally import Tally
 
-__all__ = ["Backend", "Block", "Program", "TrainingStep", "in_memory_of", "to_batch"]
+__all__ = [
+    "Backend",
+    "Block",
+    "Program",
+    "TrainingStep",
+    "in_memory_of",
+    "log_fallback",
+    "loss_and_norm",
+    "to_batch",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -232,20 +241,21 @@ class TrainingStep:
                 yield f"{role}.{name}", tensor
 
     @property
-    def _buffers(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
+        """The buffers of the modules, which a program may write to when it is called."""
         return [buffer for module in self.modules.values() for buffer in module.buffers()]
 
     def pure(self, block: int, x: Tensor) -> PureLoss:
         """The objective of a block as a pure function, for images of the shape of x."""
         objective, programs = self.objectives[block], self.programs[block]
-        before = snapshot(dict(vars(objective)))
+        before = snapshot(getattr(objective, "__dict__", {}))
         found = pure_loss(
             lambda x: self._loss(objective, programs, x),
             self.modules,
             self.blocks[block].parameters,
             x,
         )
-        if snapshot(dict(vars(objective))) != before:
+        if snapshot(getattr(objective, "__dict__", {})) != before:
             raise UnsupportedError("its objective changes its attributes, which a graph cannot")
         return found
 
@@ -274,7 +284,7 @@ class TrainingStep:
     def _captured(self, batch: Tensor) -> CudaGraph:
         """A step on minibatches of this size, as one CUDA graph."""
         tally = self.tally
-        written = [tally.loss, tally.seen, tally.skipped, tally.refused, *self._buffers]
+        written = [tally.loss, tally.seen, tally.skipped, tally.refused, *self.buffers]
         written += [p for block in self.blocks for p in block.parameters]
         return CudaGraph(
             lambda batch: self._update(self._fast, batch, len(batch)),
@@ -319,7 +329,7 @@ class TrainingStep:
     def _set_up(self, x: Tensor) -> None:
         """Runs every objective once, with Pyro's checks: what is set up at first use, is."""
         # running statistics are not to see these images twice
-        with untouched(self.device, self._buffers):
+        with untouched(self.device, self.buffers):
             for objective, programs in zip(self.objectives, self.programs, strict=True):
                 with suppress(NonFiniteError), torch.no_grad(), refused_parameters():
                     self._loss(objective, programs, x)
@@ -337,8 +347,7 @@ class TrainingStep:
                 ) from error
             if self._strict:
                 raise
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            _log.warning("trained with backend 'eager', not '%s': %s", self.backend, reason)
+            log_fallback(self.backend, error)
             self.backend = "eager"
             self._fast.clear()
 
@@ -348,10 +357,9 @@ class TrainingStep:
         # the eager way twice: a program that counts its calls has counted since it was traced
         for evaluate in (self.eager(block), self.eager(block), self._fast[block]):
             try:
-                with untouched(self.device, self._buffers):
+                with untouched(self.device, self.buffers):
                     loss, gradients = evaluate(x)
-                norm = torch.stack(torch._foreach_norm(gradients)).norm()
-                results.append(torch.stack([loss, norm.to(loss)]).double())
+                results.append(loss_and_norm(loss, gradients))
             finally:
                 self.optimizers[block].zero_grad()
         rtol = 1e-8 if x.dtype == torch.float64 else 1e-4
@@ -430,6 +438,18 @@ def _traced(
         return loss, gradients
 
     return evaluate
+
+
+def loss_and_norm(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """A loss, and the norm of all its gradients: what two ways to compute them must agree in."""
+    norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
+    return torch.stack([loss.detach(), norm.to(loss)]).double()
+
+
+def log_fallback(backend: Backend, error: Exception) -> None:
+    """The one line that says why a step is an eager one."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    _log.warning("trained with backend 'eager', not '%s': %s", backend, reason)
 
 
 def in_memory_of(parameter: Tensor, gradient: Tensor) -> Tensor:

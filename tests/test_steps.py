@@ -17,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import Block, Checkpoints, ImageModel, NonFiniteError, fit, training
+from pyro_gpvae import (
+    Block,
+    Checkpoints,
+    ImageModel,
+    MeanFieldELBO,
+    NonFiniteError,
+    fit,
+    training,
+)
 from pyro_gpvae.progress import Progress
 from pyro_gpvae.pure import UnsupportedError
 from pyro_gpvae.steps import TrainingStep
@@ -767,6 +775,17 @@ def test_an_objective_that_counts_is_refused(interpreted):
     with pytest.raises(UnsupportedError, match="objective changes its attributes"):
         trained(lambda: make("vae"), "compiled", elbo=Annealed())
     trained(lambda: make("vae"), "eager", elbo=Annealed())
+
+
+def test_an_objective_without_attributes_can_be_traced(interpreted):
+    class Bare:
+        __slots__ = ()
+
+        def differentiable_loss(self, model, guide, x):
+            return MeanFieldELBO().differentiable_loss(model, guide, x)
+
+    results = [trained(lambda: make("vae"), b, elbo=Bare()) for b in ("eager", "compiled")]
+    assert_same(*results, tolerance=1e-10)
 
 
 def test_building_a_step_changes_nothing(interpreted):
