@@ -128,9 +128,37 @@ class LowRankGuide(GaussianGuide):
         limit = 0.01 / torch.finfo(factor.dtype).eps
         jitter = (factor.square().sum((-2, -1)) / limit - 1).clamp(min=0).unsqueeze(-1)
         variance = scale.square() * (1 + jitter)
-        q = dist.LowRankMultivariateNormal(loc, scale.unsqueeze(-1) * factor, variance)
+        q = LowRankNormal(loc, scale.unsqueeze(-1) * factor, variance)
         check_finite("the variance", q.variance)
         return q
+
+
+class LowRankNormal(dist.LowRankMultivariateNormal):
+    """A normal distribution with covariance diag(D) + F Fᵀ that is never read from Python.
+
+    Torch's looks whether :math:`I + F^T D^{-1} F` has a Cholesky factor, and a GPU would have to
+    wait for that. Only rounding can take it away, see :class:`LowRankGuide`.
+
+    Arguments:
+        loc: The mean (..., p).
+        cov_factor: F (..., p, r).
+        cov_diag: D (..., p), positive.
+    """
+
+    def __init__(
+        self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None
+    ) -> None:
+        self.loc, self.cov_factor, self.cov_diag = loc, cov_factor, cov_diag
+        self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag = cov_factor, cov_diag
+        product = (cov_factor.mT / cov_diag.unsqueeze(-2)) @ cov_factor
+        eye = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+        self._capacitance_tril = torch.linalg.cholesky_ex(eye + product).L
+        TorchDistribution.__init__(self, loc.shape[:-1], loc.shape[-1:], validate_args)
+
+    def expand(self, batch_shape: Any, _instance: LowRankNormal | None = None) -> LowRankNormal:
+        new = self._get_checked_instance(LowRankNormal, _instance)
+        expanded: LowRankNormal = super().expand(batch_shape, _instance=new)
+        return expanded
 
 
 @register_kl(MultivariateNormal, Independent)  # type: ignore[untyped-decorator]

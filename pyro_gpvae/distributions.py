@@ -3,9 +3,7 @@ r"""The density of an image, the marginal posterior of eq. (7), and the range of
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
-import numpy as np
 import torch
 from pyro.distributions import Independent, Normal, TorchDistribution
 from torch import Size, Tensor
@@ -108,15 +106,19 @@ class MarginalPosterior(TorchDistribution):
         \qquad\Rightarrow\qquad
         q(z) = \int N(z; a, v + e^{2\ell})\, N(\ell; b, r)\, d\ell .
 
-    Samples are exact. The density is a Gauss-Hermite quadrature over :math:`\ell`, a finite
-    mixture of normals, hence normalised for any number of nodes. With the default 48 nodes it is
-    within 1e-6 nats of the integral for :math:`\sqrt r \le 0.5` and z within four standard
-    deviations. The Gaussian with the same mean and variance is wrong by nats in 50 dimensions.
+    Samples are exact. The density is the trapezoidal rule over :math:`\ell`, a finite mixture of
+    normals, hence normalised for any number of nodes. With the default 32 nodes it is within 1e-6
+    nats of the integral for :math:`\sqrt r \le 0.5` and z within six standard deviations, where
+    Gauss-Hermite quadrature needs 48 for four. The Gaussian with the same mean and variance is
+    wrong by nats in 50 dimensions.
     Samples are scored a few at a time: the memory is that of nodes × latents, however many
     samples there are.
 
     Parameters are given as standard deviations, because :math:`v = r = 0` is allowed, and gives
     :math:`N(a, e^{2b})`. In samples, nodes and variance :math:`\log h` is :func:`bounded`.
+
+    References:
+        Trefethen and Weideman, *The Exponentially Convergent Trapezoidal Rule*, 2014.
 
     Arguments:
         loc: The mean a of f.
@@ -149,7 +151,7 @@ class MarginalPosterior(TorchDistribution):
         loc_scale: Tensor | float,
         log_scale: Tensor | float,
         log_scale_scale: Tensor | float,
-        num_nodes: int = 48,
+        num_nodes: int = 32,
         validate_args: bool | None = None,
     ) -> None:
         if num_nodes < 1:
@@ -199,8 +201,7 @@ class MarginalPosterior(TorchDistribution):
         # what depends on the node but not on the sample: ℓ, its variance and its normaliser
         loc, loc_scale, log_scale, log_scale_scale = self._unexpanded
         shape = (-1, 1) + (1,) * loc.dim()  # nodes, samples, latents
-        quadrature = _gauss_hermite(self.num_nodes)
-        nodes, log_weights = (loc.new_tensor(t).reshape(shape) for t in quadrature)
+        nodes, log_weights = (t.reshape(shape) for t in _trapezoidal(self.num_nodes, loc))
         ell = bounded(torch.addcmul(log_scale, log_scale_scale, nodes))
         variance = (2 * ell).exp() + loc_scale.square()
         log_mass = torch.add(log_weights, variance.log(), alpha=-0.5)
@@ -226,8 +227,13 @@ def _mix(log_mass: Tensor, precision: Tensor, square: Tensor) -> Tensor:
     return exponent.sub_(shift).clamp_min_(-80).exp_().sum(0).log() + top
 
 
-@lru_cache
-def _gauss_hermite(num_nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and log weights with Σ w g(t) ≈ E[g(t)], t ~ N(0, 1)."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
-    return nodes, np.log(weights / weights.sum())
+def _trapezoidal(num_nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes and log weights with Σ w g(t) ≈ E[g(t)], t ~ N(0, 1), computed on the device.
+
+    At this distance of the nodes, what is cut off and what is left out between them are about
+    equally small.
+    """
+    distance = math.sqrt(2 * math.pi / num_nodes)
+    numbers = torch.arange(num_nodes, dtype=like.dtype, device=like.device)
+    nodes = distance * (numbers - (num_nodes - 1) / 2)
+    return nodes, (-0.5 * nodes.square()).log_softmax(0)

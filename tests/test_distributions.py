@@ -40,7 +40,7 @@ def test_integrates_to_one(parameters):
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
-@pytest.mark.parametrize("sigmas", [-4, -1, 0, 0.5, 2, 4])
+@pytest.mark.parametrize("sigmas", [-6, -4, -1, 0, 0.5, 2, 6])
 def test_density_against_brute_force_integration(parameters, sigmas):
     a, sd_f, b, sd_log_h = parameters
     q = marginal(*parameters)
@@ -129,7 +129,9 @@ def test_bad_input():
 
 def written_out(q, value):
     """The density with every node, sample and latent at once, and torch's own logsumexp."""
-    nodes, masses = np.polynomial.hermite_e.hermegauss(q.num_nodes)
+    n = q.num_nodes
+    nodes = np.array([np.sqrt(2 * np.pi / n) * (k - (n - 1) / 2) for k in range(n)])
+    masses = np.exp(-(nodes**2) / 2)
     shape = (-1,) + (1,) * q.loc.dim()
     ell = q.log_scale + q.log_scale_scale * torch.from_numpy(nodes).reshape(shape)
     variance = q.loc_scale.square() + (2 * ell).exp()
