@@ -49,6 +49,11 @@ class CudaGraph:
         with torch.cuda.graph(self.graph):
             self.loss = step(batch)
 
+    @staticmethod
+    def supports(device: torch.device) -> bool:
+        """Whether graphs can be captured on a device."""
+        return device.type == "cuda"
+
     def __call__(self, batch: Tensor) -> Tensor:
         self.batch.copy_(batch, non_blocking=True)
         self.graph.replay()

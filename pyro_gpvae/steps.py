@@ -179,7 +179,7 @@ class TrainingStep:
         self._fast: list[Evaluate] = []
         self._graph: CudaGraph | None = None
         self._strict = strict
-        if backend == "captured" and self.device.type != "cuda":
+        if backend == "captured" and not CudaGraph.supports(self.device):
             raise ValueError(
                 f"backend='captured' needs CUDA, and the model is on {self.device}: use "
                 "'compiled', 'eager' or 'auto'"

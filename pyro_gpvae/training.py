@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from pyro_gpvae.allocator import keep_freed_memory
 from pyro_gpvae.checkpoint import Checkpoints
+from pyro_gpvae.cuda_graph import CudaGraph
 from pyro_gpvae.data import check_images
 from pyro_gpvae.distributed import World
 from pyro_gpvae.elbo import Objective, elbo_terms
@@ -334,7 +335,7 @@ def _programs(
 
 def _choose(device: torch.device, steps: int, alone: bool) -> Backend:
     """The fastest backend for a training of so many steps, of one run in one process or others."""
-    if device.type == "cuda":
+    if CudaGraph.supports(device):
         return "captured" if alone else "compiled"
     return "compiled" if steps >= WORTH_COMPILING else "eager"
 
