@@ -22,6 +22,7 @@ class CudaGraph:
         batch: A minibatch of the shape of all.
         optimizers: What it steps.
         tensors: All else that it writes to: parameters, buffers, counts.
+        generators: Those that it draws from, beside the global one.
     """
 
     def __init__(
@@ -30,10 +31,12 @@ class CudaGraph:
         batch: Tensor,
         optimizers: Sequence[torch.optim.Optimizer],
         tensors: Iterable[Tensor],
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
         self.batch = batch
         device = batch.device
         before = [_moments(optimizer) for optimizer in optimizers]
+        states = [generator.get_state() for generator in generators]
         stream = torch.cuda.Stream(device)
         with untouched(device, tensors):
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -45,14 +48,31 @@ class CudaGraph:
                 torch.cuda.current_stream(device).wait_stream(stream)
                 for optimizer, moments in zip(optimizers, before, strict=True):
                     _restore(optimizer, moments)
+                for generator, state in zip(generators, states, strict=True):
+                    generator.set_state(state)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        for generator in generators:
+            self.graph.register_generator_state(generator)
+        # another thread may pin the memory of the next minibatch meanwhile
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self.loss = step(batch)
 
     @staticmethod
     def supports(device: torch.device) -> bool:
         """Whether graphs can be captured on a device."""
         return device.type == "cuda"
+
+    @classmethod
+    def check(cls, device: torch.device) -> None:
+        """Raises a ValueError if no graphs can be captured on a device."""
+        if not cls.supports(device):
+            raise ValueError(
+                f"backend='captured' needs CUDA, and the model is on {device}: use 'compiled', "
+                "'eager' or 'auto'"
+            )
 
     def __call__(self, batch: Tensor) -> Tensor:
         self.batch.copy_(batch, non_blocking=True)

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_gpvae.cuda_graph import CudaGraph
 from pyro_gpvae.pure import PureLoss, UnsupportedError
 from pyro_gpvae.randomness import set_global_state, untouched
-from pyro_gpvae.steps import Backend, TrainingStep, in_memory_of, log_fallback, loss_and_norm
+from pyro_gpvae.steps import (
+    Backend,
+    TrainingStep,
+    in_memory_of,
+    log_fallback,
+    loss_and_norm,
+    tolerance,
+)
 from pyro_gpvae.tally import Tally
 
 __all__ = ["StackedStep"]
@@ -30,15 +38,17 @@ class StackedStep:
         steps: The runs, all of the same programs, shapes and batch size, each with its own
             parameters.
         generators: Of each run, in the state in which its first step is to find it.
-        backend: "eager" runs the vectorised function operator by operator; "compiled".
-        strict: Whether it is an error if it cannot be compiled; otherwise a line in the log says
-            why it runs operator by operator.
+        backend: "eager" runs the vectorised function operator by operator; "compiled"; or, on
+            CUDA, "captured": one CUDA graph for the step of all runs.
+        strict: Whether it is an error if it cannot be compiled or captured; otherwise a line in
+            the log says why it runs operator by operator.
 
     Attributes:
         tally: What happened so far, each tensor (S,).
 
     Raises:
-        ValueError: If runs share a parameter or buffer, or theirs have other names or shapes.
+        ValueError: If runs share a parameter or buffer, theirs have other names or shapes, or
+            ``"captured"`` is asked for without CUDA.
         UnsupportedError: If the programs cannot be made a pure function, or not vectorised.
     """
 
@@ -61,6 +71,8 @@ class StackedStep:
             )
         self.images = first.images
         self.device = first.device
+        if backend == "captured":
+            CudaGraph.check(self.device)
         self.tally = Tally(self.device, halt=True, shape=(len(self.steps),))
         self._stop = torch.zeros((), dtype=torch.float32, device=self.device)
         for number, step in enumerate(self.steps):
@@ -68,6 +80,7 @@ class StackedStep:
         self._stack: dict[str, Tensor] = {}
         self._functions: dict[tuple[int, int], Callable[..., list[Tensor]]] = {}
         self._pure: dict[tuple[int, int], PureLoss] = {}
+        self._graph: CudaGraph | None = None
         self._share_tensors()
         self.optimizers = []
         for block, optimizer in enumerate(first.optimizers):
@@ -95,7 +108,34 @@ class StackedStep:
             The losses of the last block, (S,).
         """
         with self.steps[0].flags():
-            return self._update(batches)
+            if self.backend != "captured" or batches.shape[1] != self.steps[0].batch_size:
+                return self._update(batches)
+            if self._graph is None:
+                try:
+                    self._graph = self._captured(batches)
+                except Exception as error:  # of any kind, as in compilers
+                    self._fall_back(error)
+                    return self._update(batches)
+            return self._graph(batches)
+
+    def _captured(self, batches: Tensor) -> CudaGraph:
+        """A step on minibatches of this size, as one CUDA graph."""
+        tally = self.tally
+        written = [tally.loss, tally.seen, tally.skipped, tally.refused, self._stop]
+        return CudaGraph(
+            self._update,
+            batches.to(self.device, copy=True),
+            self.optimizers,
+            [*written, *self._stack.values()],
+            self.generators,
+        )
+
+    def _fall_back(self, error: Exception) -> None:
+        """Goes on operator by operator, unless strict."""
+        if self._strict:
+            raise error
+        log_fallback(self.backend, error)
+        self.backend = "eager"
 
     def _update(self, batches: Tensor) -> Tensor:
         pixels = batches if batches.dim() > 2 else self.images[batches]
@@ -208,10 +248,7 @@ class StackedStep:
                         compiled(*inputs)
                     self._functions[key] = compiled
                 except Exception as error:  # of any kind: compilers raise what they like
-                    if self._strict:
-                        raise
-                    log_fallback(self.backend, error)
-                    self.backend = "eager"
+                    self._fall_back(error)
         return self._functions[key], self._pure[key]
 
     def _verify(self, block: int) -> None:
@@ -226,7 +263,7 @@ class StackedStep:
         noise = [pure.noise(generator) for generator in self.generators]
         with torch.no_grad():
             losses, *gradients = function(x, *(t.clone() for t in self._inputs(pure, noise)))
-        rtol = 1e-8 if x.dtype == torch.float64 else 0.1 if first.precision == "bf16" else 1e-3
+        rtol = max(tolerance(x, first.precision), 1e-3 if x.dtype == torch.float32 else 0)
         for run, (step, state) in enumerate(zip(self.steps, states, strict=True)):
             self.generators[run].set_state(state)
             with untouched(self.device, step.buffers):

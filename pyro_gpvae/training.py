@@ -197,8 +197,6 @@ def fit(  # type: ignore[misc]
         )
     if validation is not None:
         check_images(validation, "validation")
-    if seeds is not None and backend == "captured":
-        raise ValueError("backend='captured' is for single runs: with seeds= use 'compiled'")
     if seeds is not None and on_nonfinite == "skip":
         raise ValueError("on_nonfinite='skip' is for single runs: with seeds= it must be 'stop'")
     world = World.present()
@@ -225,8 +223,7 @@ def fit(  # type: ignore[misc]
     if isinstance(checkpoints, str | Path):
         checkpoints = Checkpoints(checkpoints)
     total = epochs * -(-len(images) // batch_size)
-    alone = world.size == 1 and seeds is None
-    chosen = _choose(device, total, alone) if backend == "auto" else backend
+    chosen = _choose(device, total, world.size == 1) if backend == "auto" else backend
     # a sample of the images, since all of them may be many
     same = {**options, "seed": seed, "epochs": epochs, "first images": sha256(images[:64])}
     for other in world.from_all(same):
@@ -334,7 +331,7 @@ def _programs(
 
 
 def _choose(device: torch.device, steps: int, alone: bool) -> Backend:
-    """The fastest backend for a training of so many steps, of one run in one process or others."""
+    """The fastest backend for a training of so many steps, in one process or several."""
     if CudaGraph.supports(device):
         return "captured" if alone else "compiled"
     return "compiled" if steps >= WORTH_COMPILING else "eager"

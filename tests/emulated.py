@@ -6,8 +6,8 @@ the CPU to the bit. What makes it a device:
 * Two tensors of one operator must be on it both, unless the other one is a number.
 * :func:`unread` refuses operators for which a GPU would make the host wait: those that look at a
   value, and copies from and to the CPU.
-* :func:`stand_in_for_cuda` lets graphs be captured there. What is captured is a list of operators on places in
-  memory, and a replay repeats them, without a line of Python of the program.
+* :func:`stand_in_for_cuda` lets graphs be captured there. What is captured is a list of operators
+  on places in memory, and a replay repeats them, without a line of Python of the program.
 
 It cannot show what a GPU computes, nor how fast.
 """
@@ -70,6 +70,15 @@ class Emulated(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, args, kwargs or {})
 
+    @property
+    def data(self) -> Any:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.here = value.here
+
     # the two for which torch does not ask a tensor's type
     def tolist(self) -> Any:
         return self.to("cpu").tolist()
@@ -91,6 +100,10 @@ class Graph:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self._generators.append((generator, generator.get_state()))
 
     def note(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Makes a call that is captured."""
@@ -108,6 +121,8 @@ class Graph:
         """Capturing computes nothing."""
         for memory, before in self._before.values():
             memory.copy_(before)
+        for generator, state in self._generators:
+            generator.set_state(state)
         self._before.clear()
 
     def replay(self) -> None:
@@ -179,8 +194,13 @@ def unread() -> Iterator[None]:
         _waiting_is_refused = before
 
 
+class _Stream:
+    def wait_stream(self, other: _Stream) -> None:
+        """Nothing here runs on its own."""
+
+
 @contextmanager
-def _capturing(graph: Graph) -> Iterator[None]:
+def _capturing(graph: Graph, stream: _Stream, capture_error_mode: str) -> Iterator[None]:
     global _captured
     _captured = graph
     try:
@@ -198,11 +218,6 @@ class _Generator(torch.Generator):
         return super().__new__(cls)
 
 
-class _Stream:
-    def wait_stream(self, other: _Stream) -> None:
-        """Nothing here runs on its own."""
-
-
 def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Functions of torch that name a device take this one; graphs can be captured there."""
     tensor = torch.tensor
@@ -217,6 +232,7 @@ def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: _Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", _capturing)
     # what Module.to needs for tensors of another type

@@ -177,7 +177,7 @@ def test_the_run_that_is_not_finite_is_named():
         ({"seeds": ()}, "0 seeds need"),
         ({"seeds": None}, "need seeds="),
         ({"on_nonfinite": "skip"}, "single runs"),
-        ({"backend": "captured"}, "use 'compiled'"),
+        ({"backend": "captured", "device": "cpu"}, "needs CUDA"),
     ],
 )
 def test_refuses(changes, words):
