@@ -3,6 +3,7 @@ r"""VAE: one Gaussian with diagonal covariance, in one pass of an encoder."""
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -122,9 +123,12 @@ def check_finite(what: str, value: Tensor, images: Tensor | None = None) -> None
     ``images`` are their numbers, by default 0 to B - 1. Only checks where distributions check
     their arguments, because it makes a GPU wait.
     """
-    if not Distribution._validate_args or bool(value.isfinite().all()):
+    # a sum is one pass; it may overflow, which needs a closer look
+    if not Distribution._validate_args or math.isfinite(float(value.detach().sum())):
         return
     wrong = (~value.isfinite().all(-1)).reshape(-1, value.shape[-2]).any(0)
+    if not bool(wrong.any()):
+        return
     numbers = (wrong.nonzero().flatten() if images is None else images[wrong]).tolist()
     names = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
     raise NonFiniteError(

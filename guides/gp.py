@@ -195,7 +195,7 @@ class GPGuide(GaussianGuide):
         phi = features if self.own_encoder is None else self.own_encoder(x)
         phi = phi * self.feature_scale
         if self.bias:
-            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], dim=-1)
+            phi = nn.functional.pad(phi, (0, 1), value=1.0)
         return m, log_s, phi
 
     def _means(self, m: Tensor, log_s: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,16 @@ class MarginalPosterior(TorchDistribution):
         )
         self.num_nodes = num_nodes
         self._unexpanded = tuple(getattr(self, name) for name in self.arg_constraints)
-        super().__init__(self.loc.shape, validate_args=validate_args)
+        validate = self._validate_args if validate_args is None else validate_args
+        # one look finds out that nothing is wrong; if anything may be, torch says what
+        super().__init__(self.loc.shape, validate_args=validate and not self._is_valid())
+        self._validate_args = validate
+
+    def _is_valid(self) -> bool:
+        """Whether no parameter is NaN and no standard deviation negative; rather no than yes."""
+        total = self.loc + self.loc_scale + self.log_scale + self.log_scale_scale
+        least = torch.minimum(self.loc_scale, self.log_scale_scale)
+        return math.isfinite(float(total.detach().sum())) and not bool((least < 0).any())
 
     def expand(
         self,
@@ -191,9 +200,9 @@ class MarginalPosterior(TorchDistribution):
         shape = self._extended_shape(torch.Size(sample_shape))
         # the noise of z first: with v = r = 0 a seed then gives what N(a, e^{2b}) gives
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        f = self.loc + self.loc_scale * torch.randn_like(noise)
         log_h = self.log_scale + self.log_scale_scale * torch.randn_like(noise)
-        return f + bounded(log_h).exp() * noise
+        # z | h ~ N(a, v + h²)
+        return self.loc + torch.hypot(self.loc_scale, bounded(log_h).exp()) * noise
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
