@@ -156,8 +156,9 @@ class LowRankNormal(dist.LowRankMultivariateNormal):
         TorchDistribution.__init__(self, loc.shape[:-1], loc.shape[-1:], validate_args)
 
     def expand(self, batch_shape: Any, _instance: LowRankNormal | None = None) -> LowRankNormal:
-        new = self._get_checked_instance(LowRankNormal, _instance)
-        expanded: LowRankNormal = super().expand(batch_shape, _instance=new)
+        new = self._get_checked_instance(LowRankNormal, _instance)  # type: ignore[no-untyped-call]
+        super().expand(batch_shape, _instance=new)  # type: ignore[no-untyped-call]
+        expanded: LowRankNormal = new
         return expanded
 
 

@@ -150,7 +150,7 @@ class Factorising(GaussianGuide):
 
 
 def test_what_cannot_be_captured_is_trained_eagerly(caplog):
-    with pytest.raises(AssertionError, match="_linalg_check_errors.* reads the device"):
+    with pytest.raises(AssertionError, match=r"_linalg_check_errors.* reads the device"):
         trained(lambda: of(Factorising), "captured", DEVICE)
     found, history = trained(lambda: of(Factorising), "auto", DEVICE)
     expected, _ = trained(lambda: of(Factorising), "eager", CPU)
