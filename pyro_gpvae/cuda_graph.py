@@ -2,7 +2,9 @@ r"""A training step that the GPU replays without the host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +44,9 @@ class CudaGraph:
             stream.wait_stream(torch.cuda.current_stream(device))
             try:
                 with torch.cuda.stream(stream):
-                    for _ in range(3):  # libraries choose their kernels, and Adam makes its moments
+                    for _ in range(2):  # libraries choose their kernels, and Adam makes its moments
+                        step(batch)
+                    with _refusing_waits():
                         step(batch)
             finally:
                 torch.cuda.current_stream(device).wait_stream(stream)
@@ -56,6 +60,7 @@ class CudaGraph:
         # another thread may pin the memory of the next minibatch meanwhile
         with (
             torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),  # again, whatever goes wrong
             torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"),
         ):
             self.loss = step(batch)
@@ -78,6 +83,19 @@ class CudaGraph:
         self.batch.copy_(batch, non_blocking=True)
         self.graph.replay()
         return self.loss.clone()
+
+
+@contextmanager
+def _refusing_waits() -> Iterator[None]:
+    """A wait for the device is an error here that says so; in a capture it would spoil that."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "a prototype feature"
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[Any, dict[str, Tensor]]:

@@ -80,7 +80,7 @@ def explain(
         if not terms:
             terms, bad = _not_finite_gradients(objective, programs, x, parameters)
         where = reason or _list(terms) or "no single term, but their sum or one random draw"
-        images = index[bad] if bool(bad.any()) else index
+        images = index[bad.to(index.device)] if bool(bad.any()) else index
     numbers = images.tolist()
     names = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
     what = "image" if len(numbers) == 1 else "images"

@@ -166,7 +166,9 @@ def pure_loss(
     with unvalidated(), untouched(x.device):
         drawn_elsewhere = _outside_torch(x.device)
         try:
-            traced = make_fx(function)(*inputs)
+            # backward on a GPU has a thread of its own, which nobody traces
+            with torch.autograd.set_multithreading_enabled(False):
+                traced = make_fx(function)(*inputs)
         except RuntimeError as error:
             if "get value out of a tracing tensor" not in str(error):
                 raise

@@ -38,11 +38,12 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     cuda = device.type == "cuda"
     # the global generator of numpy is meant: a guide of the user's may draw from it
     others = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng([device] if cuda else []):
+    with torch.random.fork_rng([device] if cuda else [], device_type="cuda"):
+        # torch.manual_seed would seed all GPUs, which nothing restores
+        torch.default_generator.manual_seed(seed)
         if cuda:
-            torch.manual_seed(seed)
-        else:  # torch.manual_seed would seed the GPUs as well, which nothing restores
-            torch.default_generator.manual_seed(seed)
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         try:

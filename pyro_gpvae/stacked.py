@@ -18,6 +18,7 @@ from pyro_gpvae.steps import (
     log_fallback,
     loss_and_norm,
     tolerance,
+    without_advice,
 )
 from pyro_gpvae.tally import Tally
 
@@ -80,7 +81,7 @@ class StackedStep:
         self._stack: dict[str, Tensor] = {}
         self._functions: dict[tuple[int, int], Callable[..., list[Tensor]]] = {}
         self._pure: dict[tuple[int, int], PureLoss] = {}
-        self._graph: CudaGraph | None = None
+        self._graphs: dict[int, CudaGraph] = {}
         self._share_tensors()
         self.optimizers = []
         for block, optimizer in enumerate(first.optimizers):
@@ -110,13 +111,14 @@ class StackedStep:
         with self.steps[0].flags():
             if self.backend != "captured" or batches.shape[1] != self.steps[0].batch_size:
                 return self._update(batches)
-            if self._graph is None:
+            form = batches.dim()  # numbers, or pixels
+            if form not in self._graphs:
                 try:
-                    self._graph = self._captured(batches)
+                    self._graphs[form] = self._captured(batches)
                 except Exception as error:  # of any kind, as in compilers
                     self._fall_back(error)
                     return self._update(batches)
-            return self._graph(batches)
+            return self._graphs[form](batches)
 
     def _captured(self, batches: Tensor) -> CudaGraph:
         """A step on minibatches of this size, as one CUDA graph."""
@@ -244,7 +246,7 @@ class StackedStep:
             if self.backend == "compiled" and len(x) == first.batch_size:
                 try:
                     compiled = torch.compile(graph, fullgraph=True, dynamic=False)
-                    with torch.no_grad():
+                    with torch.no_grad(), without_advice():
                         compiled(*inputs)
                     self._functions[key] = compiled
                 except Exception as error:  # of any kind: compilers raise what they like

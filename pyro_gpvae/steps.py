@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = [
     "loss_and_norm",
     "to_batch",
     "tolerance",
+    "without_advice",
 ]
 
 _log = logging.getLogger(__name__)
@@ -178,7 +180,7 @@ class TrainingStep:
         #: Why the last update was not made, if a program said so.
         self.reason = ""
         self._fast: list[Evaluate] = []
-        self._graph: CudaGraph | None = None
+        self._graphs: dict[int, CudaGraph] = {}
         self._strict = strict
         if backend == "captured":
             CudaGraph.check(self.device)
@@ -210,12 +212,13 @@ class TrainingStep:
                 return self._update(evaluations, batch, whole)
             if self.backend != "captured":
                 return self._update(self._fast, batch, whole)
-            if self._graph is None:
+            form = batch.dim()  # numbers, or pixels
+            if form not in self._graphs:
                 with self._or_eager():
-                    self._graph = self._captured(batch)
-                if self._graph is None:
+                    self._graphs[form] = self._captured(batch)
+                if form not in self._graphs:
                     return self(batch)
-            return self._graph(batch)
+            return self._graphs[form](batch)
 
     def part(self, batch: Tensor) -> Tensor:
         """What of a minibatch this process looks at: a smaller one than usual goes to all."""
@@ -274,8 +277,9 @@ class TrainingStep:
             if self.backend == "compiled":
                 graph = torch.compile(pure.graph, fullgraph=True, dynamic=False)
             self._fast.append(_traced(pure, graph, pure.noise))
-            self._verify(block, mine)
-            self._verify(block, 1 - mine)  # what was read of those that were traced is wrong here
+            with without_advice():
+                self._verify(block, mine)
+                self._verify(block, 1 - mine)  # what was read of those traced is wrong here
             if self.world.size > 1:
                 self._fast[block] = self._shared(block, pure, graph, x)
 
@@ -436,6 +440,14 @@ def _traced(
         return loss, gradients
 
     return evaluate
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Without the compiler's advice to compute in TF32: that is the user's choice."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+        yield
 
 
 def tolerance(x: Tensor, precision: Precision | None) -> float:

@@ -1,5 +1,23 @@
+import os
+
 import pyro
 import pytest
+import torch
+
+# read by CUDA's libraries at their first call
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+HAS_GPU = torch.cuda.is_available()
+# its device would be torch's accelerator, beside the GPU
+collect_ignore = ["test_emulated.py"] if HAS_GPU else []
+
+
+@pytest.fixture(autouse=True)
+def device(request, monkeypatch):
+    """Only tests that are marked so run on a GPU: the others expect the numbers of a CPU."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    elif not HAS_GPU:
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(autouse=True)

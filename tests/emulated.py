@@ -36,6 +36,7 @@ _COPIES = {aten._to_copy.default, aten.copy_.default}
 # numbers of rows may be on the CPU, from where they are copied
 _COPY_NUMBERS = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 _TO_PYTHON = {aten._local_scalar_dense.default, aten.equal.default}
+_ALL_THERE = {aten.cat.default, aten.stack.default}
 # multinomial and linalg look at their arguments in C++, nonzero at the size of its result
 _WAITS = _TO_PYTHON | {
     aten.nonzero.default,
@@ -154,9 +155,11 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
     result_is_there = bool(there) if named is None else _is_there(named)
     if func in _COPIES | _COPY_NUMBERS:
         crosses = bool(there and others) or (bool(tensors) and result_is_there != bool(there))
+        # where a mask is true decides the size of the result
+        crosses |= func in _COPY_NUMBERS and any(t.dtype == torch.bool for t in there[1:])
         if crosses and _waiting_is_refused:
             raise AssertionError(f"{func} copies between the devices, and waits")
-    elif there and any(t.dim() for t in others):
+    elif there and others and (func in _ALL_THERE or any(t.dim() for t in others)):
         devices = [(t.device.type, tuple(t.shape)) for t in tensors]
         raise RuntimeError(f"{func}: expected all tensors to be on the same device: {devices}")
     if there and func in _WAITS and _waiting_is_refused:
@@ -181,6 +184,11 @@ for _name in ("arange.start_step", "arange.start", "arange", "eye.m", "eye", "li
     _packet, _, _overload = _name.partition(".")
     _func = getattr(getattr(aten, _packet), _overload or "default")
     _resizing.impl(_name, lambda *a, _func=_func, **k: _call(_func, a, k), "PrivateUse1")
+
+
+def _refuse_waiting(mode: bool | str) -> None:
+    global _waiting_is_refused
+    _waiting_is_refused = bool(mode)
 
 
 @contextmanager
@@ -233,6 +241,8 @@ def stand_in_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: _waiting_is_refused)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", _refuse_waiting)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", _capturing)
     # what Module.to needs for tensors of another type

@@ -124,10 +124,9 @@ def test_every_guide_family_resumes_in_the_middle_of_an_epoch(spec, tmp_path):
     assert_equal(train(tmp_path / "b", resume=True, **options), undisturbed)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("spec", ["vae", "gp", "iaf", "me", "sa:1"])
-def test_on_cuda_in_deterministic_mode(spec, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def test_on_cuda_in_deterministic_mode(spec, tmp_path):
     options = {"build": digits_pair(spec), "images": uint8(10, (1, 8, 8)), "batch_size": 4}
     options |= {"device": "cuda"}
     torch.use_deterministic_algorithms(True)

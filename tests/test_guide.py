@@ -110,7 +110,7 @@ SPECS = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("spec", [*SPECS, "instance:full"])
 def test_on_cuda(spec):
     x = torch.randint(0, 256, (20, *SHAPE), dtype=torch.uint8)

@@ -821,11 +821,10 @@ def test_pixels_instead_of_numbers():
 
 # --- CUDA
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["eager", "captured"])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("spec", FAMILIES)
 def test_no_synchronisation_on_a_gpu(backend, spec):
     model, guide = make(spec, torch.float32)
@@ -836,15 +835,15 @@ def test_no_synchronisation_on_a_gpu(backend, spec):
     for index in (full, last):  # captures, and makes the moments
         step(index)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         losses = [step(index) for index in (full, full, last)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(loss.isfinite()) for loss in losses)
 
 
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("spec", FAMILIES)
 def test_captured_agrees_with_eager(spec):
     epochs = 17 if spec in ("vae", "gp", "rme:3") else 3
@@ -853,7 +852,7 @@ def test_captured_agrees_with_eager(spec):
     assert_same(captured, eager, tolerance=1e-8)
 
 
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("spec", ["gp", "rme:3"])
 def test_captured_resumes(spec, tmp_path):
     expected = trained(lambda: make(spec), "captured", device="cuda")
@@ -865,7 +864,7 @@ def test_captured_resumes(spec, tmp_path):
     assert_same(found, expected, tolerance=1e-12)
 
 
-@cuda
+@pytest.mark.gpu
 def test_capturing_changes_nothing():
     model, guide = normalised()
     model.cuda().train(), guide.cuda().train()
@@ -878,7 +877,7 @@ def test_capturing_changes_nothing():
     assert int(step.tally.seen) == 0
 
 
-@cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("number", [0, 4, 17])
 def test_captured_stops_at_the_step_and_the_image(number):
     with pytest.raises(NonFiniteError) as caught:

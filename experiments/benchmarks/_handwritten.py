@@ -118,16 +118,17 @@ def captured(vae: VAE, images: Tensor, batch_size: int, learning_rate: float = 5
         optimizer.step()
         return loss.detach()
 
-    aside = torch.cuda.Stream()  # PyTorch wants some steps on a stream of their own before
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.cuda.graph(graph):
-        loss = step()
+    with torch.cuda.device(images.device):
+        aside = torch.cuda.Stream()  # PyTorch wants some steps on a stream of their own before
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph, stream=aside):
+            loss = step()
 
     def replay(index: Tensor) -> Tensor:
         chosen.copy_(index)

@@ -128,8 +128,9 @@ def batches(count: int, batch_size: int) -> itertools.cycle[Tensor]:
 
 def resident_step(step: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Program:
     """A step on images on the device."""
-    numbers = batches(len(images), batch_size)
-    return lambda: step(next(numbers).to(images.device))
+    order = torch.randperm(len(images), device=images.device).split(batch_size)
+    numbers = itertools.cycle([index for index in order if len(index) == batch_size])
+    return lambda: step(next(numbers))
 
 
 def file_step(
