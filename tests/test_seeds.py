@@ -92,6 +92,17 @@ def test_float32_after_a_hundred_steps():
         assert difference(pair, single) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["gp", "me:2"])
+def test_captured_on_a_gpu(spec):
+    options = {"device": "cuda", "batch_size": 8}
+    pairs, histories = together(spec, backend="captured", **options)
+    assert {history.backend for history in histories} == {"captured"}
+    for seed, pair in zip(SEEDS, pairs, strict=True):
+        single, _ = alone(spec, seed, backend="eager", **options)
+        assert difference(pair, single) < 1e-8
+
+
 def test_convolutions():
     def conv(seed):
         torch.manual_seed(seed)

@@ -47,10 +47,12 @@ def profile(program: Program, device: torch.device, seconds: float, rows: int = 
     with torch.profiler.profile(activities=activities) as found:
         seconds_of(program, device, calls)
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    # on a GPU, annotations cover what the kernels inside them count again
     events = [
-        e
-        for e in found.key_averages()
-        if e.device_type.name.lower() == device.type and not e.is_user_annotation
+        event
+        for event in found.key_averages()
+        if event.device_type.name.lower() == device.type
+        and not (device.type == "cuda" and event.is_user_annotation)
     ]
     total = sum(getattr(event, own) for event in events) or 1
     events.sort(key=lambda event: -getattr(event, own))

@@ -69,7 +69,8 @@ def main(options: EvaluationOptions) -> None:
         options,
         f"K = {options.samples}, B = {options.images}, decoder of Table 1, chunks of "
         f"{default_chunk_size(device)} latent vectors, untrained networks. Memory: p = "
-        f"{max(options.latent_dims)}, chunks of {MEMORY_CHUNK}, tensors alive at once, without workspaces inside operators. "
+        f"{max(options.latent_dims)}, chunks of {MEMORY_CHUNK}, tensors alive at once, without "
+        "workspaces inside operators. "
         f"Precisions: a VAE with p = {min(options.latent_dims)} after {options.epochs} epochs on "
         f"mnist5k (the paper: 2000), {options.images} test digits, the same random numbers; TF32 "
         "exists on GPUs only. Limit: operations and unavoidable bytes of the decoder at the speed "
