@@ -148,12 +148,14 @@ class LowRankNormal(dist.LowRankMultivariateNormal):
     def __init__(
         self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None
     ) -> None:
-        self.loc, self.cov_factor, self.cov_diag = loc, cov_factor, cov_diag
+        shape = torch.broadcast_shapes(loc.shape, cov_diag.shape, cov_factor.shape[:-1])
+        self.loc, self.cov_diag = loc.expand(shape), cov_diag.expand(shape)
+        self.cov_factor = cov_factor.expand(*shape, -1)
         self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag = cov_factor, cov_diag
         product = (cov_factor.mT / cov_diag.unsqueeze(-2)) @ cov_factor
         eye = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
         self._capacitance_tril = torch.linalg.cholesky_ex(eye + product).L
-        TorchDistribution.__init__(self, loc.shape[:-1], loc.shape[-1:], validate_args)
+        TorchDistribution.__init__(self, shape[:-1], shape[-1:], validate_args)
 
     def expand(self, batch_shape: Any, _instance: LowRankNormal | None = None) -> LowRankNormal:
         new = self._get_checked_instance(LowRankNormal, _instance)  # type: ignore[no-untyped-call]

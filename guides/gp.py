@@ -72,7 +72,8 @@ class GPGuide(GaussianGuide):
             that √v starts well below h.
         warm_start: A trained VAE guide whose encoder is copied. Train it with the model first.
         freeze_mean: Whether m and s stay as they are.
-        num_nodes: Quadrature nodes of the marginal posterior, at least 1.
+        num_nodes: Quadrature nodes of the marginal posterior, at least 1; 24 or
+            more for an exact density.
 
     Raises:
         ValueError: If an option is unknown, the initial scale is not positive, or ``num_nodes``

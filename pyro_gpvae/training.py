@@ -363,8 +363,10 @@ class _Watch:
 
     def check(self) -> None:
         """Reads the device: were all updates made?"""
-        for step, state in zip(self.runs.steps, self.runs.states, strict=True):
-            skipped = state.skipped
+        states = zip(self.runs.steps, self.runs.states, strict=True)
+        found = [(state.skipped, step, state) for step, state in states]
+        # stacked runs stop together, and the first that broke has skipped most since
+        for skipped, step, state in sorted(found, key=lambda run: -run[0]):
             if skipped == state.skips_known:
                 continue
             if self.on_nonfinite == "stop" or skipped > self.max_skipped:

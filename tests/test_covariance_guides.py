@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
-from torch.distributions import kl_divergence
+from torch.distributions import LowRankMultivariateNormal, kl_divergence
 from toy import (
     exact_evidence,
     exact_posterior,
@@ -14,7 +14,7 @@ from toy import (
 )
 
 from guides import GaussianGuide
-from guides.covariance import FullCovarianceGuide, LowRankGuide
+from guides.covariance import FullCovarianceGuide, LowRankGuide, LowRankNormal
 from pyro_gpvae import fit, log_weights
 
 FAMILIES = {
@@ -221,3 +221,24 @@ def test_state_survives_saving(name, tmp_path):
 def test_bad_rank(rank):
     with pytest.raises(ValueError, match=f"rank must be an integer from 0 to p = 2, got {rank}"):
         LowRankGuide(linear_model(), rank)
+
+
+def test_low_rank_normal_is_that_of_torch():
+    torch.manual_seed(0)
+    loc, factor, diagonal = torch.randn(3), torch.randn(5, 3, 2), torch.rand(5, 3) + 0.1
+    ours, theirs = (
+        kind(loc, factor, diagonal) for kind in (LowRankNormal, LowRankMultivariateNormal)
+    )
+    assert (ours.batch_shape, ours.event_shape) == (theirs.batch_shape, theirs.event_shape)
+    z = torch.randn(4, 5, 3)
+    for attribute in ("mean", "variance", "covariance_matrix", "precision_matrix", "scale_tril"):
+        torch.testing.assert_close(getattr(ours, attribute), getattr(theirs, attribute))
+    torch.testing.assert_close(ours.log_prob(z), theirs.log_prob(z))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    wide, other = ours.expand((4, 5)), theirs.expand((4, 5))
+    torch.testing.assert_close(wide.log_prob(z), other.log_prob(z))
+    samples = []
+    for q in (wide, other):
+        torch.manual_seed(1)
+        samples.append(q.sample((2,)))
+    torch.testing.assert_close(*samples)

@@ -141,6 +141,18 @@ def test_captured_skips():
     assert list(history.frame().skipped) == list(other.frame().skipped) == [1, 2]
 
 
+def test_stacked_runs_stop_at_the_first_that_breaks():
+    def stop(backend, device):
+        pairs = [of(Breaking) for _ in range(3)]
+        options = {"epochs": 2, "batch_size": B, "progress": False}
+        options |= {"seeds": (3, 4, 5), "backend": backend, "device": device}
+        with pytest.raises(NonFiniteError) as caught:
+            fit(*zip(*pairs, strict=True), with_white(17), **options)
+        return caught.value.step, caught.value.images
+
+    assert stop("captured", DEVICE) == stop("eager", CPU) == (2, (17,))
+
+
 class Factorising(GaussianGuide):
     """Looks whether a matrix has a Cholesky factor, in C++."""
 
@@ -170,7 +182,7 @@ def test_images_that_stay_on_the_host(monkeypatch):
 
 
 def stacked(backend, device):
-    """Three runs of GPVAE in one program: parameters, and the last row of every history."""
+    """Three runs of GPVAE in one program: parameters and histories."""
     pairs = [make("gp") for _ in range(3)]
     with torch.no_grad():
         for number, (model, _) in enumerate(pairs):
@@ -180,7 +192,7 @@ def stacked(backend, device):
     options |= {"seeds": (3, 4, 5), "backend": backend, "device": device}
     histories = fit(*programs, uint8(), **options)
     assert {history.backend for history in histories} == {backend}
-    rows = [torch.tensor(list(h.frame().drop(columns="seconds").iloc[-1])) for h in histories]
+    rows = [torch.tensor(h.frame().drop(columns="seconds").to_numpy(float)) for h in histories]
     return [p.detach() for pair in pairs for m in pair for p in m.parameters()], rows
 
 

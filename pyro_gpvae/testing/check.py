@@ -115,7 +115,7 @@ def check_guide(
     devices = range(torch.cuda.device_count()) if uses_cuda() else ()
     found: list[Promise] = []
     kit = Kit(guide, model, x, make, seed)
-    with torch.random.fork_rng(list(devices)):
+    with torch.random.fork_rng(list(devices), device_type="cuda"):
         for name, (statement, check) in _PROMISES.items():
             try:
                 finding = check(kit)
