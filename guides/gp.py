@@ -72,12 +72,11 @@ class GPGuide(GaussianGuide):
             that √v starts well below h.
         warm_start: A trained VAE guide whose encoder is copied. Train it with the model first.
         freeze_mean: Whether m and s stay as they are.
-        num_nodes: Quadrature nodes of the marginal posterior, at least 1; 24 or
-            more for an exact density.
+        num_nodes: Quadrature nodes of the marginal posterior; less than 24 are inexact.
 
     Raises:
         ValueError: If an option is unknown, the initial scale is not positive, or ``num_nodes``
-            is no number of nodes.
+            is not a positive integer.
     """
 
     def __init__(
