@@ -123,7 +123,7 @@ class LowRankGuide(GaussianGuide):
         features, loc, log_scale = self.encode(x)
         scale = log_scale.exp()
         factor = self.factor(features).unflatten(-1, (self.latent_dim, self.rank))
-        # torch factorises I + GᵀG, G = D^(-1/2) F, which rounding makes singular where tr GᵀG is
+        # I + GᵀG is factorised, G = D^(-1/2) F, which rounding makes singular where tr GᵀG is
         # near 1/eps: D grows with what exceeds a hundredth of that, and never for an ordinary q
         limit = 0.01 / torch.finfo(factor.dtype).eps
         jitter = (factor.square().sum((-2, -1)) / limit - 1).clamp(min=0).unsqueeze(-1)
@@ -158,10 +158,9 @@ class LowRankNormal(dist.LowRankMultivariateNormal):
         TorchDistribution.__init__(self, shape[:-1], shape[-1:], validate_args)
 
     def expand(self, batch_shape: Any, _instance: LowRankNormal | None = None) -> LowRankNormal:
-        new = self._get_checked_instance(LowRankNormal, _instance)  # type: ignore[no-untyped-call]
+        new: LowRankNormal = self._get_checked_instance(LowRankNormal, _instance)  # type: ignore[no-untyped-call]
         super().expand(batch_shape, _instance=new)  # type: ignore[no-untyped-call]
-        expanded: LowRankNormal = new
-        return expanded
+        return new
 
 
 @register_kl(MultivariateNormal, Independent)  # type: ignore[untyped-decorator]

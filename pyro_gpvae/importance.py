@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyro
@@ -331,8 +330,6 @@ def default_chunk_size(device: torch.device) -> int:
     return 65_536 if device.type == "cuda" else 640
 
 
-# bytes of a latent vector by guide, then by model and images: measured once, not in every call
-_NEEDS: WeakKeyDictionary[Program, dict[Any, int]] = WeakKeyDictionary()
 # images refined or encoded at once by guides that do much work per image
 MAX_IMAGES = 512
 
@@ -380,11 +377,7 @@ def _chunk_size(model: Program, guide: Program, x: Tensor, memory: int | None) -
             )
         return min(size, memory // need)
     if device.type == "cuda":
-        known = _NEEDS.setdefault(guide, {})
-        key = id(model), x.shape[1:], x.dtype
-        if key not in known:
-            known[key] = bytes_per_latent(model, guide, x)
-        need = known[key]
+        need = bytes_per_latent(model, guide, x)
         # halved, so that a little more or less free memory does not change the random numbers
         while size > 1 and size * need > free_memory(device) // 2:
             size //= 2

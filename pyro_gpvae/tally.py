@@ -11,6 +11,9 @@ from torch import Tensor
 __all__ = ["Tally"]
 
 
+_TENSORS = ("loss", "seen", "skipped", "refused")
+
+
 class Tally:
     """What a training counts, on the device: read it once in a while, not in a step.
 
@@ -27,10 +30,15 @@ class Tally:
         self.seen, self.skipped = self.loss.clone(), self.loss.clone()
         self.refused = torch.zeros(tuple(shape), dtype=torch.float32, device=device)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a step writes to."""
+        return [getattr(self, name) for name in _TENSORS]
+
     def of(self, run: int) -> Tally:
         """The part of one run, where the tensors have a dimension for runs."""
         part = copy.copy(self)
-        for name in ("loss", "seen", "skipped", "refused"):
+        for name in _TENSORS:
             setattr(part, name, getattr(self, name)[run])
         return part
 

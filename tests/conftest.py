@@ -12,7 +12,7 @@ collect_ignore = ["test_emulated.py"] if HAS_GPU else []
 
 
 @pytest.fixture(autouse=True)
-def device(request, monkeypatch):
+def gpu_if_marked(request, monkeypatch):
     """Only tests that are marked so run on a GPU: the others expect the numbers of a CPU."""
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -35,6 +35,7 @@ aten = torch.ops.aten
 _COPIES = {aten._to_copy.default, aten.copy_.default}
 # numbers of rows may be on the CPU, from where they are copied
 _COPY_NUMBERS = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+_MAY_COPY = _COPIES | _COPY_NUMBERS
 _TO_PYTHON = {aten._local_scalar_dense.default, aten.equal.default}
 _ALL_THERE = {aten.cat.default, aten.stack.default}
 # multinomial and linalg look at their arguments in C++, nonzero at the size of its result
@@ -153,7 +154,7 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
     others = [t for t in tensors if not isinstance(t, Emulated)]
     named = kwargs.get("device")
     result_is_there = bool(there) if named is None else _is_there(named)
-    if func in _COPIES | _COPY_NUMBERS:
+    if func in _MAY_COPY:
         crosses = bool(there and others) or (bool(tensors) and result_is_there != bool(there))
         # where a mask is true decides the size of the result
         crosses |= func in _COPY_NUMBERS and any(t.dtype == torch.bool for t in there[1:])
@@ -194,12 +195,12 @@ def _refuse_waiting(mode: bool | str) -> None:
 @contextmanager
 def unread() -> Iterator[None]:
     """Refuses what makes the host wait."""
-    global _waiting_is_refused
-    before, _waiting_is_refused = _waiting_is_refused, True
+    before = _waiting_is_refused
+    _refuse_waiting(True)
     try:
         yield
     finally:
-        _waiting_is_refused = before
+        _refuse_waiting(before)
 
 
 class _Stream:

@@ -29,9 +29,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """With that device. "compiled" runs the graph that would be compiled, operator by operator."""
+    """With that device."""
     stand_in_for_cuda(monkeypatch)
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
 
 
 def pair(spec, device):

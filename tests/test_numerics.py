@@ -113,8 +113,17 @@ def test_every_registered_guide_is_in_both_precisions():
     assert set(available_guides()) == {spec.partition(":")[0] for spec in PRECISE}
 
 
+@pytest.fixture
+def one_thread():
+    """Sums in one order: several threads round differently."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
 @pytest.mark.parametrize("spec", PRECISE)
-def test_float32_evidence_is_that_of_float64(spec):
+def test_float32_evidence_is_that_of_float64(spec, one_thread):
     # An image for which a line search has to choose between two steps that are equal to rounding
     # may take the other one, and so another proposal: one in 800 such choices, on digits.
     model, vae, digits = trained()
@@ -137,8 +146,7 @@ def test_float32_evidence_is_that_of_float64(spec):
     assert (single.log_evidence.dtype, double.log_evidence.dtype) == (torch.float32, torch.float64)
     for name in ("log_evidence", "elbo"):
         gap = (getattr(single, name).double() - getattr(double, name)).abs()
-        assert 0 < float(gap.median()) < 1e-3
-        assert float(gap.max()) < (1e-2 if spec.startswith("vlae") else 1e-3)
+        assert 0 < float(gap.max()) < 1e-3
 
 
 class TestCholesky:

@@ -25,7 +25,7 @@ import tyro
 from _bench import Ceilings, Options, Program, interleave
 from _handwritten import NETS, Net
 from _report import Report, Target
-from step import lasting, ours
+from step import lasting, on_batches, ours
 from torch import Tensor
 
 from pyro_gpvae.data import memory_mapped
@@ -74,7 +74,7 @@ def main(options: StreamingOptions) -> None:
         with Gathering(mapped, device) as gather:
             forget = forgetting(path) if options.cold else lambda: None
             programs: dict[str, Program] = {
-                RESIDENT: resident_step(step, resident, net.batch_size),
+                RESIDENT: on_batches(step, resident, net.batch_size),
                 THREAD: file_step(step, gather, mapped, net, forget),
                 "file, without a thread": plain_step(step, mapped, net, forget),
             }
@@ -124,13 +124,6 @@ def batches(count: int, batch_size: int) -> itertools.cycle[Tensor]:
     """Minibatches of a permutation, again and again."""
     full = count // batch_size * batch_size
     return itertools.cycle(torch.randperm(count)[:full].split(batch_size))
-
-
-def resident_step(step: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Program:
-    """A step on images on the device."""
-    order = torch.randperm(len(images), device=images.device).split(batch_size)
-    numbers = itertools.cycle([index for index in order if len(index) == batch_size])
-    return lambda: step(next(numbers))
 
 
 def file_step(
