@@ -12,22 +12,33 @@ from _records import DATA_NAMES, Collected, Column, Table
 
 PUBLISHED_EPOCHS = 2000
 
+_TEST = "two-sided t-test, uncorrected as in the paper; Welch's and Holm's in the CSV"
+_COLOURS = (
+    "Red: the best mean of the column. Blue: no evidence of a difference from it (p > 0.01, "
+    f"{_TEST})."
+)
 
-def score_caption(collected: Collected, order: str) -> str:
-    """Budget, seeds, tests, controls."""
+
+def score_caption(collected: Collected, order: str, *, picture: bool = False) -> str:
+    """Budget, seeds, tests, controls; of a table, or of a picture, whose legend tells the marks."""
     text = "Test log-likelihood, IWAE with each guide's own q, in nats per image: mean ± standard "
-    text += f"deviation over seeds. {_budget_text(collected, 'scores')} {_test_text()} "
-    text += "Δ is the difference to the VAE's row; paper: the published score, and its own Δ. "
-    return " ".join(f"{text}{_control_text(collected)} {order}".split())
+    text += f"deviation over seeds. {_budget_text(collected, 'scores')} "
+    if picture:
+        text += f"Best: the best mean of the column; p: of a difference from it ({_TEST}). "
+    else:
+        text += f"{_COLOURS} Δ is the difference to the VAE's row; paper: the published score, and "
+        text += "its own Δ. "
+    return " ".join(f"{text}{_control_text(collected, run_only=picture)} {order}".split())
 
 
-def companion_caption(collected: Collected, order: str) -> str:
+def companion_caption(collected: Collected, order: str, *, picture: bool = False) -> str:
     text = "The same models, scored with better and better proposals, in nats per image: mean ± "
-    text += "standard deviation over seeds, in parentheses the difference to the VAE's row. ELBO "
-    text += "and IWAE with the guide's own q; IWAE with its spread multiplied by the factor c that "
-    text += "is best on images that are no test images; IWAE with the best full Gaussian of each "
-    text += "image, the reference; annealed importance sampling from there. "
-    text += f"{_budget_text(collected, 'companion')} {_test_text()} "
+    text += "standard deviation over seeds"
+    text += "" if picture else ", in parentheses the difference to the VAE's row"
+    text += ". ELBO and IWAE with the guide's own q; IWAE with its spread multiplied by the factor "
+    text += "c that is best on images that are no test images; IWAE with the best full Gaussian of "
+    text += "each image, the reference; annealed importance sampling (AIS) from there. "
+    text += f"{_budget_text(collected, 'companion')} {'' if picture else _COLOURS} "
     if collected.records:
         left = sum(int(r["companion.optimum.not_converged"]) for r in collected.records)
         count = sum(int(r["companion.num_images"]) for r in collected.records)
@@ -35,13 +46,6 @@ def companion_caption(collected: Collected, order: str) -> str:
         sources = sorted({str(r["companion.validation"]) for r in collected.records})
         text += f"c was chosen on {' or on '.join(sources)}. "
     return " ".join(f"{text}{order}".split())
-
-
-def _test_text() -> str:
-    return (
-        "Red: the best mean of the column. Blue: little evidence of a difference from it (p > "
-        "0.01, two-sided t-test, uncorrected as in the paper; Welch's and Holm's in the CSV)."
-    )
 
 
 def _budget_text(collected: Collected, part: str) -> str:
@@ -65,10 +69,12 @@ def _budget_text(collected: Collected, part: str) -> str:
     return "; ".join(texts) + "."
 
 
-def _control_text(collected: Collected) -> str:
-    texts = []
+def _control_text(collected: Collected, *, run_only: bool) -> str:
+    texts, run = [], {row.label for row, _ in collected.cells}
     for multiple, reasons in collected.controls.items():
         name = "VAE" if multiple == 1 else f"VAE, {multiple:g} × epochs"
+        if name not in run and run_only:
+            continue
         texts.append(f"{name}: {', '.join(reasons)}")
     text = "Controls of equal compute (a gradient step: one latent vector decoded and "
     text += "differentiated for an image). A method that is not warm-started has the epochs of the "

@@ -62,6 +62,7 @@ def main(table: Table, options: Options) -> None:
     write_text(out / f"{name}.csv", scores.to_csv(index=False))
     write_text(out / f"{name}.md", score_markdown(table, scores, caption, flags))
     write_text(out / f"{name}.tex", score_latex(table, scores, caption))
+    caption = score_caption(collected, order, picture=True)
     score_dots(drawn(scores), caption, table.title).savefig(out / f"{name}.png")
     caption = companion_caption(beside, order)
     name = f"{table.name}_companion"
@@ -69,6 +70,7 @@ def main(table: Table, options: Options) -> None:
     write_text(out / f"{name}.md", companion_markdown(table, proposals, caption, flags))
     write_text(out / f"{name}.tex", companion_latex(table, proposals, caption))
     title = f"{table.title}: better model or better proposal?"
+    caption = companion_caption(beside, order, picture=True)
     companion_dots(drawn(proposals), caption, title).savefig(out / f"{name}.png")
     print((out / f"{table.name}.md").read_text(encoding="utf-8"))
     print(f"written to {out}: {table.name} and {name}, each as .md, .tex, .csv and .png")

@@ -22,6 +22,7 @@ from guides import GPGuide
 from guides.gp import Estimator
 from pyro_gpvae import ImageModel, PerImage, fit, initial_sigma, load_data
 from pyro_gpvae.files import write_json, write_text
+from pyro_gpvae.provenance import environment
 
 ESTIMATORS: dict[str, tuple[Estimator, type[Trace_ELBO]]] = {
     "functions, analytic KL": ("functions", TraceMeanField_ELBO),
@@ -86,7 +87,8 @@ def main(options: Options) -> None:
         f"digits, {options.draws} draws, seed {options.seed}."
     )
     lines += ["", caption, ""]
-    record = {k: v for k, v in vars(options).items() if k != "out"} | {"variances": variances}
+    record = {k: v for k, v in vars(options).items() if k != "out"}
+    record |= environment(torch.device("cpu")) | {"variances": variances}
     write_json(options.out / "gradient_variance.json", record)
     write_text(options.out / "gradient_variance.md", "\n".join(lines))
     print("\n".join(lines))

@@ -18,6 +18,7 @@ import tyro
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, log_evidence, make_guide
 from pyro_gpvae.data import split_validation
 from pyro_gpvae.files import write_json, write_text
+from pyro_gpvae.provenance import environment
 
 GUIDES = (
     "vae",
@@ -68,7 +69,8 @@ def main(options: Options) -> None:
         f"digits, p = {options.latent_dim}, {options.epochs} epochs, K = 100, seed {options.seed}. "
         "The default is η = 1, C = 20."
     )
-    record = {k: v for k, v in vars(options).items() if k != "out"} | {"scores": scores}
+    record = {k: v for k, v in vars(options).items() if k != "out"}
+    record |= environment(torch.device("cpu")) | {"scores": scores}
     options.out.mkdir(parents=True, exist_ok=True)
     write_json(options.out / "rme_ablation.json", record)
     write_text(options.out / "rme_ablation.md", "\n".join([*lines, "", caption, ""]))

@@ -72,7 +72,7 @@ class GPGuide(GaussianGuide):
             that √v starts well below h.
         warm_start: A trained VAE guide whose encoder is copied. Train it with the model first.
         freeze_mean: Whether m and s stay as they are.
-        num_nodes: Quadrature nodes of the marginal posterior; less than 24 are inexact.
+        num_nodes: Quadrature nodes of the marginal posterior, see :class:`MarginalPosterior`.
 
     Raises:
         ValueError: If an option is unknown, the initial scale is not positive, or ``num_nodes``
@@ -159,8 +159,8 @@ class GPGuide(GaussianGuide):
         }
 
     def uncertainty(self, x: Tensor) -> Tensor:
-        """Inference uncertainty Σⱼ vⱼ/hⱼ² + rⱼ of each image, (B,): see the paper's claim that
-        the spread of the encoder "quantifies the difficulty of posterior approximation"."""
+        """Inference uncertainty Σⱼ vⱼ/hⱼ² + rⱼ of each image, (B,): the paper's claim is that it
+        tells how difficult posterior approximation is for an image."""
         _, v, b, r = self.moments(x)
         return (v / (2 * b).exp() + r).sum(-1)
 

@@ -47,7 +47,7 @@ class RunConfig:
         precision: Of the networks' matrix products and convolutions in training: "float32", "tf32"
             (NVIDIA GPUs) or "bf16"; "default" is torch's own setting. Evaluation is in float32.
         on_nonfinite: "stop" at a loss or gradient that is NaN or infinite, or "skip" the update;
-            100 of them stop the run.
+            more than 100 of them stop the run.
     """
 
     data: str = "mnist5k"

@@ -9,6 +9,7 @@ own, hand-written and ours in turns. Writes allocator_cpu.json and .md.
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -68,19 +69,22 @@ def main(settings: Settings) -> None:
     command = [sys.executable, __file__, "--net", settings.net, "--images", str(settings.images)]
     command += ["--seconds", str(settings.seconds), "--seed", str(settings.seed)]
     seconds: dict[str, list[float]] = {HAND: [], KEPT: [], OURS: []}
+    order = list(seconds)
+    generator = random.Random(settings.seed)
     for _ in range(settings.rounds):
-        for variant, found in seconds.items():
+        generator.shuffle(order)
+        for variant in order:
             done = subprocess.run(
                 [*command, "--variant", variant], capture_output=True, text=True, check=True
             )
-            found.append(float(done.stdout.split()[-1]))
+            seconds[variant].append(float(done.stdout.split()[-1]))
     timings = Timings(seconds)
     report = Report(
         "allocator",
         "A step in a process of its own",
         settings,
         f"Network {settings.net} as in the table of steps. Every timing is the mean of about "
-        f"{settings.seconds:g} s of steps in a fresh process; variants in turns.",
+        f"{settings.seconds:g} s of steps in a fresh process.",
         Ceilings.measure(torch.device("cpu")),
     )
     limit = {"conv": 0.85, "tiny": 1.0}[settings.net]
