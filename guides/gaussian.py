@@ -18,7 +18,7 @@ from pyro_gpvae.distributions import bounded
 from pyro_gpvae.elbo import Objective
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.networks import build_encoder, feature_dim
-from pyro_gpvae.nonfinite import NonFiniteError
+from pyro_gpvae.nonfinite import NonFiniteError, name_images
 from pyro_gpvae.program import Program
 
 __all__ = ["GaussianGuide", "check_finite"]
@@ -130,7 +130,7 @@ def check_finite(what: str, value: Tensor, images: Tensor | None = None) -> None
     if not bool(wrong.any()):
         return
     numbers = (wrong.nonzero().flatten() if images is None else images[wrong]).tolist()
-    names = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    names = name_images(numbers)
     raise NonFiniteError(
         f"{what} is not finite for image {names} of the batch: a weight is not finite, or a "
         f"product overflows {value.dtype}",

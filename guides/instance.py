@@ -6,7 +6,8 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -17,7 +18,9 @@ from torch import Tensor
 from guides.autoguides import Stack, fit_autoguide, load_autoguide
 from guides.gaussian import check_finite
 from guides.laplace import inverse_cholesky, line_search, linearize
+from pyro_gpvae.generation import known_mean, posterior_mean
 from pyro_gpvae.importance import default_chunk_size
+from pyro_gpvae.memory import bytes_each
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.program import Program, References
 from pyro_gpvae.randomness import seeded
@@ -219,6 +222,7 @@ class InstanceGuide(Program):
     ) -> InstanceOptimum:
         """Natural-gradient ascent from N(loc, S Sᵀ); an image that has converged drops out."""
         p = self.latent_dim
+        chunk_size = default_chunk_size(x.device, partial(self._bytes_per_gradient, x[:1]))
         entropy = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + p / 2 * math.log(
             2 * math.pi * math.e
         )
@@ -233,7 +237,7 @@ class InstanceGuide(Program):
             points, weights = (tensor.to(loc) for tensor in _cubature(p, generator))
             S = factor[active]
             z = loc[active] + torch.einsum("bij,sj->sbi", S, points)
-            log_joint, gradient = self._gradient(x[active], z)
+            log_joint, gradient = self._gradient(x[active], z, chunk_size)
             check_finite("the gradient of log p(x, z)", gradient, active)
             a = torch.einsum("bji,sbj,s->bi", S, gradient, weights)
             A = eye + torch.einsum("bji,sbj,sk,s->bik", S, gradient, points, weights)
@@ -270,9 +274,9 @@ class InstanceGuide(Program):
             posterior = dist.MultivariateNormal(loc, scale_tril=root)
         return InstanceOptimum(posterior, elbo, gap, gap < self.tolerance, steps, jitter)
 
-    def _gradient(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient(self, x: Tensor, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
         """log p(x, z) (S, B) and its gradient (S, B, p) for latents z (S, B, p)."""
-        size = max(1, default_chunk_size(z.device) // len(z))
+        size = max(1, chunk_size // len(z))
         values, gradients = [], []
         for images, latents in zip(x.split(size), z.split(size, dim=1), strict=True):
             with torch.enable_grad(), pyro.validation_enabled(False):
@@ -282,6 +286,11 @@ class InstanceGuide(Program):
             values.append(log_joint.detach())
             gradients.append(gradient)
         return torch.cat(values, dim=1), torch.cat(gradients, dim=1)
+
+    def _bytes_per_gradient(self, x: Tensor) -> int:
+        """What :meth:`_gradient` takes for a latent vector of one image."""
+        z = x.new_zeros(4, 1, self.latent_dim)
+        return bytes_each(lambda count: partial(self._gradient, x, z[:count], count))
 
     def _optimise_autoguide(
         self, x: Tensor, loc: Tensor, factor: Tensor, jitter: Tensor
@@ -327,16 +336,15 @@ def _mode(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean(guide: Any, x: Tensor) -> Tensor:
-    """The mean of a guide's posterior, (B, p); of 100 draws for each image if it is not known."""
-    q = guide.posterior(x)
-    try:
-        return cast(Tensor, q.mean).clone()
-    except (AttributeError, NotImplementedError):
-        means = []
-        for image in x:
-            with seeded(0, x.device):  # every image alike, whatever its place in the batch
-                means.append(guide.posterior(image[None]).sample((100,)).mean(0))
-        return torch.cat(means)
+    """The mean of a guide's posterior, (B, p); of draws for each image alone if it is not known."""
+    mean = known_mean(guide.posterior(x))
+    if mean is not None:
+        return mean.clone()
+    means = []
+    for image in x:
+        with seeded(0, x.device):  # every image alike, whatever its place in the batch
+            means.append(posterior_mean(guide, image[None])[0])
+    return torch.cat(means)
 
 
 def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

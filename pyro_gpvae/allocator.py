@@ -1,4 +1,4 @@
-r"""glibc's allocator gives memory back too eagerly for training: a quarter of a step is page faults."""
+r"""glibc's allocator gives memory back too eagerly for training: a quarter of a step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
     """Lets this process keep up to 1 GiB of memory that it has freed, to use it again.
 
     A training step allocates and frees the same tens of MiB again and again. With its defaults
-    glibc returns them to the kernel each time, which has to clear every page anew: about a
-    quarter of the time of a step on the CPU (``docs/performance.md``). Called by :func:`pyro_gpvae.fit`
+    glibc returns them to the kernel each time, which has to clear every page anew: about a quarter
+    of the time of a step on the CPU (``docs/performance.md``). Called by :func:`pyro_gpvae.fit`
     and :func:`pyro_gpvae.log_weights` on the CPU, once a process. Leaves an allocator alone that
     is not glibc's, or that ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_`` or
     ``LD_PRELOAD`` in the environment says something about.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,13 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_gpvae.chains import Path, image_seed, num_pilots_for, start_distributions
+from pyro_gpvae.chains import (
+    Path,
+    image_seed,
+    log_joint_of,
+    num_pilots_for,
+    start_distributions,
+)
 from pyro_gpvae.importance import (
     MAX_IMAGES,
     Evidence,
@@ -22,7 +29,8 @@ from pyro_gpvae.importance import (
     device_and_dtype,
     is_global,
 )
-from pyro_gpvae.nonfinite import NonFiniteError, refused_parameters
+from pyro_gpvae.memory import bytes_each
+from pyro_gpvae.nonfinite import NonFiniteError, name_images, refused_parameters
 from pyro_gpvae.randomness import seeded
 
 __all__ = [
@@ -144,7 +152,8 @@ def annealed_evidence(
         num_chains: Chains per image.
         num_steps: Steps T of the schedule.
         num_leapfrog: Gradients per HMC move.
-        chunk_size: How many chains, pilots included, are moved at once; bounds the memory.
+        chunk_size: How many chains, pilots included, are moved at once; bounds the memory. By
+            default 640 on a CPU; on a GPU 65,536, or as many as fit half of its free memory.
         seed: The same seed gives the same numbers; the global random state is left as it was.
             None draws a seed.
         first_image: The index of the first image of x, where x is a part of a data set.
@@ -168,7 +177,7 @@ def annealed_evidence(
     schedule = sigmoidal_schedule(num_steps)
     seed = _seed(seed)
     device, _ = device_and_dtype(model, x)
-    size = _images_at_once(num_chains, num_leapfrog, chunk_size, device)
+    size = _images_at_once(model, x, num_chains, num_leapfrog, chunk_size)
     found: list[tuple[Tensor, Tensor]] = []
     with seeded(seed, device), _progress(len(x), size, num_steps, progress) as bar:
         for path in _paths(model, x, guide, seed, first_image, num_chains, size):
@@ -247,7 +256,7 @@ def bidirectional(
             raise ValueError("the model has no image_shape: pass an image of its shape as like=")
         like = torch.zeros(1, *model.image_shape)
     like = as_pixels(model, like[:1])
-    size = _images_at_once(num_chains, num_leapfrog, chunk_size, like.device)
+    size = _images_at_once(model, like, num_chains, num_leapfrog, chunk_size)
     found: list[tuple[Tensor, Tensor]] = []
     with seeded(seed, like.device), _progress(num_images, size, 2 * num_steps, progress) as bar:
         indices = range(first_image, first_image + num_images)
@@ -329,7 +338,7 @@ def _check_finite(log_weights: Tensor, first: int) -> None:
     wrong = (~(log_weights < torch.inf)).any(0).nonzero().flatten() + first
     if len(wrong):
         images = wrong.tolist()
-        names = ", ".join(map(str, images[:5])) + (", ..." if len(images) > 5 else "")
+        names = name_images(images)
         raise NonFiniteError(
             f"annealing meets a log p(x, z) or log q(z|x) that is NaN or overflows "
             f"{log_weights.dtype}, for image {names}: is the decoder finite for every z that its "
@@ -339,9 +348,11 @@ def _check_finite(log_weights: Tensor, first: int) -> None:
 
 
 def _images_at_once(
-    num_chains: int, num_leapfrog: int, chunk_size: int | None, device: torch.device
+    model: Program, x: Tensor, num_chains: int, num_leapfrog: int, chunk_size: int | None
 ) -> int:
-    chunk_size = default_chunk_size(device) if chunk_size is None else chunk_size
+    if chunk_size is None:
+        device, _ = device_and_dtype(model, x)
+        chunk_size = default_chunk_size(device, partial(_bytes_per_chain, model, x))
     for name, value in (
         ("num_chains", num_chains),
         ("num_leapfrog", num_leapfrog),
@@ -350,6 +361,21 @@ def _images_at_once(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     return max(1, chunk_size // (num_chains + num_pilots_for(num_chains)))
+
+
+def _bytes_per_chain(model: Program, x: Tensor) -> int:
+    """What log p(x, z) and its gradient take for a chain; the density of the start is not in it."""
+    device, dtype = device_and_dtype(model, x)
+    image = torch.zeros_like(x[:1], device=device, dtype=dtype)
+    log_joint = log_joint_of(model, image)
+    with torch.enable_grad(), seeded(0, device):
+        (prior,) = start_distributions(model, image, None, 0, [0])
+
+        def begin(count: int) -> Callable[[], Any]:
+            z = prior.sample(torch.Size([count])).requires_grad_()
+            return lambda: torch.autograd.grad(log_joint(z).sum(), z)
+
+        return bytes_each(begin)
 
 
 def _seed(seed: int | None) -> int:

@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 from tqdm.auto import tqdm
 
 from pyro_gpvae.elbo import in_data_plate
-from pyro_gpvae.importance import is_global, site_sum
+from pyro_gpvae.importance import is_global, observed_sites, site_sum
 from pyro_gpvae.nonfinite import NonFiniteError, refused_parameters
 from pyro_gpvae.randomness import seeded
 
@@ -312,7 +312,7 @@ def log_joint_of(model: Program, x: Tensor) -> Callable[[Tensor], Tensor]:
         with pyro.validation_enabled(False), pyro.plate("chains", len(z), dim=-2):
             trace = poutine.trace(poutine.condition(local, data={"z": z})).get_trace(x)
             trace.compute_log_prob()
-        return site_sum(trace, trace, (len(z), len(x)))
+        return site_sum(trace, {"z", *observed_sites(trace)}, (len(z), len(x)))
 
     return log_joint
 

@@ -11,31 +11,24 @@ import pandas as pd
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
 from tqdm.auto import tqdm
 
 from pyro_gpvae.annealing import annealed_evidence
 from pyro_gpvae.data import split_validation
 from pyro_gpvae.fixed import FixedPosterior
+from pyro_gpvae.generation import posterior_mean
 from pyro_gpvae.guide import make_guide
-from pyro_gpvae.importance import (
-    PARETO_LIMIT,
-    Evidence,
-    as_pixels,
-    default_chunk_size,
-    log_weights,
-)
+from pyro_gpvae.importance import PARETO_LIMIT, Evidence, as_pixels, log_weights
 from pyro_gpvae.randomness import seeded
 
-__all__ = ["WIDTHS", "Scaled", "companion_scores", "posterior_mean", "width_images"]
+__all__ = ["WIDTHS", "Scaled", "companion_scores", "width_images"]
 
 #: The factors c that the spread of a posterior is multiplied by.
 WIDTHS = (0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 # images worked on together: each is refined, and its posterior computed, once
 _BATCH = 100
-# draws that stand for the mean of a posterior that does not know it
-_MEAN_DRAWS = 100
 
 
 class Scaled(TorchDistribution):
@@ -116,18 +109,6 @@ class Scaled(TorchDistribution):
         return density - self.event_shape.numel() * math.log(self.factor)
 
 
-@torch.no_grad()
-def posterior_mean(q: Distribution, device: torch.device) -> Tensor:
-    """The mean (B, p) of q(z|x), on this device; of 100 draws, always the same ones, where the
-    distribution does not know its own."""
-    try:
-        return q.mean
-    except (AttributeError, NotImplementedError):
-        pass
-    with seeded(0, device):
-        return q.sample(torch.Size((_MEAN_DRAWS,))).mean(0)
-
-
 def width_images(train: Tensor, num_validation: int, limit: int = 200) -> tuple[Tensor, str]:
     """The images that the width factor is chosen on, and what they are.
 
@@ -206,7 +187,6 @@ def companion_scores(
     if not widths:
         raise ValueError("widths must hold at least one factor")
     device = next(model.parameters()).device
-    chunk_size = chunk_size or default_chunk_size(device)
     has_posterior = hasattr(guide, "posterior")
     optimiser = make_guide("instance:full", model, warm_start=guide if has_posterior else None)
     seconds = dict.fromkeys(("own", "width", "optimum", "annealed"), 0.0)
@@ -216,12 +196,16 @@ def companion_scores(
             weights = log_weights(model, q, images, num_samples, chunk_size=chunk_size)
         return Evidence.from_log_weights(weights)
 
+    def mean(posterior: Any, images: Tensor) -> Tensor:
+        with seeded(0, device):  # always the same draws, where it takes some
+            return posterior_mean(FixedPosterior(posterior), images)[0]
+
     def wider(posterior: Any, centre: Tensor, c: float) -> Any:
         return FixedPosterior(posterior if c == 1 else Scaled(posterior, centre, c))
 
     label = progress if isinstance(progress, str) else "companion"
     parts: list[dict[str, Tensor]] = []
-    size = min(_BATCH, chunk_size)
+    size = min(_BATCH, chunk_size or _BATCH)
     with tqdm(total=len(x), desc=label, unit="image", disable=not progress) as bar:
         curve: dict[float, float] = {}
         if has_posterior:
@@ -231,7 +215,7 @@ def companion_scores(
                 images = as_pixels(model, validation[begin : begin + size])
                 with seeded(seed + begin, device):
                     q = guide.posterior(images)
-                centre = posterior_mean(q, device)
+                centre = mean(q, images)
                 for c in widths:
                     scores = iwae(wider(q, centre, c), images, seed + begin).log_evidence
                     totals[c] += float(scores.sum())
@@ -252,7 +236,7 @@ def companion_scores(
 
             if q is not None:
                 started = time.monotonic()
-                proposal = wider(q, posterior_mean(q, device), best)
+                proposal = wider(q, mean(q, images), best)
                 _add(part, "width", iwae(proposal, images, seed + begin))
                 seconds["width"] += time.monotonic() - started
 

@@ -14,7 +14,7 @@ from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -27,6 +27,7 @@ __all__ = [
     "Objective",
     "PerImage",
     "TraceELBO",
+    "check_plate",
     "elbo_terms",
     "in_data_plate",
     "sampled_traces",
@@ -37,6 +38,33 @@ __all__ = [
 def in_data_plate(site: Any) -> bool:
     """Whether a site of a Pyro trace belongs to an image, that is, lies in ``plate("data")``."""
     return any(frame.name == DATA_PLATE for frame in site["cond_indep_stack"])
+
+
+def check_plate(site: Any) -> None:
+    """Refuses a site of the images that is not in ``plate("data", B)``, the batch as it is.
+
+    The plate's name tells local from global sites. Under another name z and x would be taken for
+    global ones, and weighed wrongly; a plate that subsamples would be weighed twice.
+
+    Raises:
+        ValueError: If z, or what is observed along dimension -1, lies in another plate or none,
+            or the plate subsamples.
+    """
+    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+    name, data = site["name"], frames.get(DATA_PLATE)
+    if data is not None and data.full_size != data.size:
+        raise ValueError(
+            f"the site {name!r} lies in plate({DATA_PLATE!r}, {data.full_size}) of which "
+            f"{data.size} are taken: write plate({DATA_PLATE!r}, len(x)); the number N of all "
+            "images is PerImage's"
+        )
+    others = [frame.name for frame in frames.values() if frame.dim == -1]
+    if data is None and (name == "z" or (site["is_observed"] and others)):
+        where = f"plate({others[0]!r})" if others else "no plate"
+        raise ValueError(
+            f"the site {name!r} lies in {where}: what belongs to an image must be in "
+            f"plate({DATA_PLATE!r}, len(x)), whose name tells it from global sites"
+        )
 
 
 class Objective(Protocol):
@@ -222,7 +250,8 @@ class PerImage(Program):
         num_images: The number N of training images, never the batch size.
 
     Raises:
-        ValueError: If num_images is not positive.
+        ValueError: If num_images is not positive; in use, if "z" or what is observed lies in a
+            plate of another name, or ``plate("data")`` subsamples.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -253,6 +282,9 @@ class _PerImageScale(Messenger):
         self.num_images = num_images
 
     def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        check_plate(msg)
         sizes = [f.size for f in msg["cond_indep_stack"] if f.name == DATA_PLATE]
         msg["scale"] = msg["scale"] / (sizes[0] if sizes else self.num_images)
 

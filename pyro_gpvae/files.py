@@ -21,6 +21,7 @@ __all__ = [
     "InUseError",
     "check_manifest",
     "check_replaceable",
+    "finished_folder",
     "locked",
     "new_folder",
     "partial_folder",
@@ -180,6 +181,14 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
+def finished_folder(path: str | Path) -> Path:
+    """The ``path``, also if the :func:`partial_folder` of it was named."""
+    path = Path(path).expanduser()
+    if path.name.endswith(".partial") and not partial_folder(path).exists():
+        return path.with_name(path.name.removesuffix(".partial"))
+    return path
+
+
 @contextmanager
 def work_folder(
     path: str | Path,
@@ -191,7 +200,8 @@ def work_folder(
     """Gives the folder ``path.partial``, which takes the place of ``path`` if the block succeeds.
 
     Unlike that of :func:`new_folder` it is kept if the block fails and has left checkpoints
-    there, and is given again with ``resume``. Only one process at a time gets it.
+    there, and is given again with ``resume``; without, it is empty but for its lock. Only one
+    process at a time gets it.
 
     Arguments:
         path, overwrite, files: As for :func:`new_folder`; unfinished work is overwritten as well.
@@ -206,13 +216,15 @@ def work_folder(
     folder = partial_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"is working in {folder}"):
-        if not resume and (folder / CHECKPOINTS).exists():
-            if not overwrite:
-                raise FileExistsError(
-                    f"{folder} holds an unfinished run: continue it (--resume {path}), or "
-                    "overwrite it (--overwrite)"
-                )
-            shutil.rmtree(folder / CHECKPOINTS)
+        if not (resume or overwrite) and (folder / CHECKPOINTS).exists():
+            raise FileExistsError(
+                f"{folder} holds an unfinished run: continue it (--resume {path}), or "
+                "overwrite it (--overwrite)"
+            )
+        # what was to be overwritten, or was half-written when a process was killed, must not stay
+        for left in list(folder.rglob(".*.partial") if resume else folder.iterdir()):
+            if left.name != "lock":
+                _delete(left)
         try:
             yield folder
         except BaseException:
@@ -252,6 +264,13 @@ def check_replaceable(path: Path, overwrite: bool, files: Collection[str]) -> No
             f"the folder {path} is not overwritten, because it holds {foreign[0]!r}, "
             "which this command does not write: choose another folder"
         )
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sibling(path: Path) -> Path:

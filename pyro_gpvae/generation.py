@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_gpvae.elbo import in_data_plate
 from pyro_gpvae.importance import as_pixels, default_chunk_size, device_and_dtype
@@ -25,6 +26,7 @@ __all__ = [
     "decode",
     "float_batches",
     "interpolate",
+    "known_mean",
     "latent_path",
     "latent_traversals",
     "posterior_mean",
@@ -41,8 +43,8 @@ PathKind = Literal["spherical", "linear"]
 
 # images encoded or refined at once
 MAX_IMAGES = 512
-# draws that stand for the mean of a posterior which does not tell it, such as a flow's
-_MEAN_DRAWS = 64
+#: Draws that stand for the mean of a posterior which does not tell it, such as a flow's.
+MEAN_DRAWS = 100
 
 
 class Decoded(NamedTuple):
@@ -134,7 +136,7 @@ def reconstruct(
     Arguments:
         model: See :func:`sample_images`.
         guide: A Pyro guide for it. One with ``posterior(x)`` is asked for the mean; where
-            neither that nor its mean is known, the mean of 64 draws is taken.
+            neither that nor its mean is known, the mean of 100 draws is taken.
         x: Images (B, C, H, W), uint8 or floats in [0, 1].
         draw: Whether to decode a draw from q(z|x) instead of its mean.
         seed: As in :func:`sample_images`.
@@ -299,18 +301,28 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def posterior_mean(guide: Program, x: Tensor) -> tuple[Tensor, Tensor]:
-    """E_q[z|x] and the variance of its estimate, zero where the guide tells it: (B, p) each."""
+    """E_q[z|x] and the variance of its estimate, (B, p) each.
+
+    Where :func:`known_mean` has none, or the guide has no ``posterior(x)``, it is the mean of 100
+    draws, made with the global random state. The variance of a mean that is known is zero.
+    """
     if hasattr(guide, "posterior"):
         q = guide.posterior(x)
-        try:
-            mean: Tensor = q.mean
-        except NotImplementedError:  # flows
-            z = q.sample((_MEAN_DRAWS,))
-        else:
+        mean = known_mean(q)
+        if mean is not None:
             return mean, torch.zeros_like(mean)
+        z = q.sample(torch.Size((MEAN_DRAWS,)))
     else:
-        z = _draws(guide, x, _MEAN_DRAWS)
-    return z.mean(0), z.var(0) / _MEAN_DRAWS
+        z = _draws(guide, x, MEAN_DRAWS)
+    return z.mean(0), z.var(0) / MEAN_DRAWS
+
+
+def known_mean(q: Distribution) -> Tensor | None:
+    """The mean that a distribution tells of itself; None if it does not, as a flow does not."""
+    try:
+        return q.mean
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _draws(guide: Program, x: Tensor, count: int) -> Tensor:

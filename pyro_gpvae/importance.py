@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.importance import vectorized_importance_weights
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -20,10 +22,11 @@ from torch.distributions import constraints
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.allocator import keep_freed_memory
-from pyro_gpvae.elbo import in_data_plate
-from pyro_gpvae.memory import PeakMemory, free_memory
+from pyro_gpvae.elbo import check_plate, in_data_plate
+from pyro_gpvae.fixed import FixedPosterior
+from pyro_gpvae.memory import bytes_each, free_memory
 from pyro_gpvae.model import DATA_PLATE
-from pyro_gpvae.nonfinite import NonFiniteError, refused_parameters
+from pyro_gpvae.nonfinite import NonFiniteError, name_images, refused_parameters
 from pyro_gpvae.precision import Precision, autocast, lowered
 from pyro_gpvae.pure import unvalidated
 from pyro_gpvae.randomness import seeded
@@ -33,6 +36,7 @@ __all__ = [
     "ParetoWarning",
     "as_pixels",
     "bytes_per_latent",
+    "chunk_size_for",
     "default_chunk_size",
     "evidence_curve",
     "log_evidence",
@@ -79,7 +83,9 @@ def log_weights(
             as many as fit half of its free memory, halved until they do.
         memory: Instead of chunk_size, how many bytes decoding and densities may take beside the
             images, the networks and the log weights. See :func:`bytes_per_latent`. Like
-            chunk_size it changes the order of random numbers.
+            chunk_size it changes the order of random numbers. What ``posterior(x)`` takes to
+            encode and refine up to 512 images is not bounded by it: where that is much, as for
+            "vlae" or "instance", give fewer images at a time.
         precision: Of the decoder where p(x|z) is scored; densities, the encoder and refinement
             are computed in full. "tf32" and "bf16" are approximations, so that the result is
             no longer a bound; None leaves torch's settings alone, which allow TF32 in the
@@ -97,13 +103,12 @@ def log_weights(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     check_batch(model, x)
     _check_pixels(x)
-    device, _ = device_and_dtype(model, x)
+    device, _ = device_and_dtype(model, x, guide)
     if device.type == "cpu":
         keep_freed_memory()
     scored = _lower_decoder(model, precision)
     if chunk_size is None:
-        with refused_parameters():
-            chunk_size = _chunk_size(model, guide, x, memory)
+        chunk_size = chunk_size_for(model, guide, x, memory)
     elif memory is not None:
         raise ValueError(f"give chunk_size or memory, not both: got {chunk_size} and {memory}")
     if chunk_size < 1:
@@ -114,7 +119,7 @@ def log_weights(
     columns = []
     size = min(chunk_size, MAX_IMAGES)
     for start in range(0, len(x), size):
-        batch = _to_pixels(model, x[start : start + size])
+        batch = _to_pixels(model, x[start : start + size], guide)
         with autocast(None if precision is None else "float32", device.type):
             try:
                 with refused_parameters():
@@ -231,7 +236,7 @@ def log_evidence(
         >>> result.log_evidence.shape
         torch.Size([3])
     """
-    device, _ = device_and_dtype(model, x)
+    device, _ = device_and_dtype(model, x, guide)
     with nullcontext() if seed is None else seeded(seed, device):
         weights = log_weights(
             model,
@@ -261,7 +266,7 @@ def pareto_k(log_weights: Tensor) -> Tensor:
 
     Weights have about 1/k finite moments: below 0.5 the central limit theorem holds, up to 0.7
     estimates still converge at a practical rate. An image whose five largest weights are equal has
-    k̂ = 0; one where they span more than the exponential function can, k̂ = ∞.
+    k̂ = 0; one where they span more than the exponential function can, or all are zero, k̂ = ∞.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto smoothed importance sampling*, 2024.
@@ -289,7 +294,8 @@ def pareto_k(log_weights: Tensor) -> Tensor:
     statistics: Any = arviz_stats.base.array_stats  # type: ignore[attr-defined]
 
     top = log_weights.topk(5, dim=0).values
-    same, far = top[0] == top[-1], top[0] - top[-1] > 700
+    impossible = top[0] == -math.inf
+    same, far = (top[0] == top[-1]) & ~impossible, (top[0] - top[-1] > 700) | impossible
     k[same], k[far] = 0.0, math.inf
     rest = ~(log_weights.isnan().any(0) | same | far)
     if not rest.any():
@@ -324,10 +330,23 @@ def evidence_curve(log_weights: Tensor, num_samples: Sequence[int]) -> dict[int,
     return curve
 
 
-def default_chunk_size(device: torch.device) -> int:
-    """How many latent vectors to decode at once on a device, if nobody says."""
+def default_chunk_size(device: torch.device, need: Callable[[], int] | None = None) -> int:
+    """How many latent vectors to work on at once on a device, if nobody says.
+
+    Arguments:
+        device: Where.
+        need: Tells how many bytes one of them takes, see :func:`pyro_gpvae.memory.bytes_each`.
+            Asked on a GPU only: as many are taken as fit half of its free memory.
+    """
     # a CPU is fastest while the activations fit its cache
-    return 65_536 if device.type == "cuda" else 640
+    size = 65_536 if device.type == "cuda" else 640
+    free = free_memory(device)
+    if need is not None and free is not None:
+        each = need()
+        # halved, so that a little more or less free memory does not change the random numbers
+        while size > 1 and size * each > free // 2:
+            size //= 2
+    return size
 
 
 # images refined or encoded at once by guides that do much work per image
@@ -351,37 +370,45 @@ def bytes_per_latent(model: Program, guide: Program, x: Tensor) -> int:
         >>> 4 * 32 * 14 * 14 < need < 8 * 4 * 32 * 14 * 14  # the largest activation of the decoder
         True
     """
-    device, _ = device_and_dtype(model, x)
-    peaks = []
-    for count in (2, 4):
-        images = _to_pixels(model, x[:1]).expand(count, *x.shape[1:])
-        with torch.no_grad(), seeded(0, device):
-            programs = _local_programs(model, guide, images)
-            with PeakMemory() as memory:
-                _log_weights_of_chunk(*programs, images, 1)
-        peaks.append(memory.peak)
-    return max(1, (peaks[1] - peaks[0]) // 2)
+    device, _ = device_and_dtype(model, x, guide)
+    only_these = isinstance(guide, FixedPosterior)  # knows no other images, nor fewer of them
+
+    def begin(count: int) -> Callable[[], Tensor]:
+        if only_these:
+            images, particles = _to_pixels(model, x, guide), count
+        else:
+            images = _to_pixels(model, x[:1], guide).expand(count, *x.shape[1:])
+            particles = 1
+        programs = _local_programs(model, guide, images)
+        return lambda: _log_weights_of_chunk(*programs, images, particles)
+
+    with torch.no_grad(), seeded(0, device):
+        return max(1, bytes_each(begin) // (len(x) if only_these else 1))
 
 
-def _chunk_size(model: Program, guide: Program, x: Tensor, memory: int | None) -> int:
-    """How many latent vectors to decode at once within a budget, or within what is free."""
-    device, _ = device_and_dtype(model, x)
-    size = default_chunk_size(device)
-    if memory is not None:
-        need = bytes_per_latent(model, guide, x)
-        if memory < need:
-            raise ValueError(
-                f"a memory of {memory} bytes is too small to decode one latent vector of one "
-                f"image, which takes {need}: give memory={need} or more, or chunk_size=1, which "
-                "decodes one at a time whatever it takes"
-            )
-        return min(size, memory // need)
-    if device.type == "cuda":
-        need = bytes_per_latent(model, guide, x)
-        # halved, so that a little more or less free memory does not change the random numbers
-        while size > 1 and size * need > free_memory(device) // 2:
-            size //= 2
-    return size
+def chunk_size_for(model: Program, guide: Program, x: Tensor, memory: int | None = None) -> int:
+    """How many latent vectors :func:`log_weights` decodes at once, if nobody says.
+
+    Arguments:
+        model, guide, x, memory: See :func:`log_weights`.
+
+    Raises:
+        ValueError: If the memory is too small for one latent vector.
+        NonFiniteError: If a density cannot be computed.
+    """
+    device, _ = device_and_dtype(model, x, guide)
+    need = partial(bytes_per_latent, model, guide, x)
+    with refused_parameters():
+        if memory is None:
+            return default_chunk_size(device, need)
+        each = need()
+    if memory < each:
+        raise ValueError(
+            f"a memory of {memory} bytes is too small to decode one latent vector of one "
+            f"image, which takes {each}: give memory={each} or more, or chunk_size=1, which "
+            "decodes one at a time whatever it takes"
+        )
+    return min(default_chunk_size(device), memory // each)
 
 
 def _lower_decoder(model: Program, precision: Precision | None) -> Program:
@@ -443,10 +470,11 @@ def _log_weights_of_chunk(model: Program, guide: Program, x: Tensor, count: int)
     )
     _check_support(model_trace)
     # a guide's auxiliary sites are absent from the model: p(x, z) / q(z | x, auxiliary)
-    # is unbiased, dividing by their density as well would not be
-    return site_sum(model_trace, model_trace, (count, len(x))) - site_sum(
-        guide_trace, model_trace, (count, len(x))
-    )
+    # is unbiased, dividing by their density as well would not be; and what the guide does not
+    # propose is drawn from its prior, which it would have to be divided by again
+    shape, proposed = (count, len(x)), {*model_trace} & {*guide_trace}
+    log_joint = site_sum(model_trace, proposed | observed_sites(model_trace), shape)
+    return log_joint - site_sum(guide_trace, proposed, shape)
 
 
 def _check_support(model_trace: Any) -> None:
@@ -480,8 +508,8 @@ def as_pixels(model: Any, x: Tensor) -> Tensor:
     return _to_pixels(model, x)
 
 
-def _to_pixels(model: Any, x: Tensor) -> Tensor:
-    device, dtype = device_and_dtype(model, x)
+def _to_pixels(model: Any, x: Tensor, guide: Any = None) -> Tensor:
+    device, dtype = device_and_dtype(model, x, guide)
     return x.to(device).to(dtype) / 255 if x.dtype == torch.uint8 else x.to(device, dtype)
 
 
@@ -514,7 +542,7 @@ def _check_weights(log_weights: Tensor, start: int, reason: str = "") -> None:
     bad = (~(log_weights < math.inf)).any(0).nonzero().flatten()
     wrong = [start + int(i) for i in bad]
     if wrong:
-        names = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        names = name_images(wrong)
         default = (
             f": a density of the guide or of the model is NaN or overflows {log_weights.dtype}"
         )
@@ -525,25 +553,45 @@ def _check_weights(log_weights: Tensor, start: int, reason: str = "") -> None:
 
 
 def is_global(site: Any) -> bool:
-    return site["type"] == "sample" and not (in_data_plate(site) or site_is_subsample(site))
+    """Whether a site belongs to no image; refuses those that only seem not to."""
+    if site["type"] != "sample" or site_is_subsample(site):
+        return False
+    check_plate(site)
+    return not in_data_plate(site)
 
 
 def _untraced_if_global(site: Any) -> Any:
     return {"is_auxiliary": True, "_do_not_trace": True} if is_global(site) else {}
 
 
-def site_sum(trace: Any, model_trace: Any, shape: tuple[int, int]) -> Tensor:
-    """Σ of log densities per particle and image, over sites that the model has too."""
+def site_sum(trace: Any, names: Container[str], shape: tuple[int, int]) -> Tensor:
+    """Σ of log densities per particle and image, over sites of these names and in the data plate.
+
+    Masks count, scales do not.
+    """
     terms = [
-        site["unscaled_log_prob"].expand(shape)
+        scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]).expand(shape)
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and in_data_plate(site) and name in model_trace
+        if site["type"] == "sample" and in_data_plate(site) and name in names
     ]
     return torch.stack(terms).sum(0) if terms else torch.zeros(shape)
 
 
-def device_and_dtype(model: Any, x: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Where and how precisely to evaluate: as the model's parameters, if it is a module."""
-    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-    first = next(parameters, None)
-    return (x.device, torch.get_default_dtype()) if first is None else (first.device, first.dtype)
+def observed_sites(trace: Any) -> set[str]:
+    return {
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["is_observed"]
+    }
+
+
+def device_and_dtype(model: Any, x: Tensor, guide: Any = None) -> tuple[torch.device, torch.dtype]:
+    """Where and how precisely to evaluate: as the parameters of the model, or else of the guide.
+
+    If neither is a module with parameters, where the images are, in the default dtype.
+    """
+    for program in (model, guide):
+        if isinstance(program, torch.nn.Module):
+            for parameter in program.parameters():
+                return parameter.device, parameter.dtype
+    return x.device, torch.get_default_dtype()

@@ -59,8 +59,8 @@ def active_units(
 ) -> ActiveUnits:
     r"""Counts latent dimensions whose posterior mean varies: :math:`Var_x(E_q[z_j|x]) > 0.01`.
 
-    Where a guide does not tell its mean, that of 64 draws is taken, and the variance that it has
-    from them is subtracted: for an inactive unit it is 1/64, above the threshold.
+    Where a guide does not tell its mean, that of 100 draws is taken, and the variance that it has
+    from them is subtracted: for an inactive unit it is 1/100, as large as the threshold.
 
     References:
         Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders*, 2016, section 5.2.

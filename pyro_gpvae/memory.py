@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["PeakMemory", "free_memory"]
+__all__ = ["PeakMemory", "bytes_each", "free_memory"]
 
 
 class PeakMemory(TorchDispatchMode):
@@ -62,8 +63,33 @@ def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of a CUDA device that a program may still take: free, or kept by torch and unused."""
+def bytes_each(begin: Callable[[int], Callable[[], object]]) -> int:
+    """Bytes that work on many alike holds for each of them, found by doing it for two and four.
+
+    Arguments:
+        begin: Given a number of them, returns the work, which is counted; what it does itself is
+            not.
+
+    Example:
+        >>> bytes_each(lambda count: lambda: torch.zeros(count, 100, dtype=torch.float64).exp())
+        1600
+    """
+    peaks = []
+    for count in (2, 4):
+        work = begin(count)
+        with PeakMemory() as memory:
+            work()
+        peaks.append(memory.peak)
+    return max(1, (peaks[1] - peaks[0]) // 2)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA device that a program may still take: free, or kept by torch and unused.
+
+    None for other devices, whose memory is not counted.
+    """
+    if device.type != "cuda":
+        return None
     free, _ = torch.cuda.mem_get_info(device)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + kept)

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from pyro_gpvae.elbo import Objective, PerImage, in_data_plate
 
-__all__ = ["NonFiniteError", "explain", "finite", "refused_parameters"]
+__all__ = ["NonFiniteError", "explain", "finite", "name_images", "refused_parameters"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -30,6 +30,16 @@ class NonFiniteError(ArithmeticError):
         super().__init__(message)
         self.step = step
         self.images = tuple(images)
+
+
+def name_images(numbers: Sequence[int]) -> str:
+    """The numbers of images, for a message: the first five.
+
+    Example:
+        >>> name_images([3, 7]), name_images(range(100))
+        ('3, 7', '0, 1, 2, 3, 4, ...')
+    """
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
 def finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
@@ -82,7 +92,7 @@ def explain(
         where = reason or _list(terms) or "no single term, but their sum or one random draw"
         images = index[bad.to(index.device)] if bool(bad.any()) else index
     numbers = images.tolist()
-    names = ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+    names = name_images(numbers)
     what = "image" if len(numbers) == 1 else "images"
     return NonFiniteError(
         f"the loss or its gradient is not finite at step {step}: {where}, in {what} {names} "

@@ -30,7 +30,8 @@ def reproduce_run(
 ) -> dict[str, Any]:
     """Trains and evaluates a run again, with the options, images and threads of its record.
 
-    On the same device, with the same versions, the scores are the same bit for bit. Where the
+    On the same device, with the same versions, the scores are the same bit for bit (on CUDA: in
+    torch's deterministic mode). Where the
     run started from another one, that is trained again first, in ``out-warm-start``, unless it
     is where the record says, or beside the record's own run.
 

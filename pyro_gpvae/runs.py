@@ -38,6 +38,7 @@ from pyro_gpvae.files import (
     MANIFEST,
     check_manifest,
     check_replaceable,
+    finished_folder,
     new_folder,
     partial_folder,
     read_json,
@@ -47,7 +48,7 @@ from pyro_gpvae.files import (
     write_text,
 )
 from pyro_gpvae.guide import available_guides, load_guide, make_guide
-from pyro_gpvae.importance import Evidence, default_chunk_size, log_evidence
+from pyro_gpvae.importance import Evidence, chunk_size_for, log_evidence
 from pyro_gpvae.model import ImageModel, initial_sigma
 from pyro_gpvae.networks import ImageShape, build_decoder
 from pyro_gpvae.provenance import environment, sha256
@@ -141,8 +142,9 @@ def train_run(
     """Trains a guide and a model, evaluates them on the test images, and writes a run folder.
 
     The same configuration gives the same numbers on the same device with the same number of
-    threads. The global random state is left as it was. A run that is stopped or killed at any
-    moment is continued by :func:`resume_run`.
+    threads; on a GPU, where free memory decides the chunk size of the evaluation, if that is given.
+    The global random state is left as it was. A run that is stopped or killed at any moment is
+    continued by :func:`resume_run`.
 
     Arguments:
         config: The options.
@@ -190,10 +192,11 @@ def resume_run(
     """Continues a run of :func:`train_run` that was stopped or killed, with its own options.
 
     It ends with the numbers of a run that was never stopped, bit for bit, on the same device with
-    the same number of threads. A finished run is left as it is.
+    the same number of threads (on CUDA: in torch's deterministic mode, and with a chunk size that
+    is given). A finished run is left as it is.
 
     Arguments:
-        out: The run folder, as it was given to :func:`train_run`.
+        out: The run folder, as it was given to :func:`train_run`, or ``out.partial``.
         progress, checkpoint_every, on_checkpoint_error, trust_guide, data, plan: As for
             :func:`train_run`; ``trust_guide`` is about the run's own guide as well.
 
@@ -205,9 +208,7 @@ def resume_run(
         ValueError: If its files are damaged; or see :func:`load_run` about its guide.
         InUseError: If another process is training in that folder.
     """
-    out = Path(out).expanduser().resolve()
-    if out.name.endswith(".partial") and not partial_folder(out).exists():
-        out = out.with_name(out.name.removesuffix(".partial"))
+    out = finished_folder(out).resolve()
     partial = partial_folder(out)
     if not (partial / "config.json").is_file():
         if (out / "record.json").is_file():
@@ -287,7 +288,6 @@ def _train_beside(
         checkpoints = Checkpoints(folder / CHECKPOINTS, **saving)
         if not resume:
             write_json(folder / "config.json", dataclasses.asdict(_resolved(config)))
-            (folder / _BEGUN).unlink(missing_ok=True)
         return train_into(folder, config, start, checkpoints=checkpoints, **how)
 
 
@@ -328,7 +328,7 @@ class Begun:
         data: The data set that the options name, whole, if it is loaded already.
 
     Attributes:
-        config: The options, with device and chunk size filled in.
+        config: The options, with the device filled in, and the chunk size once it is evaluated.
         model: The model.
         guide: The guide.
         train: The training images.
@@ -395,9 +395,10 @@ class Begun:
             plan: What the record says of the plan that the run is part of.
             stacked: The number of runs that were trained in one program with it, itself included.
         """
-        config, data, device = self.config, self.data, self.device
+        data, device = self.data, self.device
         history = trained.frame()
         begin = time.monotonic()
+        config = self.config = _with_chunk_size(self.config, self.model, self.guide, data.test)
         scores, table = _evaluate(self.model, self.guide, data.test, config)
         record: dict[str, Any] = {
             "format": FORMAT,
@@ -579,6 +580,7 @@ def evaluate_run(
         else new_folder(out, overwrite=overwrite, files=files) as target_folder
     ):
         begin = time.monotonic()
+        config = _with_chunk_size(config, run.model, program, images)
         scores, table = _evaluate(run.model, program, images, config)
         result = {
             "run": str(folder),
@@ -638,10 +640,14 @@ def _check_begun(folder: Path, hashes: Mapping[str, str], start: Run | None) -> 
 
 
 def _resolved(config: RunConfig) -> RunConfig:
-    """The configuration with its device and chunk size filled in."""
-    device = _device(config.device)
-    chunk_size = config.chunk_size or default_chunk_size(device)
-    return dataclasses.replace(config, device=str(device), chunk_size=chunk_size)
+    """The configuration with its device filled in."""
+    return dataclasses.replace(config, device=str(_device(config.device)))
+
+
+def _with_chunk_size(config: RunConfig, model: ImageModel, guide: Any, images: Tensor) -> RunConfig:
+    """The configuration with its chunk size filled in: on a GPU, what fits now."""
+    chunk_size = config.chunk_size or chunk_size_for(model, guide, images)
+    return dataclasses.replace(config, chunk_size=chunk_size)
 
 
 def check_trust(guide: str, source: Path, trust_guide: bool) -> None:

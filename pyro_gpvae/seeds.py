@@ -11,7 +11,14 @@ from typing import Any
 from pyro_gpvae.checkpoint import Checkpoints, OnError
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data
-from pyro_gpvae.files import CHECKPOINTS, partial_folder, read_json, work_folder, write_json
+from pyro_gpvae.files import (
+    CHECKPOINTS,
+    finished_folder,
+    partial_folder,
+    read_json,
+    work_folder,
+    write_json,
+)
 from pyro_gpvae.runs import Begun, Run, check_trust, warm_start
 from pyro_gpvae.training import fit
 
@@ -75,11 +82,16 @@ def resume_seeds(
 ) -> list[dict[str, Any]]:
     """Continues what :func:`train_seeds` began, with its own options; finished runs stay.
 
+    Arguments:
+        out: The folder, as it was given to :func:`train_seeds`, or ``out.partial``.
+        progress, checkpoint_every, on_checkpoint_error, trust_guide, data: As for
+            :func:`pyro_gpvae.resume_run`.
+
     Raises:
         FileNotFoundError: If there is nothing to continue.
         ValueError: If its files are damaged.
     """
-    out = Path(out).expanduser().resolve()
+    out = finished_folder(out).resolve()
     source = partial_folder(out) / _SEEDS
     if not source.is_file():
         if (out / _SEEDS).is_file():
@@ -99,7 +111,7 @@ def resume_seeds(
 
 def is_stacked(out: str | Path) -> bool:
     """Whether a folder holds runs of :func:`train_seeds`, finished or not."""
-    out = Path(out).expanduser().resolve()
+    out = finished_folder(out).resolve()
     return any((folder / _SEEDS).is_file() for folder in (partial_folder(out), out))
 
 
@@ -125,7 +137,6 @@ def _train(
         if not resume:
             config = dataclasses.replace(runs[0].config, seed=config.seed)
             write_json(folder / _SEEDS, {"seeds": seeds, "config": dataclasses.asdict(config)})
-            (folder / "begun.json").unlink(missing_ok=True)
         runs[0].check(folder)
         options = runs[0].options
         histories = fit(

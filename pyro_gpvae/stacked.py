@@ -30,7 +30,8 @@ class StackedStep:
     The objective as a pure function (:func:`pyro_gpvae.pure.pure_loss`) is vectorised over a
     leading dimension by ``torch.func.vmap``. The parameters of every run become views of the
     stacked ones, and so do the moments of its optimisers: all runs are trained, looked at and
-    saved through their own modules. Adam works element by element, so one Adam serves all.
+    saved through their own modules, until :meth:`release`. Adam works element by element, so one
+    Adam serves all.
 
     Run i draws from a generator of its own the numbers that it would draw if it were alone.
 
@@ -81,8 +82,15 @@ class StackedStep:
         self._functions: dict[tuple[int, int], Callable[..., list[Tensor]]] = {}
         self._pure: dict[tuple[int, int], PureLoss] = {}
         self._graphs: dict[int, CudaGraph] = {}
-        self._share_tensors()
-        self.optimizers = []
+        self.optimizers: list[torch.optim.Adam] = []
+        try:
+            self._share_tensors()
+            with first.flags():
+                for block in range(len(first.blocks)):  # now, if it cannot be done at all
+                    self._verify(block)
+        except BaseException:
+            self.release()
+            raise
         for block, optimizer in enumerate(first.optimizers):
             leaves = [self._stack[name] for name in self._names(block)]
             stacked = torch.optim.Adam(
@@ -94,9 +102,6 @@ class StackedStep:
             stacked.found_inf = self._stop  # type: ignore[attr-defined]
             self.optimizers.append(stacked)
         self.share_moments()
-        with first.flags():
-            for block in range(len(first.blocks)):  # now, if it cannot be done at all
-                self._verify(block)
 
     def __call__(self, batches: Tensor) -> Tensor:
         """Makes one step of every run.
@@ -154,6 +159,16 @@ class StackedStep:
         self.tally.add(losses, batches.shape[1])
         return losses
 
+    def release(self) -> None:
+        """Gives the parameters and buffers of every run memory of their own again; the last call.
+
+        A view of the stack would keep all runs in memory, and be saved with them.
+        """
+        for step in self.steps:
+            named = _named_once(step)
+            for name in self._stack:
+                named[name].data = named[name].detach().clone()
+
     def share_moments(self) -> None:
         """Stacks the moments of the runs' own optimisers, which become views of the stack."""
         for block, stacked in enumerate(self.optimizers):
@@ -208,9 +223,10 @@ class StackedStep:
                     )
         for name, tensor in runs[0].items():
             stack = torch.stack([run[name].detach() for run in runs])
+            self._stack[name] = stack
             for number, run in enumerate(runs):
                 run[name].data = stack[number]
-            self._stack[name] = stack.requires_grad_(tensor.requires_grad)
+            stack.requires_grad_(tensor.requires_grad)
 
     def _inputs(self, pure: PureLoss, noise: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """What a vectorised objective takes after the images: all tensors, and noise by run."""

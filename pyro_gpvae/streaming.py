@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_gpvae.data import is_memory_mapped
+from pyro_gpvae.memory import free_memory
 
 __all__ = ["Gathering", "stays_on_host"]
 
@@ -15,12 +16,12 @@ __all__ = ["Gathering", "stays_on_host"]
 def stays_on_host(images: Tensor, device: torch.device) -> bool:
     """Whether images are to be gathered on the host, minibatch by minibatch.
 
-    On CUDA, if they would take more than half of the memory that is free there; on a CPU, if
-    they are memory-mapped, so that a step need not wait for the disk.
+    On CUDA, if they would take more than half of the memory that a program may take there; on a
+    CPU, if they are memory-mapped, so that a step need not wait for the disk.
     """
-    if device.type != "cuda" or images.device.type == "cuda":
+    free = free_memory(device)
+    if free is None or images.device.type == "cuda":
         return is_memory_mapped(images)
-    free, _ = torch.cuda.mem_get_info(device)
     return images.nbytes > free // 2
 
 

@@ -38,6 +38,8 @@ OnNonFinite = Literal["stop", "skip"]
 
 #: Steps between readings of a GPU, which waits for the host meanwhile; a CPU is read every step.
 READ_EVERY = 100
+#: Images that are looked at together after an epoch, which bounds the memory.
+LOOKED_AT = 512
 #: Steps of a training on the CPU from which on it is worth half a minute of compiling.
 WORTH_COMPILING = 20_000
 
@@ -61,7 +63,25 @@ class History:
 
 @overload
 def fit(
-    model: Program, guide: Program, images: Tensor, *, seeds: None = None, **options: Any
+    model: Program,
+    guide: Program,
+    images: Tensor,
+    *,
+    epochs: int,
+    batch_size: int = ...,
+    learning_rate: float = ...,
+    elbo: Objective | None = ...,
+    validation: Tensor | None = ...,
+    seed: int = ...,
+    seeds: None = ...,
+    device: torch.device | str | None = ...,
+    progress: bool | str = ...,
+    checkpoints: Checkpoints | str | Path | None = ...,
+    resume: bool = ...,
+    on_nonfinite: OnNonFinite = ...,
+    max_skipped: int = ...,
+    backend: Backend | Literal["auto"] = ...,
+    precision: Precision | None = ...,
 ) -> History: ...
 
 
@@ -71,12 +91,24 @@ def fit(
     guide: Sequence[Program],
     images: Tensor,
     *,
+    epochs: int,
+    batch_size: int = ...,
+    learning_rate: float = ...,
+    elbo: Objective | None = ...,
+    validation: Tensor | None = ...,
     seeds: Sequence[int],
-    **options: Any,
+    device: torch.device | str | None = ...,
+    progress: bool | str = ...,
+    checkpoints: Checkpoints | str | Path | None = ...,
+    resume: bool = ...,
+    on_nonfinite: OnNonFinite = ...,
+    max_skipped: int = ...,
+    backend: Backend | Literal["auto"] = ...,
+    precision: Precision | None = ...,
 ) -> list[History]: ...
 
 
-def fit(  # type: ignore[misc]
+def fit(
     model: Program | Sequence[Program],
     guide: Program | Sequence[Program],
     images: Tensor,
@@ -99,6 +131,9 @@ def fit(  # type: ignore[misc]
 ) -> History | list[History]:
     r"""Trains model and guide on images by Adam on eq. (2), in place.
 
+    Both are left on ``device``, without gradients, and in evaluation mode, ready for
+    :func:`pyro_gpvae.log_evidence`; also if the training is interrupted.
+
     The images are kept as uint8 on the device. If they are memory-mapped
     (:func:`pyro_gpvae.data.memory_mapped`) or would fill more than half of a GPU's free memory,
     they stay on the host, and a thread gathers every minibatch while the step before it runs;
@@ -109,9 +144,9 @@ def fit(  # type: ignore[misc]
     With ``checkpoints`` a training can be killed at any moment. With ``resume`` as well, it goes
     on from the newest checkpoint, in the middle of an epoch, and ends with the parameters, the
     moments and the history of a training that was never stopped, bit for bit (``seconds``
-    excepted) on the same device with the same number of threads. SIGINT and SIGTERM end it after
-    the step at hand, with a checkpoint. What an objective or a guide keeps in plain Python
-    attributes, such as a step counter, is not part of a checkpoint.
+    excepted) on the same device with the same number of threads, on CUDA in torch's deterministic
+    mode. SIGINT and SIGTERM end it after the step at hand, with a checkpoint. What an objective or
+    a guide keeps in plain Python attributes, such as a step counter, is not part of a checkpoint.
 
     With ``seeds``, model and guide are sequences, one of each for every seed with parameters of
     its own, and all are trained in one program: see :class:`pyro_gpvae.stacked.StackedStep`. Run i
@@ -159,8 +194,9 @@ def fit(  # type: ignore[misc]
         ``.rows`` its rows, ``.backend`` the one that was taken. It has one row an epoch:
         ``epoch``, ``step``, ``loss`` (mean over the epoch's images, nats per image), the terms of
         eq. (2) on up to 512 training images (see :func:`pyro_gpvae.elbo_terms`), ``sigma`` where
-        the model has one, the guide's diagnostics, ``validation_elbo``, ``skipped`` (updates so
-        far), and ``seconds`` of training, compiling included.
+        the model has one, the guide's diagnostics, ``validation_elbo`` (without the KL of
+        global sites; mean over all validation images), ``skipped`` (updates so far), and
+        ``seconds`` of training, compiling included.
 
     Raises:
         ValueError: If several processes cannot share a minibatch evenly, or are given different
@@ -210,9 +246,9 @@ def fit(  # type: ignore[misc]
                     getattr(programs[0][1], method)(part)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = world.device(device)
-    for program in (p for _, *pair in programs for p in pair):
-        if isinstance(program, torch.nn.Module):
-            program.to(device).eval()
+    modules = [p for _, *pair in programs for p in pair if isinstance(p, torch.nn.Module)]
+    for module in modules:
+        module.to(device).eval()
     options: dict[str, Any] = {
         "num_images": len(images),
         "batch_size": batch_size,
@@ -239,6 +275,8 @@ def fit(  # type: ignore[misc]
     label = progress if isinstance(progress, str) else "training"
     listening = Interrupts() if checkpoints else nullcontext()
     with seeded(programs[0][0], device), listening as interrupts, ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.eval)
         with world.agreed():
             if checkpoints is not None and world.rank == 0:
                 stack.enter_context(checkpoints.in_use(resume))
@@ -264,6 +302,7 @@ def fit(  # type: ignore[misc]
                 precision=precision,
                 world=world,
             )
+            stack.callback(_release, runs)
         for step in runs.steps:  # processes may have seeded their networks differently
             world.copy_first([tensor for _, tensor in step.named_tensors()])
         if checkpoints is not None:
@@ -335,6 +374,15 @@ def _choose(device: torch.device, steps: int, alone: bool) -> Backend:
     if CudaGraph.supports(device):
         return "captured" if alone else "compiled"
     return "compiled" if steps >= WORTH_COMPILING else "eager"
+
+
+def _release(runs: Lockstep) -> None:
+    """Leaves models and guides with their parameters and buffers, and no other memory."""
+    if runs.stacked is not None:
+        runs.stacked.release()
+    for step in runs.steps:
+        for optimizer in step.optimizers:
+            optimizer.zero_grad()  # on a GPU, gradients are memory of the captured graph
 
 
 @dataclass
@@ -457,7 +505,7 @@ def _with_advice(
 def _terms(step: TrainingStep, images: Tensor, validation: Tensor | None) -> dict[str, float]:
     """The terms of eq. (2), σ, and the guide's diagnostics, on some training images."""
     model, guide = step.model, step.guide
-    x = step.prepare(images[:512])
+    x = step.prepare(images[:LOOKED_AT])
     row = elbo_terms(model, guide, x, len(images))
     sigma = getattr(model, "sigma", None)
     if sigma is not None:
@@ -466,6 +514,9 @@ def _terms(step: TrainingStep, images: Tensor, validation: Tensor | None) -> dic
         with torch.no_grad():
             row |= {name: float(value) for name, value in guide.diagnostics(x).items()}
     if validation is not None:
-        terms = elbo_terms(model, guide, step.prepare(validation), len(images))
-        row["validation_elbo"] = terms["log_likelihood"] - terms["kl_z"]
+        row["validation_elbo"] = 0.0
+        for part in validation.split(LOOKED_AT):
+            terms = elbo_terms(model, guide, step.prepare(part), len(images))
+            bound = terms["log_likelihood"] - terms["kl_z"]
+            row["validation_elbo"] += len(part) / len(validation) * bound
     return row

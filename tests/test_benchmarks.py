@@ -1,12 +1,16 @@
 """The benchmarks run, with tiny settings, and their arithmetic is right."""
 
+import contextlib
+import io
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyro
 import pytest
 import torch
+import tyro
 from pyro.infer import TraceMeanField_ELBO
 
 from guides import GaussianGuide
@@ -17,6 +21,7 @@ from pyro_gpvae.networks import build_decoder, build_encoder
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "benchmarks"))
 import _bench
 import _handwritten
+import allocator
 import evaluation
 import growth
 import peer
@@ -387,6 +392,31 @@ def test_streaming(tmp_path):
     assert target["measured"] == Timings(record["seconds"]).ratio(names[1], names[0]).median
 
 
+def test_allocator(tmp_path, monkeypatch):
+    def in_this_process(command, **options):
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            allocator.main(tyro.cli(allocator.Settings, args=command[2:]))
+        return SimpleNamespace(stdout=text.getvalue())
+
+    monkeypatch.setattr(allocator, "subprocess", SimpleNamespace(run=in_this_process))
+    allocator.main(allocator.Settings(**TINY, net="tiny", images=64, out=tmp_path))
+    record = read_json(tmp_path / "allocator_cpu.json")
+    variants = [allocator.HAND, allocator.KEPT, allocator.OURS]
+    for found in (record["step_seconds"], record["minor_page_faults_per_step"]):
+        assert list(found) == variants
+        assert [len(values) for values in found.values()] == [2] * 3
+    assert all(value > 0 for value in record["step_seconds"][allocator.HAND])
+    page = (tmp_path / "allocator_cpu.md").read_text()
+    assert "## Minor page faults of a step" in page
+
+
+def test_page_faults():
+    before = _bench.page_faults()
+    torch.zeros(1 << 26, dtype=torch.uint8).fill_(1)  # 64 MiB: a mapping of its own, always new
+    assert _bench.page_faults() - before >= 32  # pages of 2 MiB, where the kernel has them
+
+
 PEER = """
 import sys
 sys.path.insert(0, {folder!r})
@@ -398,7 +428,7 @@ class Peer:
         self.images = 64
         return {{"torch": {torch!r}}}
     def train(self, epochs, fused=False):
-        return {{"first": 9.0, "epoch": 2.0 if fused else 4.0}}
+        return {{"first": 9.0, "epoch": 2.0 if fused else 4.0, "page_faults": 300.0}}
     def nll(self, num_images, num_samples, batch_size):
         return {{"seconds": 1 / batch_size, "mean": 0.0}}
     def load(self, path):
@@ -417,7 +447,7 @@ class TestPeer:
             peer=Path(sys.executable),
             script=script,
             latent_dims=(2,),
-            images=64,
+            images=256,
             test_images=2,
             samples=3,
             peer_batches=(10, 20),
@@ -440,10 +470,18 @@ class TestPeer:
         assert check["reached"] is False, "the peer's score is nonsense"
         vae = record["vae, p = 2"]
         assert vae["peer_batch_size"] == 20, "the fastest"
-        assert vae["seconds_per_image"]["peer, training"] == [4 / 64] * 2
-        assert vae["seconds_per_image"]["peer, training, peer's Adam fused"] == [2 / 64] * 2
+        assert vae["seconds_per_image"]["peer, training"] == [4 / 256] * 2
+        assert vae["seconds_per_image"]["peer, training, peer's Adam fused"] == [2 / 256] * 2
         assert all(value > 0 for value in vae["seconds_per_image"]["ours, training"])
         assert vae["seconds_until_first_epoch_ends"]["peer"] == [9.0] * 6
+        faults = vae["minor_page_faults_per_step"]
+        assert faults["peer, training"] == [150.0] * 2, "an epoch has two steps"
+        assert len(faults["ours, training"]) == 2
+        assert len(vae["epoch_end_steps"]) == 2
+        assert all(steps > 0 for steps in vae["epoch_end_steps"])
+        page = (tmp_path / "peer_cpu.md").read_text()
+        assert "Minor page faults of a step: ours, training " in page
+        assert "peer, training 150 (150 to 150); " in page
 
     def test_table(self):
         timings = Timings(

@@ -380,7 +380,7 @@ BUGS = [  # guide, bug, the promise it breaks, what the account says
     (Sites, "site name", "sites", "no sample site"),
     (Sites, "no plate", "sites", "plates"),
     (Sites, "plate name", "sites", "plates"),
-    (Sites, "plate of N", "scale", "N/B"),
+    (Sites, "plate of N", "sites", "must be the batch size, whatever N is"),
     (Sites, "unknown site", "sites", "is_auxiliary"),
     (Precision, "dtype", "copy", "dtype="),
     (Precision, "overflow", "finite", "underflows"),

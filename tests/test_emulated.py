@@ -238,8 +238,10 @@ ESTIMATES = {
 }
 
 
+@pytest.mark.parametrize("free", [None, 60_000])
 @pytest.mark.parametrize("name", ESTIMATES)
-def test_estimates(name):
+def test_estimates(name, free, monkeypatch):
+    monkeypatch.setattr("pyro_gpvae.importance.free_memory", lambda device: free)
     x = uint8(4).double() / 255
 
     def estimate(device):

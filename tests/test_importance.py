@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule
 from torch import nn
 from toy import exact_evidence, exact_posterior, images, linear_encoder, linear_model
@@ -13,12 +14,14 @@ from pyro_gpvae import (
     Evidence,
     ImageModel,
     NonFiniteError,
+    PerImage,
     evidence_curve,
-    importance,
+    fit,
     log_evidence,
     log_weights,
     make_guide,
 )
+from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.importance import ParetoWarning, as_pixels, bytes_per_latent, pareto_k
 from pyro_gpvae.memory import PeakMemory
 
@@ -316,7 +319,7 @@ def test_arviz_agrees_on_the_tail():
 def test_the_tail_of_odd_weights():
     assert bool(pareto_k(torch.randn(24, 2)).isnan().all())
     assert not bool(pareto_k(torch.randn(25, 2)).isnan().any())
-    few = torch.full((100, 4), -math.inf).double()
+    few = torch.full((100, 5), -math.inf).double()  # the last: no draw was possible
     few[:3, 0] = 0.0  # only three weights at all
     few[:, 1] = 0.0  # all equal
     few[:, 2] = torch.arange(100) * -1000.0  # a span that has no exponential
@@ -326,6 +329,7 @@ def test_the_tail_of_odd_weights():
     assert float(k[1]) == 0.0
     assert float(k[2]) == math.inf
     assert bool(k[3].isnan())
+    assert float(k[4]) == math.inf
 
 
 def test_heavy_tails_are_warned_of_and_light_ones_are_not():
@@ -411,16 +415,14 @@ def test_a_budget_is_a_chunk_size():
     assert torch.equal(found, log_weights(model, guide, x, 20))
 
 
-def test_a_gpu_decodes_what_fits_half_of_its_free_memory(monkeypatch):
-    model, x = linear_model(), images(5)
-    guide = gaussian(model)
-    need = bytes_per_latent(model, guide, x)
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(importance, "device_and_dtype", lambda model, x: (gpu, x.dtype))
-    monkeypatch.setattr(importance, "bytes_per_latent", lambda *arguments: need)
-    for free, expected in ((10**15, 65_536), (2 * 65_536 * need - 1, 32_768), (0, 1)):
-        monkeypatch.setattr(importance, "free_memory", lambda device, free=free: free)
-        assert importance._chunk_size(model, guide, x, None) == expected
+def test_a_budget_for_posteriors_of_one_batch():
+    model, guide, x = table_1()
+    q = FixedPosterior(guide.posterior(x))
+    need = bytes_per_latent(model, q, x)
+    assert need == pytest.approx(bytes_per_latent(model, guide, x), rel=0.1)
+    with PeakMemory() as memory:
+        log_weights(model, q, x, 12, memory=40 * need)
+    assert memory.peak < 1.1 * 40 * need
 
 
 def test_a_budget_too_small_for_one_latent_vector():
@@ -459,6 +461,100 @@ def test_models_of_ones_own_have_a_budget_too():
     weights = log_weights(model, guide, x, 3, memory=10**6)
     assert weights.shape == (3, 4)
     assert weights.isfinite().all()
+
+
+def masked_out(x):
+    with pyro.poutine.mask(mask=False):
+        pyro.sample("y", dist.Normal(torch.zeros(len(x)).double(), 1.0), obs=x[:, 0, 0, 0])
+
+
+def not_observed(x):
+    normal = dist.Normal(torch.zeros(len(x)).double(), 1.0)
+    pyro.sample("y", normal, obs=x[:, 0, 0, 0], obs_mask=torch.zeros(len(x), dtype=torch.bool))
+
+
+def without_a_proposal(x):
+    pyro.sample("u", dist.Normal(torch.zeros(len(x)).double(), 1.0))
+
+
+class Also(nn.Module):
+    """A model with more sites."""
+
+    def __init__(self, model, sites):
+        super().__init__()
+        self.model, self.sites = model, sites
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.model.prior())
+            pyro.sample("x", self.model.likelihood(z), obs=x)
+            self.sites(x)
+
+
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+@pytest.mark.parametrize("wrap", [lambda guide: guide, ReplayedGuide], ids=["posterior", "replay"])
+@pytest.mark.parametrize("sites", [masked_out, not_observed, without_a_proposal])
+def test_sites_that_say_nothing_weigh_nothing(sites, wrap):
+    """What a mask hides, and what is drawn from its prior."""
+    model, x = linear_model(), images(4)
+    result = log_evidence(Also(model, sites), wrap(ExactGuide(model)), x, 30, seed=0)
+    torch.testing.assert_close(result.log_evidence, exact_evidence(model, x))
+
+
+def test_a_mask_of_some_images_hides_those_alone():
+    model, x = linear_model(), images(4)
+    normal = dist.Normal(torch.zeros(4).double(), 1.0)
+    seen = torch.tensor([True, False, False, True])
+
+    def sites(x):
+        with pyro.poutine.mask(mask=seen):
+            pyro.sample("y", normal, obs=x[:, 0, 0, 0])
+
+    result = log_evidence(Also(model, sites), ExactGuide(model), x, 30, seed=0)
+    expected = exact_evidence(model, x) + seen * normal.log_prob(x[:, 0, 0, 0])
+    torch.testing.assert_close(result.log_evidence, expected)
+
+
+def test_a_function_as_model_has_the_dtype_of_the_guide():
+    model, x = linear_model(), images(4)
+    found = log_weights(lambda x: model(x), gaussian(model), x, 3)
+    assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("plate", "message"),
+    [
+        (lambda x: pyro.plate("batch", len(x)), r"'z' lies in plate\('batch'\): what belongs to"),
+        (lambda x: pyro.plate("data", 20, subsample=torch.arange(len(x))), "of which 4 are taken"),
+    ],
+    ids=["another name", "subsampled"],
+)
+def test_images_in_another_plate_are_refused(plate, message):
+    """They would be weighed as global sites, or twice."""
+    encoder = linear_encoder(2).double()
+
+    def model(x):
+        with plate(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+            mean = z.sum(-1)[..., None, None, None].expand(*z.shape[:-1], *x.shape[1:])
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, x):
+            with plate(x):
+                pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
+
+    x, guide = images(4), Guide()
+    with pytest.raises(ValueError, match=message):
+        log_evidence(model, guide, x, 3)
+    with pytest.raises(ValueError, match=message):
+        fit(model, guide, (255 * x).byte(), epochs=1)
+    with pytest.raises(ValueError, match=message):
+        Trace_ELBO().loss(PerImage(model, 20), PerImage(guide, 20), x)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 100])

@@ -131,7 +131,7 @@ class TestOptimum:
         model, x = curved_model(), toy.images(5)
         guide = InstanceGuide(model, "full", warm_start=encoder_of(model))
         together = guide.optimise(x)
-        monkeypatch.setattr("guides.instance.default_chunk_size", lambda device: 12)
+        monkeypatch.setattr("guides.instance.default_chunk_size", lambda device, need: 12)
         for i in (0, 3):
             alone = guide.optimise(x[i : i + 1])
             close(alone.posterior.mean[0], together.posterior.mean[i], 1e-8)

@@ -16,11 +16,13 @@ from guides.laplace import (
     inverse_cholesky,
     linearize,
 )
+from pyro_gpvae.guide import make_guide
 from pyro_gpvae.importance import log_evidence
 from pyro_gpvae.model import ImageModel
 from pyro_gpvae.training import fit
 
 SHAPE, P = (1, 8, 8), 3
+RELU = nn.ReLU()
 
 
 def model_of(*hidden, sigma=0.3, likelihood="gaussian", seed=0):
@@ -112,10 +114,11 @@ class TestLinearisation:
             nn.Sequential(
                 nn.Linear(P, 8), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 9))
             ),
+            nn.Sequential(nn.Linear(P, 8), RELU, nn.Linear(8, 8), RELU, nn.Linear(8, 64)),
             nn.Linear(P, 64),
             nn.Sequential(),
         ],
-        ids=["relu", "layer norm", "convolutions", "parametrised", "one layer", "no layer"],
+        ids=["relu", "norm", "convolutions", "parametrised", "shared", "one layer", "no layer"],
     )
     def test_jacobian_of_any_decoder(self, decoder):
         torch.manual_seed(0)
@@ -128,6 +131,16 @@ class TestLinearisation:
                 lambda z: decoder(z[None]).flatten(), z[i]
             )
             close(jacobian[i], expected, 1e-12)
+
+    @pytest.mark.parametrize("guide", ["vlae:4", "instance:full"])
+    def test_a_layer_in_two_places_counts_twice(self, guide):
+        torch.manual_seed(2)
+        elbos, middle = [], nn.Linear(16, 16)
+        for second in (RELU, nn.ReLU()):
+            model = model_of(RELU, middle, second)
+            q = make_guide(guide, model).double()
+            elbos.append(log_evidence(model, q, images(), 5, seed=0).elbo)
+        assert torch.equal(*elbos)
 
     def test_hooks_and_subclasses_are_not_taken_for_what_they_extend(self):
         class Squared(nn.Linear):

@@ -468,6 +468,16 @@ def test_unfinished_work_is_overwritten_when_told(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+def test_what_a_killed_process_was_writing_is_no_part_of_the_run(tmp_path, monkeypatch):
+    for name in ("resumed", "overwritten"):
+        train_and_die(tiny(guide="vae"), tmp_path / name, 1, monkeypatch)
+        (tmp_path / f"{name}.partial" / ".history.csv.0123abcd.partial").touch()
+    resume_run(tmp_path / "resumed", progress=False)
+    train_run(tiny(guide="vae"), tmp_path / "overwritten", overwrite=True, progress=False)
+    for name in ("resumed", "overwritten"):
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == sorted(RUN_FILES)
+
+
 def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path, monkeypatch):
     start = tmp_path / "start"
     train_run(tiny(guide="vae"), start, progress=False)

@@ -1,5 +1,6 @@
 """Several seeds in one program: each run is what it would be alone."""
 
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide
 from pyro_gpvae import (
+    Block,
     Checkpoints,
     ImageModel,
     NonFiniteError,
@@ -28,6 +30,7 @@ from pyro_gpvae import (
     training,
 )
 from pyro_gpvae.cli import main
+from pyro_gpvae.runs import Begun
 
 SEEDS = (3, 5, 8)
 FAMILIES = ["vae", "gp", "gp:estimator=weights", "gp:estimator=marginal", "gp:features=own",
@@ -292,6 +295,72 @@ def test_parameters_of_pyro_param_cannot_be_stacked():
         fit(models, [guide, guide], data(), epochs=1, seeds=(0, 1), progress=False)
 
 
+def test_parameters_of_no_module_cannot_be_stacked():
+    class Scaled(GaussianGuide):
+        def __init__(self, model):
+            super().__init__(model, linear_encoder())
+            self.scales = [torch.ones((), dtype=torch.float64, requires_grad=True)]
+
+        def posterior(self, x):
+            return super().posterior(x * self.scales[0])
+
+        def blocks(self, model):
+            return [Block(self.elbo(), [*self.parameters(), *self.scales])]
+
+    models = [linear_model() for _ in range(2)]
+    guides = [Scaled(model).double() for model in models]
+    words = r"cannot be stacked: parameters of shape \(\) belong to no module.*Train seed by seed"
+    with pytest.raises(UnsupportedError, match=words):
+        fit(models, guides, data(), epochs=1, seeds=(0, 1), progress=False)
+
+
+def saved_bytes(module):
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    return len(file.getvalue())
+
+
+class Tied(GaussianGuide):
+    """An encoder with running statistics and one layer twice."""
+
+    def __init__(self, model):
+        layer = nn.Linear(3, 3)
+        encoder = nn.Sequential(*linear_encoder(), layer, nn.BatchNorm1d(3), layer)
+        super().__init__(model, encoder)
+
+
+@pytest.mark.parametrize("stopped", [None, "by the user", "by a check"])
+def test_nothing_of_the_stack_is_left_in_models_and_guides(stopped, tmp_path, monkeypatch):
+    pairs = []
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        model = linear_model()
+        pairs.append((model, Tied(model).double()))
+    modules = [module for pair in pairs for module in pair]
+    sizes = [saved_bytes(module) for module in modules]
+    names = [dict(module.named_parameters(remove_duplicate=False)) for module in modules]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    options = {"epochs": 2, "batch_size": 7, "progress": False, "seeds": SEEDS}
+    if stopped is None:
+        fit(*zip(*pairs, strict=True), data(), **options)
+    else:
+        where = "_update" if stopped == "by the user" else "_verify"
+        monkeypatch.setattr(f"pyro_gpvae.stacked.StackedStep.{where}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(*zip(*pairs, strict=True), data(), **options)
+    assert [saved_bytes(module) for module in modules] == sizes
+    for module, before in zip(modules, names, strict=True):
+        assert not any(part.training for part in module.modules())
+        assert all(p.grad is None for p in module.parameters())
+        found = dict(module.named_parameters(remove_duplicate=False))
+        assert all(found[name] is parameter for name, parameter in before.items())
+        memory = [t.untyped_storage() for t in (*module.parameters(), *module.buffers())]
+        assert len({storage.data_ptr() for storage in memory}) == len(memory)
+
+
 def test_auto_takes_the_eager_way_if_stacked_runs_cannot_be_compiled(monkeypatch, caplog):
     def fails(graph, **_):
         def function(*inputs):
@@ -364,6 +433,50 @@ def test_run_folders_of_all_seeds(tmp_path):
         train_seeds(config, (1, 1), tmp_path / "again", progress=False)
     with pytest.raises(FileNotFoundError, match="no runs to continue"):
         resume_seeds(tmp_path / "nothing")
+
+
+def train_and_die(config, seeds, out, monkeypatch):
+    """The process ends when all are trained and the first is evaluated."""
+    finish = Begun.finish
+    done = []
+
+    def dying(self, *args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(finish(self, *args, **kwargs))
+        return done[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Begun, "finish", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train_seeds(config, seeds, out, progress=False)
+    return done[0]
+
+
+def test_unfinished_runs_are_overwritten_when_told(tmp_path, monkeypatch):
+    out, config = tmp_path / "runs", RunConfig(guide="vae", **TINY | {"batch_size": 32})
+    train_and_die(config, (1, 2), out, monkeypatch)
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        train_seeds(config, (7, 8), out, progress=False)
+    assert (tmp_path / "runs.partial" / "seed-1").is_dir()
+    for seeds in ((7, 8), (4, 5)):
+        train_seeds(config, seeds, out, overwrite=True, progress=False)
+        names = [f"seed-{seed}" for seed in sorted(seeds)]
+        assert sorted(path.name for path in out.iterdir()) == [*names, "seeds.json"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_runs_go_on_by_the_name_of_their_unfinished_folder(tmp_path, monkeypatch):
+    partial = tmp_path / "runs.partial"
+    config = RunConfig(guide="vae", **TINY | {"batch_size": 32})
+    first = train_and_die(config, (1, 2), tmp_path / "runs", monkeypatch)
+    # what a process that is killed while it writes leaves
+    (partial / "seed-2" / ".scores.csv.0123abcd.partial").touch()
+    main(["train", f"--resume={partial}", "--quiet"])
+    found = load_run(tmp_path / "runs" / "seed-1").record
+    assert found["scores"] == first["scores"]
+    assert not list(tmp_path.rglob("*.partial"))
+    assert resume_seeds(partial)[0] == found, "and the finished ones are found by it, too"
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from guides import GaussianGuide
 from pyro_gpvae import fit
 from pyro_gpvae.data import is_memory_mapped, memory_mapped
 from pyro_gpvae.provenance import sha256
-from pyro_gpvae.streaming import Gathering
+from pyro_gpvae.streaming import Gathering, stays_on_host
 
 CPU = torch.device("cpu")
 
@@ -78,6 +78,17 @@ def test_damaged_archived_and_missing_files_are_refused(tmp_path):
         memory_mapped(tmp_path / "many.npz")
     with pytest.raises(FileNotFoundError, match=r"none.npy"):
         memory_mapped(tmp_path / "none.npy")
+
+
+def test_a_gpu_holds_images_that_fit_what_torch_keeps_unused(monkeypatch):
+    x, gpu = uint8(30), torch.device("cuda")
+    for name, share in (("mem_get_info", 0.5), ("memory_reserved", 2.0), ("memory_allocated", 0.4)):
+        size = int(share * x.nbytes)
+        told = (size, 0) if name == "mem_get_info" else size
+        monkeypatch.setattr(torch.cuda, name, lambda device, told=told: told)
+    assert not stays_on_host(x, gpu)  # 0.5 free and 2 - 0.4 kept: half of it holds them
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: x.nbytes)
+    assert stays_on_host(x, gpu)
 
 
 def test_the_hash_is_that_of_the_pixels(mapped):

@@ -1,4 +1,6 @@
 import copy
+import inspect
+import typing
 
 import pyro
 import pyro.distributions as dist
@@ -195,6 +197,63 @@ def test_module_without_parameters_of_its_own_dtype():
                 pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
 
     fit(linear_model(), Prior(), uint8(5), epochs=1, progress=False)
+
+
+class Point(nn.Module):
+    """q(z|x) is a point: nothing is drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = linear_encoder(2).double()
+        self.seen = []
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            self.seen.append(len(x))
+        pyro.module("point", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x), event_dim=1))
+
+
+@pytest.mark.parametrize("count", [512, 1100])
+def test_validation_images_are_scored_in_parts_and_all_weigh_the_same(count):
+    torch.manual_seed(0)
+    model, guide, validation = linear_model(), Point(), uint8(count)
+    validation[1024:] = 255  # the last part is unlike the others
+    rows = fit(model, guide, uint8(20), epochs=1, validation=validation, progress=False).rows
+    parts = [512, 512, 76] if count > 512 else [512]
+    assert guide.seen[-len(parts) :] == parts
+    x = validation.double() / 255
+    z = guide.encoder(x)
+    expected = (model.likelihood(z).log_prob(x) + model.prior().log_prob(z)).mean().detach()
+    assert rows[0]["validation_elbo"] == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_a_training_leaves_modules_ready_for_evaluation_and_no_gradients():
+    for epochs, learning_rate in ((1, 5e-4), (4, 1e30)):
+        model, guide = pair()
+        try:
+            fit(
+                model,
+                guide,
+                uint8(20),
+                epochs=epochs,
+                batch_size=5,
+                learning_rate=learning_rate,
+                progress=False,
+            )
+        except NonFiniteError:
+            assert learning_rate > 1
+        for program in (model, guide):
+            assert not any(module.training for module in program.modules())
+            assert all(p.grad is None for p in program.parameters())
+
+
+def test_type_checkers_know_every_option():
+    options = [name for name, p in inspect.signature(fit).parameters.items() if name != "seed"]
+    for overload in typing.get_overloads(fit):
+        names = inspect.signature(overload).parameters
+        assert [name for name in names if name != "seed"] == options
 
 
 class Normalised(GaussianGuide):

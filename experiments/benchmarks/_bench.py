@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,11 @@ def seconds_of(program: Program, device: torch.device, calls: int = 1) -> float:
         program()
     wait(device)
     return (time.perf_counter() - start) / calls
+
+
+def page_faults() -> int:
+    """Minor page faults of this process so far: pages that the kernel gave it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def wait(device: torch.device) -> None:

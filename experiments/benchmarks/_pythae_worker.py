@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _bench import page_faults
 from _handwritten import NETS, Net, decoder, encoder
 from _worker import serve
 from pythae.data.datasets import BaseDataset
@@ -43,15 +44,17 @@ class Decoder(BaseDecoder):
 
 
 class Clock(TrainingCallback):
-    """Notes when epochs end."""
+    """Notes when epochs end, and page faults until then."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.faults: list[int] = []
 
     def on_epoch_end(self, training_config: Any, **others: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self.faults.append(page_faults())
 
 
 class Trainer(BaseTrainer):
@@ -88,7 +91,8 @@ class Pythae:
         return {"torch": torch.__version__}
 
     def train(self, epochs: int, fused: bool = False) -> dict[str, float]:
-        """Seconds of the first epoch with all that comes before it, and of another."""
+        """Seconds of the first epoch with all that comes before it, and of another; its page
+        faults."""
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
             config = BaseTrainerConfig(
@@ -101,8 +105,12 @@ class Pythae:
             )
             start = time.perf_counter()
             Trainer(self.model, self.train_data, None, config, [clock]).train()
-        times = clock.times
-        return {"first": times[0] - start, "epoch": (times[-1] - times[0]) / epochs}
+        times, faults = clock.times, clock.faults
+        return {
+            "first": times[0] - start,
+            "epoch": (times[-1] - times[0]) / epochs,
+            "page_faults": (faults[-1] - faults[0]) / epochs,
+        }
 
     def nll(self, num_images: int, num_samples: int, batch_size: int) -> dict[str, float]:
         """Seconds of an image's log p(x) by K importance samples, and its mean over images."""

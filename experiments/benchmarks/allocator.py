@@ -4,7 +4,7 @@
 
 `fit` lets glibc keep freed memory (`pyro_gpvae.allocator`), which is a setting of the whole
 process: a hand-written step beside it would profit as well. Here every timing has a process of its
-own, hand-written and ours in turns. Writes allocator_cpu.json and .md.
+own, hand-written and ours in turns; its page faults are counted. Writes allocator_cpu.json and .md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from _bench import Ceilings, Options, Timings, seconds_of
+from _bench import Ceilings, Options, Quartiles, Timings, page_faults, seconds_of
 from _handwritten import NETS, VAE, eager
 from _report import Report, Target
 from step import on_batches, ours
@@ -31,8 +31,8 @@ class Settings(Options):
     """What the allocator is worth.
 
     Attributes:
-        variant: Time one variant in this process, and print its seconds: how the script calls
-            itself.
+        variant: Time one variant in this process, and print its seconds and page faults: how the
+            script calls itself.
         net: "conv" or "tiny".
         images: Training images.
     """
@@ -44,8 +44,8 @@ class Settings(Options):
     images: int = 4096
 
 
-def measure(settings: Settings) -> float:
-    """Seconds of a step of one variant, in this process."""
+def measure(settings: Settings) -> tuple[float, float]:
+    """Seconds and minor page faults of a step of one variant, in this process."""
     torch.manual_seed(settings.seed)
     net, device = NETS[settings.net], torch.device("cpu")
     images = torch.randint(256, (settings.images, *net.image_shape), dtype=torch.uint8)
@@ -57,18 +57,20 @@ def measure(settings: Settings) -> float:
     program = on_batches(step, images, net.batch_size)
     for _ in range(5):
         program()
-    return seconds_of(
-        program, device, max(3, round(settings.seconds / seconds_of(program, device)))
-    )
+    calls = max(3, round(settings.seconds / seconds_of(program, device)))
+    before = page_faults()
+    seconds = seconds_of(program, device, calls)
+    return seconds, (page_faults() - before) / calls
 
 
 def main(settings: Settings) -> None:
     if settings.variant is not None:
-        print(measure(settings))
+        print(*measure(settings))
         return
     command = [sys.executable, __file__, "--net", settings.net, "--images", str(settings.images)]
     command += ["--seconds", str(settings.seconds), "--seed", str(settings.seed)]
     seconds: dict[str, list[float]] = {HAND: [], KEPT: [], OURS: []}
+    faults: dict[str, list[float]] = {variant: [] for variant in seconds}
     order = list(seconds)
     generator = random.Random(settings.seed)
     for _ in range(settings.rounds):
@@ -77,7 +79,8 @@ def main(settings: Settings) -> None:
             done = subprocess.run(
                 [*command, "--variant", variant], capture_output=True, text=True, check=True
             )
-            seconds[variant].append(float(done.stdout.split()[-1]))
+            for found, value in zip((seconds, faults), done.stdout.split()[-2:], strict=True):
+                found[variant].append(float(value))
     timings = Timings(seconds)
     report = Report(
         "allocator",
@@ -92,7 +95,10 @@ def main(settings: Settings) -> None:
         Target(f"{settings.net}, {OURS} / {HAND}", limit, timings.ratio(OURS, HAND).median)
     )
     report.tables["A step"] = timings.table(HAND)
+    rows = [f"| {variant} | {Quartiles.of(found)} |" for variant, found in faults.items()]
+    report.tables["Minor page faults of a step"] = "\n".join(["| | faults |", "|---|--:|", *rows])
     report.record["step_seconds"] = seconds
+    report.record["minor_page_faults_per_step"] = faults
     report.write()
 
 

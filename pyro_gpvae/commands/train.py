@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pyro_gpvae.commands._text import print_scores
 from pyro_gpvae.config import RunConfig
+from pyro_gpvae.files import finished_folder
 from pyro_gpvae.guide import available_guides
 from pyro_gpvae.reproduce import reproduce_run
 from pyro_gpvae.runs import resume_run, train_run
@@ -50,7 +51,7 @@ class Train(RunConfig):
 
     def run(self) -> None:
         options = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
-        out = self.out if self.resume is None else self.resume
+        out = self.out if self.resume is None else finished_folder(self.resume)
         how: dict[str, Any] = {
             "progress": not self.quiet,
             "checkpoint_every": self.checkpoint_every,

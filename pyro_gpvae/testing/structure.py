@@ -88,7 +88,7 @@ def _site_problems(model: Any, guide: Any, x: Tensor) -> list[str]:
     plates = {frame.name: frame for frame in site["cond_indep_stack"]}
     if set(plates) != {DATA_PLATE}:
         return [f'site "z" is in the plates {sorted(plates)}, expected {DATA_PLATE!r} alone']
-    if (size := plates[DATA_PLATE].size) != len(x):
+    if (size := plates[DATA_PLATE].full_size) != len(x):
         return [f"the plate has size {size}; it must be the batch size, whatever N is"]
     expected = (len(x), getattr(model, "latent_dim", site["value"].shape[-1]))
     if site["value"].shape != expected:
@@ -308,8 +308,8 @@ def check_scale(kit: Kit) -> Finding:
     if not (gap := largest_gap(twice, few)) <= kit.tolerance:
         account = (
             f"With every image twice in the batch the loss changes by {gap:.1e} (relative).\n"
-            "Likely cause: a sum over the batch where its mean is due, 1/B where 1/N is due (N is "
-            "the number of training images), or a plate that scales its sites by N/B."
+            "Likely cause: a sum over the batch where its mean is due, or 1/B where 1/N is due (N "
+            "is the number of training images)."
         )
         return within(gap, kit.tolerance, account)
     # the loss is local + KL / N: what does its dependence on N say about KL?
