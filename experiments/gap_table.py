@@ -39,7 +39,8 @@ from pyro_gpvae.gap_report import (
 )
 from pyro_gpvae.importance import ParetoWarning
 from pyro_gpvae.plots.gap import gap_ladder
-from pyro_gpvae.runs import check_options, complete_run, load_run
+from pyro_gpvae.run_folder import check_options, load_run
+from pyro_gpvae.runs import complete_run
 from pyro_gpvae.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 
 #: Names, options and folders as in experiments/compare.py, whose runs can be used again.

@@ -44,7 +44,8 @@ from pyro_gpvae.files import InUseError, locked, partial_folder, read_json, writ
 from pyro_gpvae.plans import WHERE_IT_RUNS, Cell, Plan, parse_where, read_plan
 from pyro_gpvae.provenance import environment, sha256
 from pyro_gpvae.results import COLUMNS, read_results, score_table
-from pyro_gpvae.runs import complete_run, load_images
+from pyro_gpvae.run_folder import load_images
+from pyro_gpvae.runs import complete_run
 
 STEP_TIMES = Path(__file__).parent / "plans" / "step_times.csv"
 

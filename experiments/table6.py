@@ -41,7 +41,7 @@ from pyro_gpvae.networks import DecoderKind, build_decoder
 from pyro_gpvae.plots.tables import time_dots
 from pyro_gpvae.provenance import environment
 from pyro_gpvae.randomness import seeded
-from pyro_gpvae.runs import warm_guide
+from pyro_gpvae.run_folder import warm_guide
 
 #: Those of the paper, and the families that it does not time.
 GUIDES = (

@@ -6,6 +6,7 @@ from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import ImageData, load_data, memory_mapped
 from pyro_gpvae.distributions import MarginalPosterior
 from pyro_gpvae.elbo import MeanFieldELBO, PerImage, TraceELBO, elbo_terms
+from pyro_gpvae.evaluation import evaluate_run
 from pyro_gpvae.gap import Gap, decompose
 from pyro_gpvae.guide import available_guides, load_guide, make_guide
 from pyro_gpvae.importance import Evidence, evidence_curve, log_evidence, log_weights
@@ -15,7 +16,8 @@ from pyro_gpvae.networks import build_decoder, build_encoder
 from pyro_gpvae.program import Program
 from pyro_gpvae.pure import UnsupportedError
 from pyro_gpvae.reference import ReferenceEvidence, reference_evidence
-from pyro_gpvae.runs import Run, evaluate_run, load_run, resume_run, train_run
+from pyro_gpvae.run_folder import Run, load_run
+from pyro_gpvae.runs import resume_run, train_run
 from pyro_gpvae.seeds import resume_seeds, train_seeds
 from pyro_gpvae.training import Block, History, NonFiniteError, fit
 

@@ -31,6 +31,7 @@ from pyro_gpvae.importance import (
 )
 from pyro_gpvae.memory import bytes_each
 from pyro_gpvae.nonfinite import NonFiniteError, name_images, refused_parameters
+from pyro_gpvae.program import PyroProgram
 from pyro_gpvae.randomness import seeded
 
 __all__ = [
@@ -40,8 +41,6 @@ __all__ = [
     "bidirectional",
     "sigmoidal_schedule",
 ]
-
-Program = Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,9 +105,9 @@ class Sandwich:
 
 
 def annealed_evidence(
-    model: Program,
+    model: PyroProgram,
     x: Tensor,
-    guide: Program | None = None,
+    guide: PyroProgram | None = None,
     *,
     num_chains: int = 16,
     num_steps: int = 100,
@@ -197,8 +196,8 @@ def annealed_evidence(
 
 
 def bidirectional(
-    model: Program,
-    guide: Program | None = None,
+    model: PyroProgram,
+    guide: PyroProgram | None = None,
     *,
     num_images: int,
     num_chains: int = 16,
@@ -291,9 +290,9 @@ def sigmoidal_schedule(num_steps: int, steepness: float = 4.0) -> list[float]:
 
 
 def _paths(
-    model: Program,
+    model: PyroProgram,
     x: Tensor,
-    guide: Program | None,
+    guide: PyroProgram | None,
     seed: int,
     first_image: int,
     num_chains: int,
@@ -310,7 +309,7 @@ def _paths(
             yield Path.start(model, images[part], starts[part], seed, indices[part], num_chains)
 
 
-def _simulate(model: Program, like: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
+def _simulate(model: PyroProgram, like: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
     """One image (1, C, H, W) and its z (1, p), drawn from the model."""
     local = poutine.block(model, hide_fn=is_global)
     with seeded(image_seed(seed, index, "simulation"), like.device), torch.no_grad():
@@ -348,7 +347,7 @@ def _check_finite(log_weights: Tensor, first: int) -> None:
 
 
 def _images_at_once(
-    model: Program, x: Tensor, num_chains: int, num_leapfrog: int, chunk_size: int | None
+    model: PyroProgram, x: Tensor, num_chains: int, num_leapfrog: int, chunk_size: int | None
 ) -> int:
     if chunk_size is None:
         device, _ = device_and_dtype(model, x)
@@ -363,7 +362,7 @@ def _images_at_once(
     return max(1, chunk_size // (num_chains + num_pilots_for(num_chains)))
 
 
-def _bytes_per_chain(model: Program, x: Tensor) -> int:
+def _bytes_per_chain(model: PyroProgram, x: Tensor) -> int:
     """What log p(x, z) and its gradient take for a chain; the density of the start is not in it."""
     device, dtype = device_and_dtype(model, x)
     image = torch.zeros_like(x[:1], device=device, dtype=dtype)

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from pyro_gpvae.elbo import in_data_plate
 from pyro_gpvae.importance import is_global, observed_sites, site_sum
 from pyro_gpvae.nonfinite import NonFiniteError, refused_parameters
+from pyro_gpvae.program import PyroProgram
 from pyro_gpvae.randomness import seeded
 
 __all__ = ["Forward", "Path", "image_seed", "num_pilots_for", "start_distributions"]
 
-Program = Callable[[Tensor], Any]
 
 # acceptance that the step sizes aim at, and how fast: log step += rate * (accepted - target)
 _TARGET_ACCEPTANCE = 0.65
@@ -98,7 +98,7 @@ class Path:
     @staticmethod
     @torch.no_grad()
     def start(
-        model: Program,
+        model: PyroProgram,
         x: Tensor,
         starts: Sequence[Distribution],
         seed: int,
@@ -222,7 +222,7 @@ class Path:
 
 @torch.no_grad()
 def start_distributions(
-    model: Program, x: Tensor, guide: Any, seed: int, indices: Sequence[int]
+    model: PyroProgram, x: Tensor, guide: Any, seed: int, indices: Sequence[int]
 ) -> list[Distribution]:
     """Returns q(z|x) of each image, or the prior if there is no guide: batch shape (1,) each.
 
@@ -284,7 +284,7 @@ def _slices(q: Distribution) -> list[Distribution] | None:
     return None
 
 
-def _prior(model: Program, image: Tensor) -> Any:
+def _prior(model: PyroProgram, image: Tensor) -> Any:
     """The model's distribution of z for one image; refuses models with other latent sites."""
     local = poutine.block(model, hide_fn=is_global)
     # of this draw only the sites matter, not whether the decoder is finite there
@@ -303,7 +303,7 @@ def _prior(model: Program, image: Tensor) -> Any:
     return sites["z"]["fn"]
 
 
-def log_joint_of(model: Program, x: Tensor) -> Callable[[Tensor], Tensor]:
+def log_joint_of(model: PyroProgram, x: Tensor) -> Callable[[Tensor], Tensor]:
     """log p(x, z) in nats, (C, B), as a function of z (C, B, p); global sites do not enter."""
     local = poutine.block(model, hide_fn=is_global)
 

@@ -17,7 +17,8 @@ from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import to_float
 from pyro_gpvae.files import new_folder, write_json, write_text
 from pyro_gpvae.plots import image_grid, loss_curves, reconstructions, uncertain_images
-from pyro_gpvae.runs import Run, load_run, train_into
+from pyro_gpvae.run_folder import Run, load_run
+from pyro_gpvae.runs import train_into
 from pyro_gpvae.uncertainty import rank_correlation
 
 __all__ = ["DEMO_FILES", "run_demo"]

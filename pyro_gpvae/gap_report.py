@@ -20,7 +20,7 @@ from pyro_gpvae.files import write_json, write_text
 from pyro_gpvae.gap import BATCH, LADDER, decompose
 from pyro_gpvae.importance import PARETO_LIMIT
 from pyro_gpvae.provenance import environment, sha256
-from pyro_gpvae.runs import Run, load_run
+from pyro_gpvae.run_folder import Run, load_run
 
 __all__ = [
     "describe",

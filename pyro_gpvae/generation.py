@@ -3,8 +3,9 @@ r"""Images from a trained model: samples, reconstructions, interpolations, trave
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import pyro
@@ -16,8 +17,10 @@ from torch.distributions import Distribution
 
 from pyro_gpvae.elbo import in_data_plate
 from pyro_gpvae.importance import as_pixels, default_chunk_size, device_and_dtype
+from pyro_gpvae.memory import bytes_each
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.networks import ImageShape
+from pyro_gpvae.program import PyroProgram
 from pyro_gpvae.randomness import seeded
 
 __all__ = [
@@ -38,7 +41,6 @@ __all__ = [
     "traverse",
 ]
 
-Program = Callable[[Tensor], Any]
 PathKind = Literal["spherical", "linear"]
 
 # images encoded or refined at once
@@ -60,7 +62,7 @@ class Decoded(NamedTuple):
 
 @torch.no_grad()
 def sample_images(
-    model: Program,
+    model: PyroProgram,
     num_images: int,
     *,
     noise: bool = False,
@@ -99,7 +101,7 @@ def sample_images(
 
 @torch.no_grad()
 def decode(
-    model: Program, z: Tensor, *, noise: bool = False, image_shape: ImageShape | None = None
+    model: PyroProgram, z: Tensor, *, noise: bool = False, image_shape: ImageShape | None = None
 ) -> Tensor:
     """Returns the mean of p(x|z), or a draw from it, for z (..., p): images (..., C, H, W).
 
@@ -110,14 +112,18 @@ def decode(
     """
     shape = _image_shape(model, image_shape)
     device, dtype = device_and_dtype(model, z)
-    parts = []
-    for part in z.reshape(-1, z.shape[-1]).to(device, dtype).split(default_chunk_size(device)):
+
+    def decoded(part: Tensor, noise: bool = False) -> Tensor:
         blank = torch.zeros(len(part), *shape, device=device, dtype=dtype)
         with pyro.validation_enabled(False):  # what is not finite is reported below
             likelihood: Any = program_sites(model, blank, part)[1]["fn"]
             pixels: Tensor = likelihood.sample() if noise else likelihood.mean
-        parts.append(pixels.reshape(blank.shape))  # a model may have flattened its images
-    images = torch.cat(parts)
+        return pixels.reshape(blank.shape)  # a model may have flattened its images
+
+    flat = z.reshape(-1, z.shape[-1]).to(device, dtype)
+    need = partial(bytes_each, lambda count: partial(decoded, flat.new_zeros(count, z.shape[-1])))
+    parts = flat.split(default_chunk_size(device, need))
+    images = torch.cat([decoded(part, noise) for part in parts])
     broken = len(images) - int(images.isfinite().flatten(1).all(1).sum())
     if broken:
         raise ValueError(
@@ -129,7 +135,12 @@ def decode(
 
 @torch.no_grad()
 def reconstruct(
-    model: Program, guide: Program, x: Tensor, *, draw: bool = False, seed: int | None = None
+    model: PyroProgram,
+    guide: PyroProgram,
+    x: Tensor,
+    *,
+    draw: bool = False,
+    seed: int | None = None,
 ) -> Decoded:
     """Infers z of images and decodes it: z (B, p), images (B, C, H, W).
 
@@ -154,8 +165,8 @@ def reconstruct(
 
 
 def interpolate(
-    model: Program,
-    guide: Program,
+    model: PyroProgram,
+    guide: PyroProgram,
     x_start: Tensor,
     x_end: Tensor,
     steps: int = 9,
@@ -228,8 +239,8 @@ def latent_path(start: Tensor, end: Tensor, steps: int, kind: PathKind = "spheri
 
 
 def traverse(
-    model: Program,
-    guide: Program,
+    model: PyroProgram,
+    guide: PyroProgram,
     x: Tensor,
     dims: Sequence[int] | None = None,
     *,
@@ -300,7 +311,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return (255 * images.clamp(0, 1)).round().to(torch.uint8)
 
 
-def posterior_mean(guide: Program, x: Tensor) -> tuple[Tensor, Tensor]:
+def posterior_mean(guide: PyroProgram, x: Tensor) -> tuple[Tensor, Tensor]:
     """E_q[z|x] and the variance of its estimate, (B, p) each.
 
     Where :func:`known_mean` has none, or the guide has no ``posterior(x)``, it is the mean of 100
@@ -325,7 +336,7 @@ def known_mean(q: Distribution) -> Tensor | None:
         return None
 
 
-def _draws(guide: Program, x: Tensor, count: int) -> Tensor:
+def _draws(guide: PyroProgram, x: Tensor, count: int) -> Tensor:
     """Draws from q(z|x): (count, B, p)."""
     if hasattr(guide, "posterior"):
         z: Tensor = guide.posterior(x).sample((count,))
@@ -342,7 +353,7 @@ def _draws(guide: Program, x: Tensor, count: int) -> Tensor:
     return torch.stack(draws)
 
 
-def program_sites(model: Program, x: Tensor, z: Tensor | None = None) -> tuple[Any, Any]:
+def program_sites(model: PyroProgram, x: Tensor, z: Tensor | None = None) -> tuple[Any, Any]:
     """The site "z" and the observed site of a run of the model, with z given or drawn."""
     program = model if z is None else poutine.condition(model, data={"z": z})
     nodes = poutine.trace(program).get_trace(x).nodes
@@ -363,7 +374,7 @@ def program_sites(model: Program, x: Tensor, z: Tensor | None = None) -> tuple[A
     return nodes["z"], observed[0]
 
 
-def float_batches(model: Program, images: Tensor, size: int = MAX_IMAGES) -> Sequence[Tensor]:
+def float_batches(model: PyroProgram, images: Tensor, size: int = MAX_IMAGES) -> Sequence[Tensor]:
     """Images as floats where the model is, so many at once."""
     if not isinstance(images, Tensor) or images.dim() != 4 or len(images) == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -386,6 +397,6 @@ def _shape_of(x: Tensor) -> ImageShape:
     return channels, height, width
 
 
-def seeded_for(model: Program, x: Tensor, seed: int | None) -> AbstractContextManager[None]:
+def seeded_for(model: PyroProgram, x: Tensor, seed: int | None) -> AbstractContextManager[None]:
     """Seeds the device that the model is on, if there is a seed: see :func:`seeded`."""
     return nullcontext() if seed is None else seeded(seed, device_and_dtype(model, x)[0])

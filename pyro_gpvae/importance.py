@@ -28,6 +28,7 @@ from pyro_gpvae.memory import bytes_each, free_memory
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.nonfinite import NonFiniteError, name_images, refused_parameters
 from pyro_gpvae.precision import Precision, autocast, lowered
+from pyro_gpvae.program import PyroProgram
 from pyro_gpvae.pure import unvalidated
 from pyro_gpvae.randomness import seeded
 
@@ -52,13 +53,10 @@ class ParetoWarning(UserWarning):
     """The weights of some images have so heavy a tail that their estimate cannot be trusted."""
 
 
-Program = Callable[[Tensor], Any]
-
-
 @torch.no_grad()
 def log_weights(
-    model: Program,
-    guide: Program,
+    model: PyroProgram,
+    guide: PyroProgram,
     x: Tensor,
     num_samples: int,
     *,
@@ -208,8 +206,8 @@ class Evidence:
 
 
 def log_evidence(
-    model: Program,
-    guide: Program,
+    model: PyroProgram,
+    guide: PyroProgram,
     x: Tensor,
     num_samples: int = 100,
     *,
@@ -353,7 +351,7 @@ def default_chunk_size(device: torch.device, need: Callable[[], int] | None = No
 MAX_IMAGES = 512
 
 
-def bytes_per_latent(model: Program, guide: Program, x: Tensor) -> int:
+def bytes_per_latent(model: PyroProgram, guide: PyroProgram, x: Tensor) -> int:
     """Returns how many bytes decoding and scoring one latent vector of one image takes at most.
 
     Found by scoring two and four of them; any model and guide will do. The encoder, refinement,
@@ -386,7 +384,9 @@ def bytes_per_latent(model: Program, guide: Program, x: Tensor) -> int:
         return max(1, bytes_each(begin) // (len(x) if only_these else 1))
 
 
-def chunk_size_for(model: Program, guide: Program, x: Tensor, memory: int | None = None) -> int:
+def chunk_size_for(
+    model: PyroProgram, guide: PyroProgram, x: Tensor, memory: int | None = None
+) -> int:
     """How many latent vectors :func:`log_weights` decodes at once, if nobody says.
 
     Arguments:
@@ -411,7 +411,7 @@ def chunk_size_for(model: Program, guide: Program, x: Tensor, memory: int | None
     return min(default_chunk_size(device), memory // each)
 
 
-def _lower_decoder(model: Program, precision: Precision | None) -> Program:
+def _lower_decoder(model: PyroProgram, precision: Precision | None) -> PyroProgram:
     """The model, whose decoder runs in a lower precision if so asked."""
     if precision is None or precision == "float32":
         return model
@@ -433,7 +433,7 @@ def _lower_decoder(model: Program, precision: Precision | None) -> Program:
 
 
 def _log_weights_of_batch(
-    model: Program, guide: Program, x: Tensor, num_samples: int, chunk_size: int
+    model: PyroProgram, guide: PyroProgram, x: Tensor, num_samples: int, chunk_size: int
 ) -> Tensor:
     """Log weights (K, B) of images that share one call of the guide's posterior."""
     programs = _local_programs(model, guide, x)
@@ -445,7 +445,9 @@ def _log_weights_of_batch(
     return torch.cat([first, *rest])
 
 
-def _local_programs(model: Program, guide: Program, x: Tensor) -> tuple[Program, Program]:
+def _local_programs(
+    model: PyroProgram, guide: PyroProgram, x: Tensor
+) -> tuple[PyroProgram, PyroProgram]:
     """Model and guide of the sites of an image, the guide's posterior computed once."""
     if not hasattr(guide, "posterior"):
         # global sites are drawn for every particle, but no business of an image's weight
@@ -463,7 +465,7 @@ def _local_programs(model: Program, guide: Program, x: Tensor) -> tuple[Program,
     return poutine.block(model, hide_fn=is_global), proposal
 
 
-def _log_weights_of_chunk(model: Program, guide: Program, x: Tensor, count: int) -> Tensor:
+def _log_weights_of_chunk(model: PyroProgram, guide: PyroProgram, x: Tensor, count: int) -> Tensor:
     """Log weights of ``count`` samples, (count, B)."""
     _, model_trace, guide_trace = vectorized_importance_weights(
         model, guide, x, num_samples=count, max_plate_nesting=1

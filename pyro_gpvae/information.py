@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_gpvae.generation import (
-    Program,
     float_batches,
     posterior_mean,
     program_sites,
     seeded_for,
 )
+from pyro_gpvae.program import PyroProgram
 
 __all__ = ["ActiveUnits", "LatentInformation", "active_units", "mutual_information"]
 
@@ -49,8 +49,8 @@ class ActiveUnits:
 
 @torch.no_grad()
 def active_units(
-    model: Program,
-    guide: Program,
+    model: PyroProgram,
+    guide: PyroProgram,
     images: Tensor,
     *,
     threshold: float = 0.01,
@@ -121,8 +121,8 @@ class LatentInformation:
 
 @torch.no_grad()
 def mutual_information(
-    model: Program,
-    guide: Program,
+    model: PyroProgram,
+    guide: PyroProgram,
     images: Tensor,
     num_samples: int = 2,
     *,

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_gpvae.checkpoint import TrainingState
+from pyro_gpvae.program import PyroProgram
 from pyro_gpvae.progress import Progress, merge_states, split_state
 from pyro_gpvae.randomness import global_generator, seeded
 from pyro_gpvae.stacked import StackedStep
-from pyro_gpvae.steps import Backend, Program, TrainingStep
+from pyro_gpvae.steps import Backend, TrainingStep
 from pyro_gpvae.streaming import Gathering
 
 __all__ = ["Lockstep"]
@@ -41,7 +42,7 @@ class Lockstep:
 
     def __init__(
         self,
-        programs: Sequence[tuple[int, Program, Program]],
+        programs: Sequence[tuple[int, PyroProgram, PyroProgram]],
         images: Tensor,
         device: torch.device,
         *,

@@ -3,7 +3,6 @@ r"""Guides whose z is a mixture: the mixture of Gaussians, and its stratified EL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,10 +13,9 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_gpvae.elbo import sampled_traces
+from pyro_gpvae.program import PyroProgram
 
 __all__ = ["StratifiedELBO", "gaussian_mixture"]
-
-Program = Callable[..., Any]
 
 
 def gaussian_mixture(logits: Tensor, loc: Tensor, scale: Tensor) -> dist.MixtureSameFamily:
@@ -91,7 +89,7 @@ class StratifiedELBO(ELBO):
         super().__init__(num_particles, max_plate_nesting)  # type: ignore[no-untyped-call]
 
     def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+        self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Returns minus the ELBO.
 
@@ -116,12 +114,14 @@ class StratifiedELBO(ELBO):
         return strata.average(guide_trace) - strata.average(model_trace)
 
     @torch.no_grad()
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         warn_if_nan(loss, "loss")
         return float(loss)
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any
+    ) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
@@ -129,7 +129,7 @@ class StratifiedELBO(ELBO):
         warn_if_nan(loss, "loss")
         return float(loss)
 
-    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+    def _get_trace(self, model: PyroProgram, guide: PyroProgram, args: Any, kwargs: Any) -> Any:
         traces = sampled_traces(model, guide, args, kwargs, self.max_plate_nesting)
         for trace in traces:
             trace.compute_log_prob()

@@ -2,13 +2,17 @@ r"""Modules whose parameters Pyro finds, without Pyro's global parameter store."
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Program", "References"]
+__all__ = ["Program", "PyroProgram", "References"]
+
+#: A Pyro model or guide: any callable of the images, with sample statements.
+PyroProgram = Callable[..., Any]
 
 
 class Program(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,11 @@ from pyro_gpvae.importance import (
     check_batch,
     log_weights,
 )
+from pyro_gpvae.program import PyroProgram
 from pyro_gpvae.randomness import seeded
 
 __all__ = ["Estimate", "ReferenceEvidence", "reference_evidence"]
 
-Program = Callable[[Tensor], Any]
 #: log p(x), its standard error, and k̂ where there is one; each (B,).
 Estimate = tuple[Tensor, Tensor, Tensor]
 
@@ -73,9 +73,9 @@ class ReferenceEvidence:
 
 @torch.no_grad()
 def reference_evidence(
-    model: Program,
+    model: PyroProgram,
     x: Tensor,
-    guide: Program | None = None,
+    guide: PyroProgram | None = None,
     *,
     num_samples: int = 5000,
     num_chains: int = 16,

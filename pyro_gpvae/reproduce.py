@@ -13,7 +13,8 @@ from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import load_data
 from pyro_gpvae.files import read_json
 from pyro_gpvae.provenance import environment, sha256
-from pyro_gpvae.runs import check_trust, load_images, train_run
+from pyro_gpvae.run_folder import check_trust, load_images
+from pyro_gpvae.runs import train_run
 
 __all__ = ["reproduce_run"]
 

@@ -19,7 +19,8 @@ from pyro_gpvae.files import (
     work_folder,
     write_json,
 )
-from pyro_gpvae.runs import Begun, Run, check_trust, warm_start
+from pyro_gpvae.run_folder import Run, check_trust, warm_start
+from pyro_gpvae.runs import Begun
 from pyro_gpvae.training import fit
 
 __all__ = ["is_stacked", "resume_seeds", "train_seeds"]

@@ -26,10 +26,11 @@ from pyro_gpvae.interrupts import Interrupts, stopped
 from pyro_gpvae.lockstep import Lockstep
 from pyro_gpvae.nonfinite import NonFiniteError, explain, refused_parameters
 from pyro_gpvae.precision import Precision
+from pyro_gpvae.program import PyroProgram
 from pyro_gpvae.progress import Progress
 from pyro_gpvae.provenance import sha256
 from pyro_gpvae.randomness import seeded
-from pyro_gpvae.steps import Backend, Block, Program, TrainingStep
+from pyro_gpvae.steps import Backend, Block, TrainingStep
 from pyro_gpvae.streaming import Gathering, stays_on_host
 
 __all__ = ["Block", "History", "NonFiniteError", "fit"]
@@ -63,8 +64,8 @@ class History:
 
 @overload
 def fit(
-    model: Program,
-    guide: Program,
+    model: PyroProgram,
+    guide: PyroProgram,
     images: Tensor,
     *,
     epochs: int,
@@ -87,8 +88,8 @@ def fit(
 
 @overload
 def fit(
-    model: Sequence[Program],
-    guide: Sequence[Program],
+    model: Sequence[PyroProgram],
+    guide: Sequence[PyroProgram],
     images: Tensor,
     *,
     epochs: int,
@@ -109,8 +110,8 @@ def fit(
 
 
 def fit(
-    model: Program | Sequence[Program],
-    guide: Program | Sequence[Program],
+    model: PyroProgram | Sequence[PyroProgram],
+    guide: PyroProgram | Sequence[PyroProgram],
     images: Tensor,
     *,
     epochs: int,
@@ -346,11 +347,11 @@ def fit(
 
 
 def _programs(
-    model: Program | Sequence[Program],
-    guide: Program | Sequence[Program],
+    model: PyroProgram | Sequence[PyroProgram],
+    guide: PyroProgram | Sequence[PyroProgram],
     seed: int,
     seeds: Sequence[int] | None,
-) -> list[tuple[int, Program, Program]]:
+) -> list[tuple[int, PyroProgram, PyroProgram]]:
     """Seed, model and guide of every run."""
     if seeds is None:
         if isinstance(model, Sequence) or isinstance(guide, Sequence):

@@ -15,7 +15,7 @@ from pyro_gpvae.data import to_float
 from pyro_gpvae.files import read_json, write_bytes, write_json, write_text
 from pyro_gpvae.gap_report import describe, measure_gaps, read_table
 from pyro_gpvae.provenance import environment
-from pyro_gpvae.runs import Run, load_run
+from pyro_gpvae.run_folder import Run, load_run
 from pyro_gpvae.uncertainty import (
     MIN_IMAGES,
     RankCorrelation,

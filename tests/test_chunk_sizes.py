@@ -14,13 +14,15 @@ from pyro_gpvae import ImageModel, log_evidence, make_guide
 from pyro_gpvae.annealing import annealed_evidence, bidirectional
 from pyro_gpvae.companion import companion_scores
 from pyro_gpvae.config import RunConfig
+from pyro_gpvae.evaluation import evaluate_run
 from pyro_gpvae.files import read_json
 from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.gap import decompose
+from pyro_gpvae.generation import decode
 from pyro_gpvae.importance import ParetoWarning, default_chunk_size
 from pyro_gpvae.memory import PeakMemory, bytes_each
 from pyro_gpvae.reference import reference_evidence
-from pyro_gpvae.runs import evaluate_run, train_run
+from pyro_gpvae.runs import train_run
 
 FREE = 10_000_000
 
@@ -50,6 +52,7 @@ ESTIMATORS = {
     "gap": lambda model, guide, x: decompose(
         model, guide, x[:4], num_samples=80, reference_samples=160, max_optimum_steps=6
     ),
+    "decoded": lambda model, guide, x: decode(model, torch.zeros(160, model.latent_dim)),
     "reference": lambda model, guide, x: reference_evidence(
         model, x[:4], guide, num_samples=160, num_chains=16, num_steps=2
     ),

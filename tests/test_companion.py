@@ -20,13 +20,15 @@ from pyro_gpvae.companion import (
 )
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.data import split_validation
+from pyro_gpvae.evaluation import evaluate_run
 from pyro_gpvae.files import check_manifest, read_json
 from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.generation import posterior_mean
 from pyro_gpvae.importance import log_evidence, log_weights
 from pyro_gpvae.mixtures import gaussian_mixture
 from pyro_gpvae.model import DATA_PLATE
-from pyro_gpvae.runs import RUN_FILES, evaluate_run, load_run, train_run
+from pyro_gpvae.run_folder import RUN_FILES, load_run
+from pyro_gpvae.runs import train_run
 
 MODEL = linear_model()
 X, VALIDATION = images(6), images(5, seed=2)

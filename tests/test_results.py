@@ -12,6 +12,7 @@ import pytest
 from pyro_gpvae import RunConfig, load_data, resume_run, train_run
 from pyro_gpvae.commands.results import Results
 from pyro_gpvae.commands.train import Train
+from pyro_gpvae.evaluation import evaluate_run
 from pyro_gpvae.files import read_json, write_json
 from pyro_gpvae.reproduce import reproduce_run
 from pyro_gpvae.results import (
@@ -22,7 +23,6 @@ from pyro_gpvae.results import (
     score_table,
     select,
 )
-from pyro_gpvae.runs import evaluate_run
 
 TINY = RunConfig(
     latent_dim=2,

@@ -19,16 +19,10 @@ from guides import GaussianGuide, GPGuide
 from pyro_gpvae import Checkpoints, ImageModel, log_evidence
 from pyro_gpvae.checkpoint import load_weights, save_weights
 from pyro_gpvae.config import RunConfig
+from pyro_gpvae.evaluation import evaluate_run
 from pyro_gpvae.files import InUseError, new_folder, read_json, write_json
-from pyro_gpvae.runs import (
-    RUN_FILES,
-    check_options,
-    complete_run,
-    evaluate_run,
-    load_run,
-    resume_run,
-    train_run,
-)
+from pyro_gpvae.run_folder import RUN_FILES, check_options, load_run
+from pyro_gpvae.runs import complete_run, resume_run, train_run
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

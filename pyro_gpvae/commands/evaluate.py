@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from pyro_gpvae.commands._text import print_scores
-from pyro_gpvae.runs import evaluate_run
+from pyro_gpvae.evaluation import evaluate_run
 
 __all__ = ["Evaluate"]
 

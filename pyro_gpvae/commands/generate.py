@@ -26,7 +26,7 @@ from pyro_gpvae.generation import (
 )
 from pyro_gpvae.information import ActiveUnits, LatentInformation, active_units, mutual_information
 from pyro_gpvae.provenance import environment
-from pyro_gpvae.runs import Run, load_run
+from pyro_gpvae.run_folder import Run, load_run
 
 __all__ = ["GENERATE_FILES", "Generate"]
 
