@@ -208,13 +208,17 @@ def work_folder(
         resume: Whether to go on with the work that is there.
 
     Raises:
-        FileExistsError: If ``path`` may not be replaced, or there is unfinished work.
+        FileExistsError: If ``path`` may not be replaced, there is unfinished work, or
+            ``path.partial`` holds something else.
         InUseError: If another process works there.
     """
     path = Path(path).expanduser().resolve()
     check_replaceable(path, overwrite or resume, files)
     folder = partial_folder(path)
     folder.mkdir(parents=True, exist_ok=True)
+    present = {entry.name for entry in folder.iterdir()}
+    if present and not present & {"lock", CHECKPOINTS, *files}:  # it would be emptied
+        raise FileExistsError(f"{folder} is no unfinished run: move it, or choose another folder")
     with locked(folder / "lock", f"is working in {folder}"):
         if not (resume or overwrite) and (folder / CHECKPOINTS).exists():
             raise FileExistsError(

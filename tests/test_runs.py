@@ -472,6 +472,16 @@ def test_what_a_killed_process_was_writing_is_no_part_of_the_run(tmp_path, monke
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == sorted(RUN_FILES)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_somebody_else_is_not_emptied(tmp_path, overwrite):
+    thesis = tmp_path / "run.partial" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.touch()
+    with pytest.raises(FileExistsError, match=r"run.partial is no unfinished run"):
+        train_run(tiny(guide="vae"), tmp_path / "run", overwrite=overwrite, progress=False)
+    assert thesis.exists()
+
+
 def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path, monkeypatch):
     start = tmp_path / "start"
     train_run(tiny(guide="vae"), start, progress=False)
