@@ -312,7 +312,6 @@ def test_fit_trains_every_parameter(name):
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
     for key, parameter in guide.named_parameters():
         assert parameter.isfinite().all(), key
-        assert parameter.grad.isfinite().all(), key
         assert not torch.equal(parameter, before[key]), key
 
 
