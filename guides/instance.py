@@ -18,7 +18,7 @@ from torch import Tensor
 from guides.autoguides import Stack, fit_autoguide, load_autoguide
 from guides.gaussian import check_finite
 from guides.laplace import inverse_cholesky, line_search, linearize
-from pyro_gpvae.generation import known_mean, posterior_mean
+from pyro_gpvae.generation import estimated_mean, known_mean
 from pyro_gpvae.importance import default_chunk_size
 from pyro_gpvae.memory import bytes_each
 from pyro_gpvae.model import DATA_PLATE
@@ -343,7 +343,7 @@ def _mean(guide: Any, x: Tensor) -> Tensor:
     means = []
     for image in x:
         with seeded(0, x.device):  # every image alike, whatever its place in the batch
-            means.append(posterior_mean(guide, image[None])[0])
+            means.append(estimated_mean(guide.posterior(image[None]))[0])
     return torch.cat(means)
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_gpvae.annealing import annealed_evidence
 from pyro_gpvae.data import split_validation
 from pyro_gpvae.fixed import FixedPosterior
-from pyro_gpvae.generation import posterior_mean
+from pyro_gpvae.generation import estimated_mean
 from pyro_gpvae.guide import make_guide
 from pyro_gpvae.importance import PARETO_LIMIT, Evidence, as_pixels, log_weights
 from pyro_gpvae.randomness import seeded
@@ -196,9 +196,9 @@ def companion_scores(
             weights = log_weights(model, q, images, num_samples, chunk_size=chunk_size)
         return Evidence.from_log_weights(weights)
 
-    def mean(posterior: Any, images: Tensor) -> Tensor:
+    def mean(posterior: Any) -> Tensor:
         with seeded(0, device):  # always the same draws, where it takes some
-            return posterior_mean(FixedPosterior(posterior), images)[0]
+            return estimated_mean(posterior)[0]
 
     def wider(posterior: Any, centre: Tensor, c: float) -> Any:
         return FixedPosterior(posterior if c == 1 else Scaled(posterior, centre, c))
@@ -215,7 +215,7 @@ def companion_scores(
                 images = as_pixels(model, validation[begin : begin + size])
                 with seeded(seed + begin, device):
                     q = guide.posterior(images)
-                centre = mean(q, images)
+                centre = mean(q)
                 for c in widths:
                     scores = iwae(wider(q, centre, c), images, seed + begin).log_evidence
                     totals[c] += float(scores.sum())
@@ -236,7 +236,7 @@ def companion_scores(
 
             if q is not None:
                 started = time.monotonic()
-                proposal = wider(q, mean(q, images), best)
+                proposal = wider(q, mean(q), best)
                 _add(part, "width", iwae(proposal, images, seed + begin))
                 seconds["width"] += time.monotonic() - started
 

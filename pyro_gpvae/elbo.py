@@ -27,7 +27,7 @@ __all__ = [
     "Objective",
     "PerImage",
     "TraceELBO",
-    "check_plate",
+    "data_frame",
     "elbo_terms",
     "in_data_plate",
     "sampled_traces",
@@ -40,8 +40,8 @@ def in_data_plate(site: Any) -> bool:
     return any(frame.name == DATA_PLATE for frame in site["cond_indep_stack"])
 
 
-def check_plate(site: Any) -> None:
-    """Refuses a site of the images that is not in ``plate("data", B)``, the batch as it is.
+def data_frame(site: Any) -> Any:
+    """The frame of ``plate("data", B)`` that a site lies in; None for a global site.
 
     The plate's name tells local from global sites. Under another name z and x would be taken for
     global ones, and weighed wrongly; a plate that subsamples would be weighed twice.
@@ -65,6 +65,7 @@ def check_plate(site: Any) -> None:
             f"the site {name!r} lies in {where}: what belongs to an image must be in "
             f"plate({DATA_PLATE!r}, len(x)), whose name tells it from global sites"
         )
+    return data
 
 
 class Objective(Protocol):
@@ -284,9 +285,8 @@ class _PerImageScale(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
-        check_plate(msg)
-        sizes = [f.size for f in msg["cond_indep_stack"] if f.name == DATA_PLATE]
-        msg["scale"] = msg["scale"] / (sizes[0] if sizes else self.num_images)
+        data = data_frame(msg)
+        msg["scale"] = msg["scale"] / (self.num_images if data is None else data.size)
 
 
 @torch.no_grad()

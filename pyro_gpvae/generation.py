@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_gpvae.elbo import in_data_plate
-from pyro_gpvae.importance import as_pixels, default_chunk_size, device_and_dtype
+from pyro_gpvae.importance import MAX_IMAGES, as_pixels, default_chunk_size, device_and_dtype
 from pyro_gpvae.memory import bytes_each
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.networks import ImageShape
@@ -27,6 +27,7 @@ __all__ = [
     "Decoded",
     "PathKind",
     "decode",
+    "estimated_mean",
     "float_batches",
     "interpolate",
     "known_mean",
@@ -43,8 +44,6 @@ __all__ = [
 
 PathKind = Literal["spherical", "linear"]
 
-# images encoded or refined at once
-MAX_IMAGES = 512
 #: Draws that stand for the mean of a posterior which does not tell it, such as a flow's.
 MEAN_DRAWS = 100
 
@@ -318,14 +317,20 @@ def posterior_mean(guide: PyroProgram, x: Tensor) -> tuple[Tensor, Tensor]:
     draws, made with the global random state. The variance of a mean that is known is zero.
     """
     if hasattr(guide, "posterior"):
-        q = guide.posterior(x)
-        mean = known_mean(q)
-        if mean is not None:
-            return mean, torch.zeros_like(mean)
-        z = q.sample(torch.Size((MEAN_DRAWS,)))
-    else:
-        z = _draws(guide, x, MEAN_DRAWS)
-    return z.mean(0), z.var(0) / MEAN_DRAWS
+        return estimated_mean(guide.posterior(x))
+    return _of_draws(_draws(guide, x, MEAN_DRAWS))
+
+
+def estimated_mean(q: Distribution) -> tuple[Tensor, Tensor]:
+    """The mean of a distribution and the variance of its estimate, see :func:`posterior_mean`."""
+    mean = known_mean(q)
+    if mean is None:
+        return _of_draws(q.sample(torch.Size((MEAN_DRAWS,))))
+    return mean, torch.zeros_like(mean)
+
+
+def _of_draws(z: Tensor) -> tuple[Tensor, Tensor]:
+    return z.mean(0), z.var(0) / len(z)
 
 
 def known_mean(q: Distribution) -> Tensor | None:

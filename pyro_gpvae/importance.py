@@ -22,7 +22,7 @@ from torch.distributions import constraints
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.allocator import keep_freed_memory
-from pyro_gpvae.elbo import check_plate, in_data_plate
+from pyro_gpvae.elbo import data_frame, in_data_plate
 from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.memory import bytes_each, free_memory
 from pyro_gpvae.model import DATA_PLATE
@@ -558,8 +558,7 @@ def is_global(site: Any) -> bool:
     """Whether a site belongs to no image; refuses those that only seem not to."""
     if site["type"] != "sample" or site_is_subsample(site):
         return False
-    check_plate(site)
-    return not in_data_plate(site)
+    return data_frame(site) is None
 
 
 def _untraced_if_global(site: Any) -> Any:
