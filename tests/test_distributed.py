@@ -36,7 +36,7 @@ def found(tmp_path_factory):
             processes.append(stack.enter_context(process))
             stack.callback(process.kill)
         for process in processes:
-            process.wait(timeout=240)
+            process.wait(timeout=600)
     texts = [log.read_text() for log in logs]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
