@@ -268,7 +268,7 @@ def records(out):
     return {path.parent.name: path for path in paths if path.parent.suffix != ".partial"}
 
 
-def wait_for(out, number, process, seconds=300):
+def wait_for(out, number, process, seconds=900):
     end = time.monotonic() + seconds
     while len(records(out)) < number:
         assert process.poll() is None, process.stdout.read()
@@ -286,6 +286,8 @@ def cluster(monkeypatch):
     pytest.importorskip("ray", reason="the extra sweep is not installed")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # no token in the home folder
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # a worker that imports torch on a busy machine takes longer than the 60 s that Ray waits
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "600")
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
