@@ -16,9 +16,14 @@ class FixedPosterior:
     """A guide that knows q(z|x) for the images it was computed for, and for no others.
 
     It spares an encoder or an optimisation a second run, and makes any distribution a proposal.
+    Functions that take images in parts, as :func:`pyro_gpvae.log_weights` does, must be given no
+    more of them than are in a part.
 
     Arguments:
         q: The posteriors of B images: batch shape (B,), event shape (p,).
+
+    Raises:
+        ValueError: If it is asked for another number of images than B.
 
     Example:
         >>> import pyro.distributions as dist
@@ -32,8 +37,15 @@ class FixedPosterior:
         self.q = q
 
     def posterior(self, x: Tensor) -> Any:
+        known = self.q.batch_shape[-1]
+        if len(x) != known:
+            raise ValueError(
+                f"this guide knows the posteriors of {known} images, and was asked for {len(x)}: "
+                "give fewer images at a time, or a larger chunk_size"
+            )
         return self.q
 
     def __call__(self, x: Tensor) -> None:
+        q = self.posterior(x)
         with pyro.plate(DATA_PLATE, len(x), dim=-1):
-            pyro.sample("z", self.q)
+            pyro.sample("z", q)

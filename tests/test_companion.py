@@ -99,7 +99,8 @@ def test_scaled_draws_are_scored_as_any_other_value():
     torch.manual_seed(1)
     iaf = IAFGuide(linear_model(), num_steps=2, encoder=torch.nn.Flatten()).double()
     for q in (mixture(), exact_posterior(MODEL, X), iaf.posterior(X)):
-        wide = Scaled(q, posterior_mean(FixedPosterior(q), X)[0], 1.7).expand((4, *q.batch_shape))
+        mean, _ = posterior_mean(FixedPosterior(q), X[: q.batch_shape[0]])
+        wide = Scaled(q, mean, 1.7).expand((4, *q.batch_shape))
         assert wide.batch_shape == (4, *q.batch_shape)
         with torch.no_grad():
             z = wide.sample()

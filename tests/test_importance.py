@@ -425,6 +425,17 @@ def test_a_budget_for_posteriors_of_one_batch():
     assert memory.peak < 1.1 * 40 * need
 
 
+def test_posteriors_of_one_batch_refuse_another():
+    model, x = linear_model(), images(5)
+    q = FixedPosterior(gaussian(model).posterior(x))
+    assert log_weights(model, q, x, 2, chunk_size=5).shape == (2, 5)
+    for wrong, chunk_size in ((x, 2), (x[:3], None)):
+        with pytest.raises(ValueError, match=r"knows the posteriors of 5 images, and was asked"):
+            log_weights(model, q, wrong, 2, chunk_size=chunk_size)
+    with pytest.raises(ValueError, match="asked for 3: give fewer images at a time, or a larger"):
+        q(x[:3])
+
+
 def test_a_budget_too_small_for_one_latent_vector():
     model, x = linear_model(), images(5)
     need = bytes_per_latent(model, gaussian(model), x)
