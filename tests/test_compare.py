@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -55,10 +56,19 @@ def test_figure_shows_every_guide():
     figure = gap_against_time(compare.summarise(record()), "caption")
     assert isinstance(figure, Figure)
     labels = figure.axes[-1].get_legend().get_texts()
-    assert {label.get_text() for label in labels} == {"vae", "vlae", "iaf"}
+    assert {label.get_text() for label in labels} == {"vae", "vlae:1", "iaf:2"}
     assert [axes.get_title() for axes in figure.axes] == ["end to end", "VAE's decoder"]
     with pytest.raises(ValueError, match="columns"):
         gap_against_time(compare.summarise(record()).drop(columns="ms"))
+
+
+def test_a_number_stands_beside_the_points_of_a_family_with_several():
+    table = compare.summarise(record())
+    other = table[table["guide"] == "vlae:1"].assign(guide="vlae:0,damping=1", share=0.1)
+    axes = gap_against_time(pd.concat([table, other]), "caption").axes[-1]
+    labels = [label.get_text() for label in axes.get_legend().get_texts()]
+    assert labels == ["vae", "iaf:2", "vlae:0, 1"]
+    assert {"0", "1"} <= {text.get_text() for text in axes.texts}
 
 
 def test_a_tiny_comparison_writes_its_files_and_repeats_nothing(tmp_path, capsys):

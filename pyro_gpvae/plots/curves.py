@@ -66,10 +66,10 @@ def gap_against_time(table: pd.DataFrame, caption: str = "") -> Figure:
     """Draws the share of the amortisation gap that each guide closes against its inference time.
 
     Arguments:
-        table: A row for each guide and decoder, with the columns ``guide`` (the number after
-            its colon is written beside the point), ``decoder`` (a panel each), ``share`` (0 is the
-            VAE's encoder, 1 the instance-wise optimum), ``share_sd`` (over seeds, or NaN), and
-            ``ms``, ``ms_low``, ``ms_high`` (milliseconds a batch).
+        table: A row for each guide and decoder, with the columns ``guide`` (of a family with
+            several, the number after the colon is written beside the point), ``decoder`` (a panel
+            each), ``share`` (0 is the VAE's encoder, 1 the instance-wise optimum), ``share_sd``
+            (over seeds, or NaN), and ``ms``, ``ms_low``, ``ms_high`` (milliseconds a batch).
         caption: A line below: the budget, the seeds, the device.
 
     Raises:
@@ -79,14 +79,19 @@ def gap_against_time(table: pd.DataFrame, caption: str = "") -> Figure:
     if table.empty or needed - set(table.columns):
         raise ValueError(f"gap_against_time needs rows with the columns {sorted(needed)}")
     decoders = list(dict.fromkeys(table["decoder"]))
-    families = list(dict.fromkeys(str(guide).partition(":")[0] for guide in table["guide"]))
+    families: dict[str, list[str]] = {}
+    for guide in table["guide"].unique():
+        name, _, options = guide.partition(":")
+        families.setdefault(name, []).append(options.partition(",")[0])
     figure = Figure(figsize=(5.2 * len(decoders), 4.8), dpi=150)
     panels = figure.subplots(1, len(decoders), sharey=True, squeeze=False)[0]
     floor = max(min(0.0, float(table["share"].min())), -1.0)
     for axes, decoder in zip(panels, decoders, strict=True):
         for row in table[table["decoder"] == decoder].itertuples():
             name, _, options = str(row.guide).partition(":")
-            family = families.index(name)
+            family = [*families].index(name)
+            numbers = sorted(families[name])
+            legend = f"{name}:{', '.join(numbers)}" if any(numbers) else name
             share, below = max(row.share, floor), row.share < floor
             axes.errorbar(
                 row.ms,
@@ -97,9 +102,9 @@ def gap_against_time(table: pd.DataFrame, caption: str = "") -> Figure:
                 fmt=MARKERS[(family + family // len(COLOURS)) % len(MARKERS)],
                 color=COLOURS[family % len(COLOURS)],
                 capsize=2,
-                label=None if name in axes.get_legend_handles_labels()[1] else name,
+                label=None if legend in axes.get_legend_handles_labels()[1] else legend,
             )
-            number = options.partition(",")[0]
+            number = options.partition(",")[0] if len(numbers) > 1 else ""
             label = f"{number} ({100 * row.share:.0f} %)" if below else number
             axes.annotate(
                 label, (row.ms, 100 * share), (5, 4), textcoords="offset points", fontsize=8
