@@ -39,6 +39,8 @@ def score_frame(table: Table, collected: Collected, scores: dict[str, str]) -> p
         scores: The field of each score in a record, by its name.
     """
     published = published_scores()
+    if not all(record["config.likelihood"] == "gaussian" for record in collected.records):
+        published = published.iloc[:0]  # all of them are Gaussian
     lines = []
     for panel, columns in table.panels.items():
         for column in columns:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from pyro_gpvae import ImageModel, make_guide
 from pyro_gpvae.files import read_json
 from pyro_gpvae.results import read_results
 
@@ -224,17 +225,20 @@ def collect(
     controls: dict[float, list[str]] = {}
     guides = dict.fromkeys((*table.guides, *(record.guide for record in records)))
     for guide in guides:
-        if gradients(guide) > 1 and is_mixture(guide):
-            _add(controls, gradients(guide), f"the gradient steps of {method_label(guide)}")
+        steps = gradients(guide)
+        if is_mixture(guide) and steps is not None and steps > 1:
+            _add(controls, steps, f"the gradient steps of {method_label(guide)}")
     for record in records:
         if record["config.warm_start"] is not None and record.guide != "vae" and epochs:
             row = Row(record.guide, warm=True)
             total, steps = totals[id(record)]
             _add(controls, total / epochs, f"the epochs of {row.label}")
-            _add(controls, steps / epochs, f"the gradient steps of {row.label}")
+            if steps is not None:
+                _add(controls, steps / epochs, f"the gradient steps of {row.label}")
 
     starts = {_name(record["config.warm_start"]) for record in (*records, *others)}
     cells: dict[tuple[Row, tuple[str, int, str]], list[Record]] = {}
+    firsts: dict[Row, Record] = {}
     for record in records:
         warm = record["config.warm_start"] is not None
         total, _ = totals[id(record)]
@@ -249,6 +253,13 @@ def collect(
             raise _mixed(record, total, epochs, controls)
         else:
             row = Row(record.guide, warm)
+        first = firsts.setdefault(row, record)
+        if totals[id(record)] != totals[id(first)]:
+            raise ValueError(
+                f"{record.file}: config.epochs is {record['config.epochs']}, "
+                f"{_in_all(totals[id(record)])}, but {_in_all(totals[id(first)])} in {first.file}: "
+                f"the row {row.label} has one total. Give only the folders of one of them"
+            )
         cell = cells.setdefault((row, record.column), [])
         for other in cell:
             if other.seed == record.seed:
@@ -273,28 +284,40 @@ def _rows(guide: str, multiple: float, present: set[Row], wanted: bool) -> list[
     return [row for row in both if row in present] or ([both[0]] if wanted else [])
 
 
-def total_budget(record: Record, others: Sequence[Record]) -> tuple[int, int]:
-    """Epochs, and gradient steps per image, of a run together with what it started from."""
-    epochs = int(record.number("config.epochs"))
-    total, steps = epochs, epochs * gradients(record.guide)
+def total_budget(record: Record, others: Sequence[Record]) -> tuple[int, int | None]:
+    """Epochs, and gradient steps per image, of a run together with what it started from.
+
+    The latter None if they are not known, see :func:`gradients`.
+    """
+    total, count = int(record.number("config.epochs")), gradients(record.guide)
+    steps = None if count is None else total * count
     if record["config.warm_start"] is not None:
-        before = total_budget(_start(record, others), others)
-        total, steps = total + before[0], steps + before[1]
+        before, steps_before = total_budget(_start(record, others), others)
+        total += before
+        steps = None if steps is None or steps_before is None else steps + steps_before
     return total, steps
 
 
-def gradients(guide: str) -> int:
+@cache
+def gradients(guide: str) -> int | None:
     """How many latent vectors are decoded, and differentiated, for an image and epoch.
 
     One for most guides; M for a mixture, a draw from each component; 3 M for a recursive mixture
-    that has more than one: its components, its weights, and its model take M each; k + 1 for SA(k).
+    that has more than one: its components, its weights, and its model take M each; S k + 1 where
+    k steps of S samples refine the encoder. What is decoded without a gradient, as in a line
+    search, does not count. None where the number says little, for VLAE, whose Jacobians cost p
+    times as much, or is not known, for the guides of others.
     """
-    name, _, options = guide.partition(":")
-    first = options.split(",")[0].rpartition("=")[2]
-    count = int(first) if first.isdigit() else 2
-    if name == "rme":
-        return 3 * count if count > 1 else 1
-    return {"me": count, "sa": count + 1}.get(name, 1)
+    name = guide.partition(":")[0]
+    if name in ("vae", "gp", "full", "lowrank", "iaf", "hf"):
+        return 1
+    if name not in ("me", "rme", "sa", "iterative"):
+        return None
+    built = make_guide(guide, ImageModel((1, 28, 28), latent_dim=1))  # it knows its options
+    if not is_mixture(guide):
+        return int(built.num_samples * built.num_steps + 1)
+    count = int(built.num_components)
+    return 3 * count if name == "rme" and count > 1 else count
 
 
 def is_mixture(guide: str) -> bool:
@@ -365,6 +388,11 @@ def _same(records: Sequence[Record], fields: Iterable[str]) -> None:
             f"{odd.file}: {name} is {odd[name]!r}, but {other[name]!r} in {other.file} (and in "
             f"{counts[usual]} of {len(records)} records): one table compares equals"
         )
+
+
+def _in_all(total: tuple[int, int | None]) -> str:
+    epochs, steps = total
+    return f"{epochs} in all" + ("" if steps is None else f" with {steps} gradient steps")
 
 
 def _mixed(record: Record, total: int, epochs: int | None, controls: Iterable[float]) -> ValueError:

@@ -13,9 +13,10 @@ from _records import DATA_NAMES, Collected, Column, Table
 PUBLISHED_EPOCHS = 2000
 
 _TEST = "two-sided t-test, uncorrected as in the paper; Welch's and Holm's in the CSV"
+_UNTESTED = "Not tested: a method of one seed, or any where the best mean is of one seed."
 _COLOURS = (
     "Red: the best mean of the column. Blue: no evidence of a difference from it (p > 0.01, "
-    f"{_TEST})."
+    f"{_TEST}). {_UNTESTED}"
 )
 
 
@@ -25,6 +26,7 @@ def score_caption(collected: Collected, order: str, *, picture: bool = False) ->
     text += f"deviation over seeds. {_budget_text(collected, 'scores')} "
     if picture:
         text += f"Best: the best mean of the column; p: of a difference from it ({_TEST}). "
+        text += f"{_UNTESTED} "
     else:
         text += f"{_COLOURS} Δ is the difference to the VAE's row; paper: the published score, and "
         text += "its own Δ. "
@@ -63,6 +65,9 @@ def _budget_text(collected: Collected, part: str) -> str:
             f"{DATA_NAMES.get(data, data)}: {of_data['data.train_images']:,} training and "
             f"{of_data[f'{part}.num_images']:,} test images"
         )
+    likelihood = first["config.likelihood"]
+    if likelihood != "gaussian":
+        texts.append(f"{likelihood} likelihood, and no published scores, which are Gaussian")
     counts = sorted({len(cell) for cell in collected.cells.values()})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     texts.append(f"{seeds} seed{'s' if counts[-1] > 1 else ''}")
@@ -77,7 +82,8 @@ def _control_text(collected: Collected, *, run_only: bool) -> str:
             continue
         texts.append(f"{name}: {', '.join(reasons)}")
     text = "Controls of equal compute (a gradient step: one latent vector decoded and "
-    text += "differentiated for an image). A method that is not warm-started has the epochs of the "
+    text += "differentiated for an image; those of methods that are not named here are not "
+    text += "matched). A method that is not warm-started has the epochs of the "
     return f"{text}VAE. {'; '.join(texts)}." if texts else ""
 
 
@@ -186,7 +192,9 @@ def _score(row: dict[str, Any], style: Callable[[str, str, str], str]) -> str:
         return "not run"
     sd = "" if row["seeds"] == 1 else f"{row['sd']:.1f}"
     text = style(f"{row['mean']:.1f}", sd, row["mark"])
-    return f"{text} (1 seed)" if row["seeds"] == 1 else text
+    if row["seeds"] == 1:
+        return f"{text} (1 seed)"
+    return f"{text} (not tested)" if row["mark"] == "untested" else text
 
 
 def _math(mean: str, sd: str, mark: str) -> str:

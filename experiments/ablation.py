@@ -75,22 +75,31 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for method, group in frame.groupby("method", sort=False):
-        mean, spread = group.mean(numeric_only=True), group.std(numeric_only=True)
+        sigma = group["sigma"].mean()
         lines.append(
-            f"| {method} | {mean['log_evidence']:.1f} ± {spread['log_evidence']:.1f} "
-            f"| {mean['elbo']:.1f} ± {spread['elbo']:.1f} "
-            f"| {mean['difference']:+.1f} ± {spread['difference']:.1f} "
-            f"| {mean['sigma']:.3f} | {group['epochs'].iloc[0]} |"
+            f"| {method} | {_score(group['log_evidence'])} | {_score(group['elbo'])} "
+            f"| {_score(group['difference'], '+')} | {sigma:.3f} | {group['epochs'].iloc[0]} |"
         )
     first = rows[0]
+    counts = sorted(frame.groupby("method")["seed"].nunique())
+    seeds = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
     lines += [
         "",
         f"Nats per image on {first['validation_images']} held-out training images, "
         f"K = {first['num_samples']}, the guide's own q; mean ± standard deviation over "
-        f"{frame['seed'].nunique()} seeds; {first['train_images']} training images. Budget cut: "
-        f"{first['epochs']} epochs (the paper: 2000). What starts from a VAE had its epochs too.",
+        f"{seeds} seed{'s' if counts[-1] > 1 else ''}; {first['train_images']} training images. "
+        # the least: controls have a multiple of it
+        f"Budget cut: {frame['epochs'].min()} epochs (the paper: 2000). What starts from a VAE had "
+        "its epochs too.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _score(values: pd.Series, sign: str = "-") -> str:
+    values = values.dropna()
+    if len(values) < 2:
+        return f"{values.iloc[0]:{sign}.1f} (1 seed)" if len(values) else "–"
+    return f"{values.mean():{sign}.1f} ± {values.std():.1f}"
 
 
 def main(options: Options) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "COLUMNS",
     "caption",
     "check_budget",
+    "check_cells",
     "differences",
     "read_results",
     "score_table",
@@ -25,6 +27,12 @@ __all__ = [
 
 #: The options that a budget is made of, and that one table may not mix.
 BUDGET = tuple(name for name in FULL if name != "seeds")
+
+#: What names a column of :func:`score_table`: with the method, a cell, whose runs are averaged.
+_PLACE = ["data", "latent_dim", "decoder", "likelihood"]
+
+#: What the runs of a cell may not mix.
+_OF_CELL = ("guide", "learning_rate", "freeze_decoder", "epochs_factor", "warm_start")
 
 
 def read_results(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
@@ -76,6 +84,7 @@ _FIELDS = {
     "epochs_factor": "plan.epochs_factor",
     "learning_rate": "config.learning_rate",
     "warm_start": "config.warm_start",
+    "freeze_decoder": "config.freeze_decoder",
     **{
         name: f"scores.{name}"
         for name in ("log_evidence", "elbo", "monte_carlo_error", "sampling_error")
@@ -101,15 +110,16 @@ COLUMNS = ["run", *_FIELDS]
 def _row(record: dict[str, Any], source: Path) -> dict[str, Any]:
     if "run" in record:
         raise ValueError("an evaluation of another run, not a run")
+    if not isinstance(record.get("config"), dict):
+        raise ValueError("not the record of a run: it has no config")
+    # with the defaults of options that an older version did not have
+    record = record | {"config": asdict(RunConfig.from_json(record["config"], "config"))}
     values: dict[str, Any] = {}
     for name, field in _FIELDS.items():
         value: Any = record
         for key in field.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         values[name] = value
-    if not isinstance(record.get("config"), dict):
-        raise ValueError("not the record of a run: it has no config")
-    RunConfig.from_json(record["config"], "config")
     for name in ("log_evidence", "elbo", "steps", "train_seconds", "test_seconds", "num_test"):
         value = values[name]
         if type(value) not in (int, float) or not math.isfinite(value):
@@ -144,16 +154,17 @@ def select(frame: pd.DataFrame, where: Mapping[str, Collection[str]]) -> pd.Data
 def differences(frame: pd.DataFrame) -> list[str]:
     """What may make the scores of a table incomparable, as lines of text that name file and field.
 
-    The commit, torch and the device should be the same in all runs; the hashes of the images and
-    the budget in all runs on the same data.
+    The commit, torch and the device should be the same in all runs; the hashes of the images in
+    all runs on the same data; the budget in all runs; and what :func:`check_cells` names in all
+    whose mean is taken.
     """
     lines = []
     for name in ("commit", "torch", "device", "threads"):
         lines += _differences(frame, name, "")
-    for data, group in frame.groupby("data"):
+    for (data, _), group in frame.groupby(["data", "likelihood"]):  # one of them binarises
         for name in ("train_sha256", "test_sha256"):
             lines += _differences(group, name, f" on {data}")
-    return lines + _mixed_budgets(frame)
+    return lines + _mixed_budgets(frame) + _mixed_cells(frame)
 
 
 def check_budget(frame: pd.DataFrame) -> None:
@@ -166,6 +177,37 @@ def check_budget(frame: pd.DataFrame) -> None:
 def _mixed_budgets(frame: pd.DataFrame) -> list[str]:
     shared = frame.assign(epochs=frame["epochs"] // frame["epochs_factor"])
     return [line for name in BUDGET for line in _differences(shared, name, "")]
+
+
+def check_cells(frame: pd.DataFrame) -> None:
+    """Raises ValueError if runs that :func:`score_table` would average are not of one kind.
+
+    They are those of one method, data set, p, decoder and likelihood. They may not differ in
+    guide, learning rate, epochs factor, whether the decoder is frozen, and whether there is a warm
+    start; and no seed may be there twice. The error names files and fields.
+    """
+    lines = _mixed_cells(frame)
+    if lines:
+        raise ValueError(
+            "runs that are no repetitions of each other in one cell of a table: "
+            + "; ".join(lines)
+            + ". Keep those of each table in a folder of their own"
+        )
+
+
+def _mixed_cells(frame: pd.DataFrame) -> list[str]:
+    # each seed has a start of its own
+    start = frame["warm_start"].map(lambda folder: None if pd.isna(folder) else "a folder")
+    lines = []
+    for place, cell in frame.assign(warm_start=start).groupby(["method", *_PLACE], sort=False):
+        where = f" of {', '.join(map(str, place))}"
+        for name in _OF_CELL:
+            lines += _differences(cell, name, where)
+        for seed, runs in cell.groupby("seed")["run"]:
+            if len(runs) > 1:
+                first, *others = (f"{run}/record.json" for run in runs)
+                lines.append(f"{', '.join(others)}: config.seed is {seed}, as in {first}{where}")
+    return lines
 
 
 def _differences(frame: pd.DataFrame, name: str, where: str) -> list[str]:
@@ -194,15 +236,14 @@ def caption(frame: pd.DataFrame, title: str = "") -> str:
     """What a table of these runs must say: the budget, where it is cut, and what differs.
 
     Raises:
-        ValueError: If there is no run, or the budgets are mixed.
+        ValueError: If there is no run, the budgets are mixed, or a cell is not of one kind.
     """
     if frame.empty:
         raise ValueError("there is no run to make a table of")
     check_budget(frame)
+    check_cells(frame)
     first = frame.iloc[0]
-    seeds = sorted(
-        frame.groupby(["method", "data", "latent_dim", "decoder", "likelihood"])["seed"].nunique()
-    )
+    seeds = sorted(frame.groupby(["method", *_PLACE])["seed"].nunique())
     epochs = first["epochs"] // first["epochs_factor"]
     parts = [
         f"{epochs:,} epochs"
@@ -230,18 +271,23 @@ def caption(frame: pd.DataFrame, title: str = "") -> str:
 
 
 def score_table(frame: pd.DataFrame, title: str = "") -> str:
-    """A Markdown table: a row a method, a column a data set, p and decoder; mean ± sd of seeds.
+    """A Markdown table: a row a method, a column a data set, p, decoder and likelihood; mean ± sd
+    of seeds. Pixels are Gaussian where a column does not say otherwise.
 
     Raises:
-        ValueError: If there is no run, or the budgets are mixed.
+        ValueError: If there is no run, the budgets are mixed, or a cell is not of one kind, see
+            :func:`check_cells`.
     """
     text = caption(frame, title)
-    columns = ["data", "latent_dim", "decoder"]
-    heads = list(frame[columns].drop_duplicates().itertuples(index=False, name=None))
-    lines = ["| method | " + " | ".join(f"{d}, p = {p}, {c}" for d, p, c in heads) + " |"]
+    heads = list(frame[_PLACE].drop_duplicates().itertuples(index=False, name=None))
+    names = [
+        f"{data}, p = {p}, {decoder}" + ("" if likelihood == "gaussian" else f", {likelihood}")
+        for data, p, decoder, likelihood in heads
+    ]
+    lines = [f"| method | {' | '.join(names)} |"]
     lines.append("|---|" + "--:|" * len(heads))
     for method, rows in frame.groupby("method", sort=False):
-        scores = rows.groupby(columns)["log_evidence"]
+        scores = rows.groupby(_PLACE)["log_evidence"]
         mean, sd = scores.mean(), scores.std()
         cells = []
         for head in heads:

@@ -18,6 +18,7 @@ from pyro_gpvae.reproduce import reproduce_run
 from pyro_gpvae.results import (
     caption,
     check_budget,
+    check_cells,
     differences,
     read_results,
     score_table,
@@ -168,8 +169,68 @@ def test_a_cut_budget_is_in_the_caption(results):
     assert "CUT" not in caption(full)
     with pytest.raises(ValueError, match="there is no run"):
         caption(frame.iloc[:0])
-    pair = frame.assign(method="m", seed=range(3), log_evidence=[1.0, 2.0, 6.0])
-    assert "| m | 3.0 ± 2.6 |" in score_table(pair)
+    assert "| vae | 3.0 ± 2.6 |" in score_table(three_seeds(frame))
+
+
+def three_seeds(frame):
+    """Three runs of one kind."""
+    rows = frame.iloc[[1, 1, 1]].reset_index(drop=True)
+    return rows.assign(run=["a", "b", "c"], seed=range(3), log_evidence=[1.0, 2.0, 6.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"learning_rate": 1e-3}, "config.learning_rate is 0.001; 2 runs"),
+        ({"freeze_decoder": True}, "config.freeze_decoder is True; 2 runs"),
+        ({"warm_start": "vae-0"}, "config.warm_start is a folder; 2 runs"),
+        ({"guide": "gp"}, "config.guide is gp; 2 runs"),
+        ({"epochs": 2, "epochs_factor": 2}, "plan.epochs_factor is 2; 2 runs"),
+        ({"seed": 0}, "config.seed is 0, as in a/record.json"),
+    ],
+)
+def test_what_is_averaged_differs_by_the_seed_alone(results, change, field):
+    frame = three_seeds(read_results(results)[0])
+    check_cells(frame)
+    for name, value in change.items():
+        frame.at[2, name] = value
+    where = "of vae, mnist5k, 2, conv, gaussian"
+    assert [line for line in differences(frame) if field in line and where in line], "it is listed"
+    for refuse in (check_cells, caption, score_table):
+        with pytest.raises(ValueError, match=f"no repetitions .*c/record.json: {field}"):
+            refuse(frame)
+    # in another cell it is what it is
+    assert "| other | 6.0 |" in score_table(frame.assign(method=["vae", "vae", "other"]))
+
+
+def test_likelihoods_have_columns_of_their_own(results):
+    frame = three_seeds(read_results(results)[0])
+    frame.loc[2, ["likelihood", "train_sha256", "seed"]] = ["bernoulli", "binarised", 0]
+    text = score_table(frame)
+    assert "| method | mnist5k, p = 2, conv | mnist5k, p = 2, conv, bernoulli |" in text
+    assert "| vae | 1.5 ± 0.7 | 6.0 |" in text
+    assert "1 to 2 seeds" in text
+    assert "Note:" not in text, "binarised images are others"
+
+
+def test_a_mixed_folder_is_listed(copy, capsys):
+    """Runs that no table may average are listed all the same, with what differs."""
+    shutil.copytree(copy / "vae-0", copy / "again")
+    record = read_json(copy / "vae-0" / "record.json")
+    record["config"]["learning_rate"] = 1e-3
+    del record["config"]["freeze_decoder"]  # as a version without that option wrote it
+    (copy / "faster").mkdir()
+    write_json(copy / "faster" / "record.json", record)
+    Results(folder=copy).run()
+    printed = capsys.readouterr().out
+    assert "5 runs, 0 files skipped" in printed
+    assert "differs: faster/record.json: config.learning_rate is 0.001; 2 runs of vae" in printed
+    assert "freeze_decoder" not in printed
+    assert (
+        "differs: faster/record.json, vae-0/record.json: config.seed is 0, as in again" in printed
+    )
+    with pytest.raises(ValueError, match="no repetitions of each other"):
+        Results(folder=copy, table=True).run()
 
 
 def test_a_record_alone_repeats_its_run(results, tmp_path, monkeypatch):

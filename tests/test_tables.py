@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
+from pyro_gpvae import ImageModel, make_guide
 from pyro_gpvae.config import RunConfig
 from pyro_gpvae.files import read_json, write_json
 from pyro_gpvae.plots.tables import companion_dots, score_dots, time_dots
+from pyro_gpvae.steps import TrainingStep
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import _frames
@@ -241,6 +244,40 @@ def test_one_seed_has_no_p_value(tmp_path):
     text = (tmp_path / "out" / "small.md").read_text()
     assert "| SA(4) | 90.0 (1 seed) | -10.5 |" in text
     assert "1 to 2 seeds" in text
+    assert "| VAE | $\\color{red}{\\mathbf{100.5 \\pm 0.7}}$ |" in text
+
+
+def test_what_was_not_tested_does_not_look_different(tmp_path):
+    """The best has one seed: of no method is there evidence of a difference from it."""
+    write(tmp_path / "runs" / "best", record("gp", 200.0))
+    for seed in range(2):
+        write(tmp_path / "runs" / f"vae-{seed}", record("vae", 100.0 + seed, seed))
+        write(tmp_path / "runs" / f"me-{seed}", record("me:2", 90.0 + seed, seed))
+    frame = make(SMALL, tmp_path / "runs", tmp_path / "out").set_index("method")
+    assert frame["p"].isna().all()
+    for kind, pm in (("md", " ± 0.7"), ("tex", "$^{0.7}$")):
+        text = (tmp_path / "out" / f"small.{kind}").read_text()
+        assert f"100.5{pm} (not tested)" in text
+        assert f"90.5{pm} (not tested)" in text
+        assert "Not tested: a method of one seed, or any where the best mean is of one" in text
+
+
+def test_other_likelihoods_have_no_published_scores(tmp_path):
+    for guide, score in (("vae", -90.0), ("gp", -85.0)):
+        for seed in range(2):
+            run = tmp_path / "runs" / f"{guide}-{seed}"
+            content = write(run, record(guide, score + seed, seed, likelihood="bernoulli"))
+            companion_of(run, content, score + seed, score + 1 + seed)
+    frame = make(SMALL, tmp_path / "runs", tmp_path / "out")
+    beside = pd.read_csv(tmp_path / "out" / "small_companion.csv")
+    for table in (frame, beside):
+        assert table["mean"].notna().any()
+        assert table["published"].isna().all()
+        assert table["published_difference_to_vae"].isna().all()
+    for name in ("small.md", "small_companion.md", "small.tex"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "bernoulli likelihood, and no published scores, which are Gaussian" in text
+        assert "685.1" not in text
 
 
 def test_controls_of_equal_compute(tmp_path):
@@ -277,10 +314,67 @@ def test_a_warm_start_within_the_budget_needs_no_control(tmp_path):
     assert "VAE: the epochs of GPVAE, warm start" in (tmp_path / "out" / "small.md").read_text()
 
 
-def test_gradient_steps_of_each_guide():
-    expected = {"vae": 1, "gp": 1, "me:3": 3, "me:num_components=3": 3, "rme:2": 6, "rme:1": 1,
-                "sa:4": 5, "vlae:4": 1}  # fmt: skip
-    assert {guide: _records.gradients(guide) for guide in expected} == expected
+def decoded(guide):
+    """Latent vectors that one training step decodes with a gradient, for an image."""
+    model, count = ImageModel((1, 28, 28), latent_dim=2), 0
+    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
+    step = TrainingStep(model, make_guide(guide, model), images, batch_size=4)
+
+    def add(module, args, output):
+        nonlocal count
+        count += args[0].shape[:-1].numel() if torch.is_grad_enabled() else 0
+
+    model.decoder.register_forward_hook(add)
+    step(torch.arange(4))
+    return count / 4
+
+
+@pytest.mark.parametrize(
+    ("guide", "expected"),
+    {
+        "vae": 1, "gp": 1, "gp:estimator=weights": 1, "full": 1, "lowrank": 1, "iaf:2": 1,
+        "hf:2": 1, "me": 2, "me:3": 3, "me:num_components=3": 3, "rme:1": 1, "rme:2": 6,
+        "rme:max_divergence=5": 6, "rme:repulsion=3": 6, "rme:3,repulsion=0": 9, "sa:0": 1,
+        "sa:1": 3, "sa": 9, "sa:4": 9, "sa:step_size=0.1,num_steps=8": 17,
+        "sa:2,num_samples=3,line_search=False": 7, "iterative:3": 7, "iterative": 9,
+    }.items(),
+)  # fmt: skip
+def test_gradient_steps_are_those_of_a_training_step(guide, expected):
+    assert decoded(guide) == expected
+    assert _records.gradients(guide) == expected
+
+
+def test_gradient_steps_of_jacobians_and_of_strangers_are_not_claimed(tmp_path):
+    assert decoded("vlae:4") == 6, "five of them of p tangents each"
+    assert _records.gradients("vlae:4") is None
+    assert _records.gradients("their_guides:Guide:3") is None
+    runs = tmp_path / "runs"
+    write(runs / "vae", record("vae", 100.0))
+    write(runs / "vlae", record("vlae:4", 105.0, warm_start="vae"))
+    write(runs / "iterative", record("iterative:3", 105.0, warm_start="vae"))
+    make(SMALL, runs, tmp_path / "out")
+    text = (tmp_path / "out" / "small.md").read_text()
+    assert (
+        "VAE, 2 × epochs: the gradient steps of ME(2), the epochs of iterative:3, warm start, the "
+        "epochs of VLAE(4), warm start; VAE, 8 × epochs: the gradient steps of iterative:3, warm "
+        "start."
+    ) in text
+    assert "those of methods that are not named here are not matched" in text
+
+
+@pytest.mark.parametrize("start", [{"epochs": 10}, {"guide": "rme:2"}], ids=["epochs", "steps"])
+def test_one_row_has_one_total(start, tmp_path):
+    """The own epochs of one, or the total of the other, are the budget: no mean over both."""
+    write(tmp_path / "vae", record("vae", 100.0))
+    write(tmp_path / "start", record(**({"score": 90.0, "seed": 1} | start)))
+    write(tmp_path / "gp-0", record("gp", 105.0, warm_start="vae"))
+    odd = record("gp", 104.0, 1, epochs=start.get("epochs", 20), warm_start="start")
+    write(tmp_path / "gp-1", odd)
+    with pytest.raises(ValueError, match=r"the row GPVAE, warm start has one total") as error:
+        make(SMALL, tmp_path, tmp_path / "out", epochs=20)
+    for seed in range(2):
+        assert str(tmp_path / f"gp-{seed}" / "record.json") in str(error.value)
+    assert "40 in all with 40 gradient steps" in str(error.value)
 
 
 REFUSED = {
