@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from tqdm.auto import tqdm
 
 from pyro_gpvae.annealing import annealed_evidence
+from pyro_gpvae.chains import image_seed
 from pyro_gpvae.data import split_validation
 from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.generation import estimated_mean
@@ -196,12 +197,17 @@ def companion_scores(
             weights = log_weights(model, q, images, num_samples, chunk_size=chunk_size)
         return Evidence.from_log_weights(weights)
 
-    def mean(posterior: Any) -> Tensor:
-        with seeded(0, device):  # always the same draws, where it takes some
-            return estimated_mean(posterior)[0]
+    def posterior(images: Tensor, begin: int) -> Any:
+        # not the stream of iwae: a q that was refined on some noise must meet other noise
+        with seeded(image_seed(seed, begin, "posterior"), device):
+            return guide.posterior(images)
 
-    def wider(posterior: Any, centre: Tensor, c: float) -> Any:
-        return FixedPosterior(posterior if c == 1 else Scaled(posterior, centre, c))
+    def mean(q: Any) -> Tensor:
+        with seeded(0, device):  # always the same draws, where it takes some
+            return estimated_mean(q)[0]
+
+    def wider(q: Any, centre: Tensor, c: float) -> Any:
+        return FixedPosterior(q if c == 1 else Scaled(q, centre, c))
 
     label = progress if isinstance(progress, str) else "companion"
     parts: list[dict[str, Tensor]] = []
@@ -213,8 +219,7 @@ def companion_scores(
             totals = dict.fromkeys(widths, 0.0)
             for begin in range(0, len(validation), size):
                 images = as_pixels(model, validation[begin : begin + size])
-                with seeded(seed + begin, device):
-                    q = guide.posterior(images)
+                q = posterior(images, begin)
                 centre = mean(q)
                 for c in widths:
                     scores = iwae(wider(q, centre, c), images, seed + begin).log_evidence
@@ -229,8 +234,7 @@ def companion_scores(
             started = time.monotonic()
             q = None
             if has_posterior:
-                with seeded(seed + begin, device):
-                    q = guide.posterior(images)
+                q = posterior(images, begin)
             _add(part, "own", iwae(guide if q is None else FixedPosterior(q), images, seed + begin))
             seconds["own"] += time.monotonic() - started
 
@@ -241,7 +245,7 @@ def companion_scores(
                 seconds["width"] += time.monotonic() - started
 
             started = time.monotonic()
-            with seeded(seed + begin, device):
+            with seeded(image_seed(seed, begin, "optimum"), device):
                 optimum = optimiser.optimise(images)
             reference = FixedPosterior(optimum.posterior)
             _add(part, "optimum", iwae(reference, images, seed + begin))

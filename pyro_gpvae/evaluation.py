@@ -147,7 +147,7 @@ def evaluate(
         "log_evidence": evidence.mean,
         "monte_carlo_error": evidence.monte_carlo_error,
         "sampling_error": evidence.sampling_error if len(images) > 1 else None,
-        "median_log_evidence": float(evidence.log_evidence.median()),
+        "median_log_evidence": float(evidence.log_evidence.quantile(0.5)),
         "mean_effective_sample_size": float(evidence.effective_sample_size.mean()),
         "num_images": len(images),
         "num_samples": config.num_samples,

@@ -255,7 +255,10 @@ def decompose(
         for begin in range(0, len(x), size):
             images = to_float(x[begin : begin + size].to(device), dtype)
             index = first_image + begin
-            best_full, best_diagonal = full.optimise(images), diagonal.optimise(images)
+            with seeded(image_seed(seed, index, "best full"), device):
+                best_full = full.optimise(images)
+            with seeded(image_seed(seed, index, "best diagonal"), device):
+                best_diagonal = diagonal.optimise(images)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ParetoWarning)  # the result says it of each image
                 reference = reference_evidence(

@@ -266,7 +266,8 @@ def gap_markdown(table: pd.DataFrame, caption: str) -> str:
                 + ", ".join(f"{n} images of `{label}`" for label, n in counts.items())
                 + "."
             )
-    several = bool((summary["seeds"] > 1).any())
+    seeds = summary["seeds"]
+    sd, error = "the standard deviation over seeds", "the error from the images"
     explanation = (
         "Nats per image. Beyond Gaussian: log p(x) - ELBO of the best Gaussian with full "
         "covariance for each image; independence: that ELBO minus the ELBO of the best diagonal "
@@ -274,7 +275,8 @@ def gap_markdown(table: pd.DataFrame, caption: str) -> str:
         "amortisation gap begins at the best Gaussian of the guide's family (in brackets; flows "
         'and mixtures, "other", are compared with the full one, which they may beat). A random '
         "encoder pays I(z; (W, U) | x) and KL/N besides, until eq. (2) of the supplement. ± is "
-        + ("the standard deviation over seeds." if several else "the error from the images.")
+        + (f"{error}." if seeds.max() == 1 else f"{sd}.")
+        + (f" Where there is one seed, it is {error}." if seeds.min() < seeds.max() else "")
     )
     question = (
         "Better model or better proposal? The first two columns depend on the guide's own q; the "

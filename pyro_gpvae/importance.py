@@ -28,7 +28,7 @@ from pyro_gpvae.memory import bytes_each, free_memory
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.nonfinite import NonFiniteError, name_images, refused_parameters
 from pyro_gpvae.precision import Precision, autocast, lowered
-from pyro_gpvae.program import PyroProgram
+from pyro_gpvae.program import PyroProgram, own_parameters
 from pyro_gpvae.pure import unvalidated
 from pyro_gpvae.randomness import seeded
 
@@ -118,7 +118,7 @@ def log_weights(
     size = min(chunk_size, MAX_IMAGES)
     for start in range(0, len(x), size):
         batch = _to_pixels(model, x[start : start + size], guide)
-        with autocast(None if precision is None else "float32", device.type):
+        with own_parameters(model, guide), autocast(precision and "float32", device.type):
             try:
                 with refused_parameters():
                     weights = _log_weights_of_batch(scored, guide, batch, num_samples, chunk_size)
@@ -380,7 +380,7 @@ def bytes_per_latent(model: PyroProgram, guide: PyroProgram, x: Tensor) -> int:
         programs = _local_programs(model, guide, images)
         return lambda: _log_weights_of_chunk(*programs, images, particles)
 
-    with torch.no_grad(), seeded(0, device):
+    with torch.no_grad(), seeded(0, device), own_parameters(model, guide):
         return max(1, bytes_each(begin) // (len(x) if only_these else 1))
 
 
@@ -535,8 +535,9 @@ def check_batch(model: Any, x: Any) -> None:
     """Refuses what is no batch of images, before a guide's encoder stumbles over it."""
     if not isinstance(x, Tensor) or len(x) == 0:
         raise ValueError(f"x must be a tensor with at least one image, got {type(x).__name__}")
-    if hasattr(model, "check_shape"):
-        model.check_shape(x)
+    for method in ("check_shape", "check_pixels"):
+        if hasattr(model, method):
+            getattr(model, method)(x)
 
 
 def _check_weights(log_weights: Tensor, start: int, reason: str = "") -> None:

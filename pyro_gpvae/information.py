@@ -59,8 +59,10 @@ def active_units(
 ) -> ActiveUnits:
     r"""Counts latent dimensions whose posterior mean varies: :math:`Var_x(E_q[z_j|x]) > 0.01`.
 
-    Where a guide does not tell its mean, that of 100 draws is taken, and the variance that it has
-    from them is subtracted: for an inactive unit it is 1/100, as large as the threshold.
+    Where a guide does not tell its mean, that of 100 draws is taken, and the variance over images
+    that it has from them is subtracted: for an inactive unit it is 1/100, as large as the
+    threshold. The result is the covariance between the means of two halves of the draws, so that
+    random weights, which move all images at once, do not matter.
 
     References:
         Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders*, 2016, section 5.2.
@@ -86,7 +88,7 @@ def active_units(
             means.append(mean.double())
             errors.append(error.double())
             bar.update(len(x))
-    variances = torch.cat(means).var(0) - torch.cat(errors).mean(0)
+    variances = torch.cat(means).var(0) - torch.cat(errors).var(0)
     return ActiveUnits(variances.clamp(min=0).cpu(), threshold, len(images))
 
 

@@ -196,6 +196,15 @@ def test_bernoulli_pixels():
     torch.testing.assert_close(both.upper, exact, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("grey", [0.5, 7])
+def test_grey_pixels_have_no_probability(grey):
+    decoder = nn.Sequential(nn.Linear(1, 16), nn.Unflatten(1, SHAPE))
+    model = ImageModel(SHAPE, 1, decoder, likelihood="bernoulli")
+    x = torch.full((2, *SHAPE), grey)
+    with pytest.raises(ValueError, match="Bernoulli pixels must be 0 or 1, got grey ones"):
+        annealed_evidence(model, x.byte() if grey > 1 else x, seed=0)
+
+
 def test_single_precision_and_uint8():
     model = linear_gaussian(SHAPE, 2)
     x = (model.images(3) * 255).round().to(torch.uint8)

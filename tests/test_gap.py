@@ -14,7 +14,7 @@ import toy
 from torch import nn
 from torch.distributions import kl_divergence
 
-from guides import GaussianGuide, GPGuide
+from guides import GaussianGuide, GPGuide, SemiAmortizedGuide
 from pyro_gpvae import ImageModel, RunConfig, gap, gap_report, train_run
 from pyro_gpvae.commands.gap import GAP_FILES
 from pyro_gpvae.commands.gap import Gap as GapCommand
@@ -242,6 +242,18 @@ def test_images_in_parts_are_images_together():
     pd.testing.assert_frame_equal(whole, together, check_exact=True)
 
 
+def test_a_refined_start_is_refined_on_the_same_noise():
+    model, x = curved_model(), toy.images(3)
+    torch.manual_seed(0)
+    guide = SemiAmortizedGuide(model, 2, toy.linear_encoder()).double()
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = decompose(model, guide, x, **BUDGET).table()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(2)
+    pd.testing.assert_frame_equal(first, decompose(model, guide, x, **BUDGET).table())
+
+
 def test_nearby_seeds_share_no_noise():
     model, x = curved_model(), toy.images(3)
     guide = GaussianGuide(model, toy.linear_encoder()).double()
@@ -297,7 +309,12 @@ def test_seeds_are_averaged_and_their_spread_is_told():
     assert summary["sd"] == pytest.approx(math.sqrt(2))
     assert summary["seeds"] == 2
     assert "3.50 ± 1.41" in gap_markdown(two_seeds(), "")
-    assert "standard deviation over seeds" in gap_markdown(two_seeds(), "")
+    one = "Where there is one seed, it is the error from the images."
+    assert f"± is the standard deviation over seeds. {one}" in gap_markdown(two_seeds(), "")
+    both = two_seeds().query("label == 'gp'")
+    assert "± is the standard deviation over seeds.\n" in gap_markdown(both, "")
+    alone = two_seeds().query("label == 'vae'")
+    assert "± is the error from the images.\n" in gap_markdown(alone, "")
 
 
 def test_the_picture_has_a_bar_a_guide_and_names_its_units(tmp_path):

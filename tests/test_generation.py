@@ -287,6 +287,24 @@ def test_active_units_of_a_linear_model(kind):
     assert found.num_images == 2000
 
 
+def test_random_weights_move_all_images_at_once():
+    model = linear(latent_dim=1)
+    x = model.images(2000)
+    exact = float(model.posterior(x).mean.var(0))
+
+    def guide(x):
+        shift = pyro.sample("W", dist.Normal(0.0, 2.0).expand([1]).to_event(1))
+        q = model.posterior(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(q.mean + shift, q.stddev).to_event(1))
+
+    found = active_units(model, guide, x, seed=0)
+    # √(2/2000) = 0.03; the mean of 100 draws of W alone would take 0.04 away
+    assert float(found.variances) == pytest.approx(exact, rel=0.15)
+    # images that are the same have no variance, however the weights move them
+    assert float(active_units(model, guide, x[:1].expand(500, *SHAPE), seed=0).variances) < 0.003
+
+
 def test_information_of_finitely_many_images_against_an_integral():
     model = linear(latent_dim=1, signal=2.0)
     x = model.images(12)

@@ -85,6 +85,8 @@ def test_scores_are_the_means_of_the_table(gp):
     assert (table["log_evidence"] >= table["elbo"]).all()
     assert scores["log_evidence"] == pytest.approx(table["log_evidence"].mean(), rel=1e-5)
     assert scores["elbo"] == pytest.approx(table["elbo"].mean(), rel=1e-5)
+    # of ten images: between the middle two
+    assert scores["median_log_evidence"] == pytest.approx(table["log_evidence"].median(), rel=1e-6)
     guide = load_run(folder).guide
     x = load_run(folder).data.test / 255
     torch.testing.assert_close(
