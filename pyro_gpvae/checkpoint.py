@@ -39,6 +39,7 @@ __all__ = [
     "load_weights",
     "named_tensors",
     "save_weights",
+    "state_of",
     "weights_sha256",
 ]
 
@@ -93,8 +94,24 @@ def named_tensors(model: Any, guide: Any) -> dict[str, Tensor]:
                 f"the {role} is a {type(program).__name__}, expected a torch.nn.Module: "
                 "only a module's parameters can be saved"
             )
-        named |= {f"{role}.{name}": tensor for name, tensor in program.state_dict().items()}
+        named |= state_of(role, program)
     return named
+
+
+def state_of(role: str, module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module by names that begin with its role.
+
+    Raises:
+        ValueError: If it holds more than tensors.
+    """
+    state = {f"{role}.{name}": value for name, value in module.state_dict().items()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, expected a tensor: nothing else can be "
+                "saved. Keep what get_extra_state returns in buffers"
+            )
+    return state
 
 
 def weights_sha256(model: nn.Module, guide: nn.Module) -> str:

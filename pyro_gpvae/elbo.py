@@ -2,13 +2,15 @@ r"""Eq. (2) of the supplement with Pyro's ELBO estimators, without reading the d
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_gpvae.model import DATA_PLATE
-from pyro_gpvae.program import Program
+from pyro_gpvae.program import Program, own_parameters
 
 __all__ = [
     "MeanFieldELBO",
@@ -59,7 +61,9 @@ def data_frame(site: Any) -> Any:
             "images is PerImage's"
         )
     others = [frame.name for frame in frames.values() if frame.dim == -1]
-    if data is None and (name == "z" or (site["is_observed"] and others)):
+    # deterministic values are recorded as observed
+    observed = site["is_observed"] and not site["infer"].get("_deterministic")
+    if data is None and (name == "z" or (observed and others)):
         where = f"plate({others[0]!r})" if others else "no plate"
         raise ValueError(
             f"the site {name!r} lies in {where}: what belongs to an image must be in "
@@ -197,10 +201,22 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 def without_syncs(objective: Objective) -> Objective:
     """Returns the objective, or for Pyro's two most common ones their equals of this module.
 
+    Raises:
+        ValueError: If it cannot train: it has no ``differentiable_loss``, or enumerates sites.
+
     Example:
         >>> type(without_syncs(Trace_ELBO(num_particles=2))).__name__
         'TraceELBO'
     """
+    name = type(objective).__name__
+    if not hasattr(objective, "differentiable_loss"):
+        raise ValueError(f"elbo must have differentiable_loss, as Trace_ELBO has; {name} has not")
+    if isinstance(objective, TraceEnum_ELBO | TraceTMC_ELBO):
+        raise ValueError(
+            f"{name} enumerates sites that the guide does not have, for which there are no terms "
+            "of eq. (2): sum over them in the model, as dist.MixtureSameFamily does, or train "
+            "with SVI(PerImage(model, N), PerImage(guide, N), ...)"
+        )
     equals: dict[type, type] = {Trace_ELBO: TraceELBO, TraceMeanField_ELBO: MeanFieldELBO}
     if type(objective) not in equals:
         return objective
@@ -273,19 +289,30 @@ class PerImage(Program):
         self.num_images = num_images
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _PerImageScale(self.num_images):
+        batch = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 0
+        with _PerImageScale(self.num_images, batch):
             return self.program(*args, **kwargs)
 
 
 class _PerImageScale(Messenger):
-    def __init__(self, num_images: int) -> None:
+    def __init__(self, num_images: int, batch: int) -> None:
         super().__init__()
         self.num_images = num_images
+        self.batch = batch
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
         data = data_frame(msg)
+        alike = [f for f in msg["cond_indep_stack"] if f.dim == -1 and f.size == self.batch > 1]
+        if data is None and alike and not msg["is_observed"]:
+            plate = alike[0].name  # a global one perhaps, which has this size by chance
+            warnings.warn(
+                f"the site {msg['name']!r} lies in plate({plate!r}, {self.batch}), as many as "
+                "there are images, and is taken for a global one, which weighs 1/N: if it belongs "
+                f"to an image, write plate({DATA_PLATE!r}, len(x))",
+                stacklevel=2,
+            )
         msg["scale"] = msg["scale"] / (self.num_images if data is None else data.size)
 
 
@@ -299,9 +326,10 @@ def elbo_terms(
         ``log_likelihood`` (expected log p(x|z)), ``kl_z``, and ``kl_global`` (KL(q(W,U)‖p)/N);
         their signed sum is the ELBO. Sites under a mask count as the mask says.
     """
-    model_trace, guide_trace = get_importance_trace(
-        "flat", 1, PerImage(model, num_images), PerImage(guide, num_images), (x,), {}
-    )
+    with own_parameters(model, guide):
+        model_trace, guide_trace = get_importance_trace(
+            "flat", math.inf, PerImage(model, num_images), PerImage(guide, num_images), (x,), {}
+        )
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
     for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
         for site in trace.nodes.values():

@@ -563,7 +563,8 @@ def is_global(site: Any) -> bool:
 
 
 def _untraced_if_global(site: Any) -> Any:
-    return {"is_auxiliary": True, "_do_not_trace": True} if is_global(site) else {}
+    drawn = is_global(site) and not site["is_observed"]
+    return {"is_auxiliary": True, "_do_not_trace": True} if drawn else {}
 
 
 def site_sum(trace: Any, names: Container[str], shape: tuple[int, int]) -> Tensor:

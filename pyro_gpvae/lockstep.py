@@ -2,6 +2,7 @@ r"""One run, or several that are stacked, as one thing that makes steps."""
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_gpvae.checkpoint import TrainingState
-from pyro_gpvae.program import PyroProgram
+from pyro_gpvae.program import PyroProgram, own_parameters
 from pyro_gpvae.progress import Progress, merge_states, split_state
 from pyro_gpvae.randomness import global_generator, seeded
 from pyro_gpvae.stacked import StackedStep
@@ -63,7 +64,7 @@ class Lockstep:
         else:
             self.steps, own = [], []
             for seed, model, guide in programs:
-                with seeded(seed, device):
+                with seeded(seed, device), own_parameters(model, guide):
                     self.steps.append(TrainingStep(model, guide, images, **how))
                     own.append(global_generator(device))
             self.stacked = StackedStep(self.steps, own, backend, strict)
@@ -104,8 +105,7 @@ class Lockstep:
     def train(self, mode: bool) -> None:
         """Puts all modules into training or evaluation mode."""
         for step in self.steps:
-            for module in step.modules.values():
-                module.train(mode)
+            step.train(mode)
 
     def capture(self) -> TrainingState:
         """The state of all runs."""
@@ -126,9 +126,30 @@ class Lockstep:
 
 
 def _trained(step: TrainingStep) -> dict[str, Any]:
-    """The objectives of a step, and the names of what they train."""
+    """The objectives of a step with their options, and the names of what they train."""
     names = {id(p): name for name, p in step.parameters.items()}
+    options = {
+        f"objective {number}'s {name}": repr(value)
+        for number, block in enumerate(step.blocks)
+        for name, value in _options(block.elbo).items()
+    }
     return {
+        **options,
         "objectives": [type(block.elbo).__name__ for block in step.blocks],
         "trained": [[names.get(id(p), "?") for p in b.parameters] for b in step.blocks],
+    }
+
+
+def _options(objective: Any) -> dict[str, Any]:
+    """What an objective was made with: scalars that constructors of its classes take.
+
+    Others may be state, which is no part of a checkpoint.
+    """
+    makers = [vars(c)["__init__"] for c in type(objective).__mro__ if "__init__" in vars(c)]
+    taken = {name for maker in makers for name in inspect.signature(maker).parameters}
+    scalars = (int, float, str, bool, type(None))
+    return {
+        name: value
+        for name, value in getattr(objective, "__dict__", {}).items()
+        if name in taken and isinstance(value, scalars)
     }

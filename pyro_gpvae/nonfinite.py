@@ -2,6 +2,7 @@ r"""Not a number: find the term, the images and the parameters where it began.""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_gpvae.elbo import Objective, PerImage, in_data_plate
 
@@ -143,6 +145,9 @@ def _not_finite_gradients(
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     names: dict[str, None] = {}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    for module in itertools.chain(*(program.modules() for program in programs)):
+        if isinstance(module, _BatchNorm):  # one image has no statistics
+            module.eval()
     for i in range(len(x)):
         try:
             loss: Any = objective.differentiable_loss(*programs, x[i : i + 1])

@@ -2,14 +2,17 @@ r"""Modules whose parameters Pyro finds, without Pyro's global parameter store."
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pyro
+from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Program", "PyroProgram", "References"]
+__all__ = ["Program", "PyroProgram", "References", "own_parameters"]
 
 #: A Pyro model or guide: any callable of the images, with sample statements.
 PyroProgram = Callable[..., Any]
@@ -24,6 +27,20 @@ class Program(nn.Module):
     PyroModule's alternative, ``module_local_params=True``, does not work with SVI (Pyro 1.9.2:
     "'Parameter' object has no attribute 'unconstrained'"). A Program sends the messages itself,
     under a name of its own, and the store stays empty.
+
+    An optimiser of :mod:`pyro.optim` looks for the names of parameters in that store. Of those of
+    a Program it finds none: a function of the name, as in ``Adam(lambda name: ...)``, fails, and
+    ``get_state`` and ``save`` keep the moments of one parameter only. Where that matters, train
+    the ELBO as a module, whose optimiser is torch's, with groups of parameters, and save state
+    dicts::
+
+        model, guide = PerImage(model, N), PerImage(guide, N)
+        bound = Trace_ELBO()(model, guide)
+        groups = [{"params": guide.parameters(), "lr": 1e-3}, {"params": model.parameters()}]
+        optimizer = torch.optim.Adam(groups, lr=5e-4)
+        bound(x).backward()
+        optimizer.step()
+        state = [part.state_dict() for part in (model, guide, optimizer)]
 
     Example:
         >>> import pyro, torch
@@ -63,3 +80,55 @@ class References(tuple[Any, ...]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> References:
         return References(memo.get(id(module), module) for module in self)
+
+
+@contextmanager
+def own_parameters(*programs: Any) -> Iterator[None]:
+    """Inside, every PyroModule in these programs has its own parameters, and keeps them.
+
+    A PyroModule that is called takes for its own what Pyro's global store holds by the names of
+    its attributes, be it another module's. Inside, the store is without the parameters of other
+    modules; afterwards it has them again, unless their names are taken. What ``pyro.param``
+    statements made stays in it.
+
+    Example:
+        >>> import torch
+        >>> class Scale(PyroModule):
+        ...     def __init__(self, value):
+        ...         super().__init__()
+        ...         self.scale = pyro.nn.PyroParam(torch.tensor(value))
+        ...     def forward(self):
+        ...         return self.scale.item()
+        >>> first, second = Scale(1.0), Scale(2.0)
+        >>> with own_parameters(first):
+        ...     first()
+        1.0
+        >>> with own_parameters(second):
+        ...     second()
+        2.0
+    """
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    if not any(isinstance(module, PyroModule) for module in modules):
+        yield
+        return
+    store = pyro.get_param_store()
+    own = {id(parameter) for module in modules for parameter in module.parameters()}
+    before = store.get_state()
+    others = {
+        name
+        for name, parameter in before["params"].items()
+        if isinstance(parameter, nn.Parameter) and id(parameter) not in own
+    }
+
+    def replace(names: set[str], state: Any) -> None:
+        part: Any = {key: {n: v[n] for n in v if n in names} for key, v in state.items()}
+        store.clear()
+        store.set_state(part)
+
+    replace(before["params"].keys() - others, before)
+    try:
+        yield
+    finally:
+        after = store.get_state()
+        replace(others, before)
+        store.set_state(after)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_gpvae.checkpoint import TrainingState, copy_tensors
+from pyro_gpvae.checkpoint import TrainingState, copy_tensors, state_of
 from pyro_gpvae.randomness import random_state, set_random_state
 from pyro_gpvae.steps import TrainingStep
 
@@ -48,8 +48,18 @@ class Progress:
         """Parameters and buffers as they are now, and parameters of programs without modules."""
         found = {n: p for n, p in self.parameters.items() if n.startswith("param.")}
         for role, module in self.modules.items():
-            found |= {f"{role}.{n}": t for n, t in module.state_dict().items()}
+            found |= state_of(role, module)
         return found
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers that are not persistent, and therefore not among the weights."""
+        named = {
+            f"{role}.{name}": buffer
+            for role, module in self.modules.items()
+            for name, buffer in module.named_buffers()
+        }
+        return {name: named[name] for name in named.keys() - self.weights.keys()}
 
     def _start_epoch(self) -> None:
         order = torch.randperm(self.options["num_images"], generator=self.permutations)
@@ -98,6 +108,7 @@ class Progress:
 
     def capture(self) -> TrainingState:
         tensors = {f"weights.{name}": tensor for name, tensor in self.weights.items()}
+        tensors |= {f"buffers.{name}": tensor for name, tensor in self.buffers.items()}
         for number, optimizer in enumerate(self.optimizers):
             for index, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"moments.{number}.{index}.{key}": m for key, m in moments.items()}
@@ -126,7 +137,9 @@ class Progress:
     def _check(self, values: Mapping[str, Any], name: str) -> None:
         """Compares the options, and the types and ranges of all that is no tensor."""
         for option, wanted in self.options.items():
-            found = values["options"].get(option)
+            # older versions did not save the options of objectives
+            known = wanted if option.startswith("objective ") else None
+            found = values["options"].get(option, known)
             if found != wanted:
                 raise ValueError(
                     f"{name} is of another training: its {option} is {found}, not {wanted}"
@@ -156,6 +169,11 @@ class Progress:
                     f"{expected[key].dtype} here"
                 )
         copy_tensors(weights, expected, name)
+        buffers = self.buffers
+        for key, tensor in take("buffers.").items():
+            # a cache of a shape that its program chooses by itself is left to it
+            if key in buffers and buffers[key].shape == tensor.shape:
+                buffers[key].copy_(tensor)
         for number, optimizer in enumerate(self.optimizers):
             moments: dict[int, dict[str, Tensor]] = {}
             trained = optimizer.param_groups[0]["params"]

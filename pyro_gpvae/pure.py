@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae.randomness import random_state, untouched
 
-__all__ = ["Draw", "PureLoss", "UnsupportedError", "pure_loss", "snapshot", "unvalidated"]
+__all__ = [
+    "Draw",
+    "PureLoss",
+    "UnsupportedError",
+    "attributes",
+    "pure_loss",
+    "snapshot",
+    "unvalidated",
+]
 
 #: Random operators whose numbers depend on the shape, dtype and device of the result alone, as a
 #: method that fills a tensor with them, and its arguments if they are not the operator's own.
@@ -149,6 +158,11 @@ def pure_loss(
             "torch.nn.Module or pyro_gpvae.Program that holds them"
         )
     trained = {ids[id(p)]: p for p in parameters}
+    hooked = [name for name, p in trained.items() if _hooks(p)]
+    if hooked:
+        raise UnsupportedError(
+            f"its parameter {hooked[0]} has a hook, which a graph would not call"
+        )
     others = {n: t.detach() for n, t in tensors.items() if n not in trained}
     used: list[str] = []
 
@@ -161,7 +175,7 @@ def pure_loss(
         used[:] = [n for n, g in zip(trained, gradients, strict=True) if g is not None]
         return [value.detach(), *(g.detach() for g in gradients if g is not None)]
 
-    before = _attributes(container)
+    before = attributes(container)
     inputs = [x, *(p.detach() for p in trained.values()), *(t.clone() for t in others.values())]
     with unvalidated(), untouched(x.device):
         drawn_elsewhere = _outside_torch(x.device)
@@ -177,7 +191,7 @@ def pure_loss(
             ) from error
         if _outside_torch(x.device) != drawn_elsewhere:
             raise UnsupportedError("it draws random numbers of numpy or Python: use pyro.sample")
-    after = _attributes(container)
+    after = attributes(container)
     changed = [name for name in after if name not in before or before[name] != after[name]]
     if changed:
         raise UnsupportedError(f"a call changes its attribute {changed[0]}, which a graph cannot")
@@ -222,15 +236,21 @@ def _replaced(
             store[name] = tensor
 
 
+def _hooks(parameter: Tensor) -> bool:
+    """Whether something is to be called with the gradient of a parameter."""
+    own: Any = parameter
+    return bool(own._backward_hooks or own._post_accumulate_grad_hooks)
+
+
 def _outside_torch(device: torch.device) -> dict[str, list[float]]:
     """The global random states of numpy and Python."""
     return {n: t.tolist() for n, t in random_state(device).items() if n not in ("torch", "cuda")}
 
 
-def _attributes(container: nn.Module) -> dict[str, Any]:
+def attributes(container: nn.Module, of_tensor: Callable[[Tensor], Any] = id) -> dict[str, Any]:
     """What modules keep in Python, which a graph would freeze as it is today."""
     return {
-        f"{prefix}.{name}": snapshot(value)
+        f"{prefix}.{name}": snapshot(value, of_tensor)
         for prefix, module in container.named_modules()
         for name, value in vars(module).items()
         if name not in _OF_ALL_MODULES
@@ -240,15 +260,32 @@ def _attributes(container: nn.Module) -> dict[str, Any]:
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
-def snapshot(value: Any) -> Any:
-    """Numbers and texts, also inside lists, sets and dictionaries, as they are now."""
-    if isinstance(value, dict):
-        return {key: snapshot(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return type(value).__name__, [snapshot(inner) for inner in value]
-    if value is None or isinstance(value, int | float | str | bool | np.generic):
+def snapshot(
+    value: Any, of_tensor: Callable[[Tensor], Any] = id, inside: tuple[int, ...] = ()
+) -> Any:
+    """Numbers and texts, also inside collections and plain objects, as they are now.
+
+    Arguments:
+        value: Anything.
+        of_tensor: What stands for a tensor.
+        inside: The ids of what it is part of.
+    """
+    if isinstance(value, Tensor):
+        return of_tensor(value)
+    if value is None or isinstance(value, int | str | bool | np.generic):
         return value
-    return id(value) if isinstance(value, Tensor) else None
+    if isinstance(value, float):
+        return repr(value)  # one that is not a number is equal to none
+    if id(value) in inside:
+        return None
+    inside = (*inside, id(value))
+    if isinstance(value, dict):
+        return {key: snapshot(inner, of_tensor, inside) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return type(value).__name__, [snapshot(inner, of_tensor, inside) for inner in value]
+    if isinstance(value, nn.Module | type | FunctionType | ModuleType):
+        return None
+    return snapshot(getattr(value, "__dict__", None), of_tensor, inside)
 
 
 def _lift_noise(traced: GraphModule) -> tuple[Draw, ...]:

@@ -25,6 +25,7 @@ from pyro_gpvae.files import MANIFEST, check_manifest, partial_folder, read_json
 from pyro_gpvae.guide import available_guides, load_guide, make_guide
 from pyro_gpvae.model import ImageModel
 from pyro_gpvae.networks import ImageShape, build_decoder
+from pyro_gpvae.program import own_parameters
 from pyro_gpvae.provenance import sha256
 from pyro_gpvae.randomness import seeded
 
@@ -155,7 +156,8 @@ def load_run(
     with seeded(config.seed, torch.device("cpu")), torch.no_grad():
         model = build_model(config, (channels, height, width), sigma=1.0)
         guide = make_guide(config.guide, model).eval()
-        guide(torch.zeros(1, *model.image_shape))  # Pyro makes some parameters at first use
+        with own_parameters(model, guide):
+            guide(torch.zeros(1, *model.image_shape))  # Pyro makes some parameters at first use
     load_weights(folder / "weights.safetensors", model, guide)
     model.to(target).pair(guide).eval()
     guide.to(target)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae.cuda_graph import CudaGraph
-from pyro_gpvae.pure import PureLoss, UnsupportedError
+from pyro_gpvae.pure import PureLoss, UnsupportedError, attributes
 from pyro_gpvae.randomness import set_global_state, untouched
 from pyro_gpvae.steps import (
     Backend,
@@ -50,7 +50,8 @@ class StackedStep:
     Raises:
         ValueError: If runs share a parameter or buffer, theirs have other names or shapes, or
             ``"captured"`` is asked for without CUDA.
-        UnsupportedError: If the programs cannot be made a pure function, or not vectorised.
+        UnsupportedError: If the programs cannot be made a pure function, or not vectorised, or
+            if runs differ in more than parameters and buffers.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class StackedStep:
         self.optimizers: list[torch.optim.Adam] = []
         try:
             self._share_tensors()
+            self._compare_attributes()
             with first.flags():
                 for block in range(len(first.blocks)):  # now, if it cannot be done at all
                     self._verify(block)
@@ -199,6 +201,19 @@ class StackedStep:
         names = {id(tensor): name for name, tensor in _named_once(first).items()}
         return [names[id(p)] for p in first.blocks[block].parameters]
 
+    def _compare_attributes(self) -> None:
+        """Refuses runs that differ in what modules keep in Python: all would get the first's."""
+        first, *others = (
+            attributes(torch.nn.ModuleDict(step.modules), Tensor.tolist) for step in self.steps
+        )
+        for number, other in enumerate(others, 1):
+            wrong = [name for name in first | other if first.get(name) != other.get(name)]
+            if wrong:
+                raise UnsupportedError(
+                    f"model and guide cannot be stacked: {wrong[0]} of run {number} is not that of "
+                    "run 0, and only parameters and buffers may differ. Train seed by seed"
+                )
+
     def _share_tensors(self) -> None:
         """Stacks the parameters and buffers of the runs, which become views of the stack."""
         runs = [_named_once(step) for step in self.steps]
@@ -221,7 +236,14 @@ class StackedStep:
                         f"runs {owners[id(tensor)]} and {number} share {name}: every seed needs a "
                         "model and a guide of its own"
                     )
+        memory: dict[int, str] = {}
         for name, tensor in runs[0].items():
+            place = tensor.data_ptr()  # 0 if there is no memory
+            if place and (tied := memory.setdefault(place, name)) != name:
+                raise ValueError(
+                    f"{name} is in the memory of {tied}, which stacking would part: let both be "
+                    "one torch.nn.Parameter"
+                )
             stack = torch.stack([run[name].detach() for run in runs])
             self._stack[name] = stack
             for number, run in enumerate(runs):

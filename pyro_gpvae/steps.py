@@ -77,7 +77,7 @@ class TrainingStep:
     get a flag.
 
     Arguments:
-        model: A Pyro model, on its device; it is put into training mode.
+        model: A Pyro model, on its device; see :meth:`train`.
         guide: A Pyro guide.
         images: Training images, uint8 (N, C, H, W), on that device, or on the host if they are
             too many; then :meth:`__call__` takes pixels.
@@ -102,8 +102,9 @@ class TrainingStep:
         tally: What happened so far, on the device.
 
     Raises:
-        ValueError: If there is nothing to train, ``"captured"`` is asked for without CUDA or in
-            several processes, these cannot share a minibatch evenly, or there is no such precision.
+        ValueError: If there is nothing to train, the loss depends on parameters that are neither
+            the model's nor the guide's, ``"captured"`` is asked for without CUDA or in several
+            processes, these cannot share a minibatch evenly, or there is no such precision.
         UnsupportedError: If the programs cannot be compiled or captured, and why.
 
     Example:
@@ -146,14 +147,17 @@ class TrainingStep:
         first = next((p for m in self.modules.values() for p in m.parameters()), None)
         self.device = images.device if first is None else first.device
         x = self.prepare(images[:batch_size])
-        for module in self.modules.values():
-            module.eval()  # to find the parameters is not to train
+        self._resting = [n for m in self.modules.values() for n in m.modules() if _rests(n)]
+        self.train(False)  # to find the parameters is not to train
         self.parameters = _parameters(model, guide, x)
-        for module in self.modules.values():
-            module.train()
+        self.train(True)
         trained = list({id(p): p for p in self.parameters.values() if p.requires_grad}.values())
         if not trained:
             raise ValueError("model and guide have no parameter to train: are they nn.Modules?")
+        for parameter in trained:
+            if torch.empty_like(parameter).stride() != parameter.stride():
+                # a part of a larger tensor, or its elements share memory: see in_memory_of
+                parameter.data = parameter.data.contiguous()
         if hasattr(guide, "blocks") and elbo is None:
             self.blocks: Sequence[Block] = guide.blocks(model)
         else:
@@ -177,6 +181,7 @@ class TrainingStep:
         self.batch_size = min(batch_size, len(images))
         #: Why the last update was not made, if a program said so.
         self.reason = ""
+        self._written: list[Tensor] = []
         self._fast: list[Evaluate] = []
         self._graphs: dict[int, CudaGraph] = {}
         self._strict = strict
@@ -217,6 +222,17 @@ class TrainingStep:
                 if form not in self._graphs:
                     return self(batch)
             return self._graphs[form](batch)
+
+    def train(self, mode: bool) -> None:
+        """Puts model and guide into training or evaluation mode.
+
+        Networks that came in evaluation mode and are frozen as a whole stay in it, so that their
+        running statistics are frozen as well.
+        """
+        for module in self.modules.values():
+            module.train(mode)
+        for module in self._resting:
+            module.eval()
 
     def part(self, batch: Tensor) -> Tensor:
         """What of a minibatch this process looks at: a smaller one than usual goes to all."""
@@ -327,11 +343,26 @@ class TrainingStep:
 
     def _set_up(self, x: Tensor) -> None:
         """Runs every objective once, with Pyro's checks: what is set up at first use, is."""
+        leaves: list[Tensor] = []
         # running statistics are not to see these images twice
         with untouched(self.device, self.buffers):
+            # by value: batch normalisation does not count its writes
+            before = [(buffer, buffer.clone()) for buffer in self.buffers]
             for objective, programs in zip(self.objectives, self.programs, strict=True):
-                with suppress(NonFiniteError), torch.no_grad(), refused_parameters():
-                    self._loss(objective, programs, x)
+                with suppress(NonFiniteError), refused_parameters():
+                    leaves += _leaves(self._loss(objective, programs, x))
+            self._written = [b for b, old in before if not torch.equal(b, old)]
+        known = {id(p) for p in self.parameters.values()}
+        known |= {id(p) for block in self.blocks for p in block.parameters}
+        strangers = [str(tuple(leaf.shape)) for leaf in leaves if id(leaf) not in known]
+        if strangers:
+            raise ValueError(
+                f"the loss depends on parameters of shape {', '.join(strangers[:3])} that are "
+                "neither the model's nor the guide's, and would never be trained. Let both be "
+                "torch.nn.Modules that hold all of theirs (in an nn.ModuleList, not in a list; not "
+                "inside a function), and a guide that knows the decoder be made for this model; or "
+                "call requires_grad_(False) on what is to stay as it is"
+            )
 
     @contextmanager
     def _or_eager(self) -> Iterator[None]:
@@ -353,7 +384,7 @@ class TrainingStep:
     def _verify(self, block: int, x: Tensor) -> None:
         """Compares a block with its eager equal, on the same noise; leaves no trace."""
         results: list[Tensor] = []
-        # the eager way twice: a program that counts its calls has counted since it was traced
+        # the eager way twice: a program that counts its calls counts from one to the other
         for evaluate in (self.eager(block), self.eager(block), self._fast[block]):
             try:
                 with untouched(self.device, self.buffers):
@@ -361,14 +392,21 @@ class TrainingStep:
                 results.append(loss_and_norm(loss, gradients))
             finally:
                 self.optimizers[block].zero_grad()
-        # a GPU may multiply in TF32, which has 10 bits
-        rtol = 1e-8 if x.dtype == torch.float64 else 1e-4 if x.device.type == "cpu" else 1e-3
-        for eager in results[:2]:
-            if not torch.allclose(eager, results[2], rtol=rtol, equal_nan=True):
-                raise UnsupportedError(
-                    f"loss and gradient norm are {results[2].tolist()} with backend "
-                    f"{self.backend!r}, {eager.tolist()} with 'eager'"
-                )
+        # a GPU may multiply in TF32, which has 10 bits, and adds in any order
+        on_cpu = x.device.type == "cpu"
+        rtol = 1e-8 if x.dtype == torch.float64 else 1e-4 if on_cpu else 1e-3
+        eager, again, fast = results
+        if not torch.allclose(eager, fast, rtol=rtol, equal_nan=True):
+            raise UnsupportedError(
+                f"loss and gradient norm are {fast.tolist()} with backend {self.backend!r}, "
+                f"{eager.tolist()} with 'eager'"
+            )
+        exact = 8 * torch.finfo(x.dtype).eps if on_cpu else rtol
+        if not torch.allclose(eager, again, rtol=exact, atol=0, equal_nan=True):
+            raise UnsupportedError(
+                f"loss and gradient norm are {eager.tolist()}, and {again.tolist()} of a second "
+                "call on the same noise: it depends on what a graph would freeze"
+            )
 
     def eager(self, block: int, shared: bool = False) -> Evaluate:
         """The objective of a block as it is: from a batch to the loss and the gradients."""
@@ -396,16 +434,17 @@ class TrainingStep:
             self.reason = ""
         x = self.prepare(batch if batch.dim() > 1 else self.images[batch])
         for optimizer, evaluate in zip(self.optimizers, evaluations, strict=True):
+            before = [buffer.clone() for buffer in self._written]
             try:
                 loss, gradients = evaluate(x)
             except (NonFiniteError, LinAlgError) as error:  # a program that checks by itself
                 self.reason = str(error) if isinstance(error, NonFiniteError) else ""
                 if not self.reason and not self._refuses(x):
                     raise
-                loss = torch.full((), torch.nan, device=self.device)
-                self.tally.note(loss.isfinite())
-                continue
+                loss, gradients = torch.full((), torch.nan, device=self.device), []
             self.tally.note(finite(loss, gradients))
+            for buffer, old in zip(self._written, before, strict=True):
+                buffer.copy_(torch.where(self.tally.refused > 0, old, buffer))
             optimizer.step()
         self.tally.add(loss, count)
         return loss
@@ -487,6 +526,26 @@ def _networks(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from _networks(child)
         else:
             yield child
+
+
+def _rests(module: torch.nn.Module) -> bool:
+    """Whether a module is in evaluation mode, and has parameters, which are all frozen."""
+    frozen = [not p.requires_grad for p in module.parameters()]
+    return not module.training and bool(frozen) and all(frozen)
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaves of the graph of a loss: those that ``backward`` would give gradients to."""
+    found, seen, left = [], set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        left += [inner for inner, _ in node.next_functions]
+    return found
 
 
 def _parameters(model: PyroProgram, guide: PyroProgram, x: Tensor) -> dict[str, Tensor]:

@@ -26,10 +26,10 @@ from pyro_gpvae.interrupts import Interrupts, stopped
 from pyro_gpvae.lockstep import Lockstep
 from pyro_gpvae.nonfinite import NonFiniteError, explain, refused_parameters
 from pyro_gpvae.precision import Precision
-from pyro_gpvae.program import PyroProgram
+from pyro_gpvae.program import PyroProgram, own_parameters
 from pyro_gpvae.progress import Progress
 from pyro_gpvae.provenance import sha256
-from pyro_gpvae.randomness import seeded
+from pyro_gpvae.randomness import seeded, untouched
 from pyro_gpvae.steps import Backend, Block, TrainingStep
 from pyro_gpvae.streaming import Gathering, stays_on_host
 
@@ -39,6 +39,11 @@ OnNonFinite = Literal["stop", "skip"]
 
 #: Steps between readings of a GPU, which waits for the host meanwhile; a CPU is read every step.
 READ_EVERY = 100
+#: What a row of a history can hold beside the guide's diagnostics.
+COLUMNS = (
+    *("epoch", "step", "loss", "log_likelihood", "kl_z", "kl_global", "sigma"),
+    *("validation_elbo", "skipped", "seconds"),
+)
 #: Images that are looked at together after an epoch, which bounds the memory.
 LOOKED_AT = 512
 #: Steps of a training on the CPU from which on it is worth half a minute of compiling.
@@ -170,6 +175,7 @@ def fit(
         batch_size: Images per step.
         learning_rate: Of Adam.
         elbo: The objective; by default ``guide.elbo()`` if there is one, else ``Trace_ELBO()``.
+            It must have ``differentiable_loss``, and enumerate no sites.
         validation: Images, uint8 (M, C, H, W), whose ELBO is logged after each epoch.
         seed: Of the permutations and of the samples.
         seeds: Those of several runs, which are trained side by side; instead of ``seed``. They
@@ -195,15 +201,16 @@ def fit(
         ``.rows`` its rows, ``.backend`` the one that was taken. It has one row an epoch:
         ``epoch``, ``step``, ``loss`` (mean over the epoch's images, nats per image), the terms of
         eq. (2) on up to 512 training images (see :func:`pyro_gpvae.elbo_terms`), ``sigma`` where
-        the model has one, the guide's diagnostics, ``validation_elbo`` (without the KL of
-        global sites; mean over all validation images), ``skipped`` (updates so far), and
-        ``seconds`` of training, compiling included.
+        the model has one, the guide's diagnostics (after ``guide_`` if they are named like a
+        column of these), ``validation_elbo`` (without the KL of global sites; mean over all
+        validation images), ``skipped`` (updates so far), and ``seconds`` of training, compiling
+        included.
 
     Raises:
         ValueError: If several processes cannot share a minibatch evenly, or are given different
-            images or options, or ``seeds``; if images, epochs, batch size, learning rate or
-            precision cannot be used, model and guide have nothing to train, or a checkpoint is
-            of another training or damaged.
+            images or options, or ``seeds``; if images, epochs, batch size, learning rate,
+            precision or objective cannot be used, model and guide have nothing to train, or a
+            checkpoint is of another training or damaged.
         FileExistsError: If there are checkpoints, but not ``resume``.
         InUseError: If another process writes checkpoints to the same folder.
         UnsupportedError: If a backend cannot run the programs, or they cannot be stacked, or not
@@ -228,10 +235,6 @@ def fit(
         raise ValueError(f"backend must be 'auto' or one of {get_args(Backend)}, got {backend!r}")
     if resume and checkpoints is None:
         raise ValueError("resume=True needs checkpoints: the folder to go on from")
-    if elbo is not None and not hasattr(elbo, "differentiable_loss"):
-        raise ValueError(
-            f"elbo must have differentiable_loss, as Trace_ELBO has; {type(elbo).__name__} has not"
-        )
     if validation is not None:
         check_images(validation, "validation")
     if seeds is not None and on_nonfinite == "skip":
@@ -276,6 +279,7 @@ def fit(
     label = progress if isinstance(progress, str) else "training"
     listening = Interrupts() if checkpoints else nullcontext()
     with seeded(programs[0][0], device), listening as interrupts, ExitStack() as stack:
+        stack.enter_context(own_parameters(*modules))
         for module in modules:
             stack.callback(module.eval)
         with world.agreed():
@@ -479,15 +483,16 @@ def _explained(
     per_epoch = -(-state.options["num_images"] // state.options["batch_size"])
     first = ((number - 1) % per_epoch) * state.options["batch_size"]
     index = state.order[first : first + state.options["batch_size"]]
-    found = explain(
-        number,
-        step.objectives[block],
-        step.programs[block],
-        step.prepare(step.images[index]),
-        index,
-        step.parameters,
-        step.reason,
-    )
+    with untouched(step.device, step.buffers):
+        found = explain(
+            number,
+            step.objectives[block],
+            step.programs[block],
+            step.prepare(step.images[index]),
+            index,
+            step.parameters,
+            step.reason,
+        )
     return _with_advice(found, skipped, checkpoints)
 
 
@@ -513,7 +518,8 @@ def _terms(step: TrainingStep, images: Tensor, validation: Tensor | None) -> dic
         row["sigma"] = float(sigma.detach())
     if hasattr(guide, "diagnostics"):
         with torch.no_grad():
-            row |= {name: float(value) for name, value in guide.diagnostics(x).items()}
+            for name, value in guide.diagnostics(x).items():
+                row[f"guide_{name}" if name in COLUMNS else name] = float(value)
     if validation is not None:
         row["validation_elbo"] = 0.0
         for part in validation.split(LOOKED_AT):

@@ -204,6 +204,40 @@ def test_parameters_in_any_order_of_memory_and_replaced_buffers(tmp_path):
     assert_equal(train(tmp_path / "b", lambda: pair(Awkward), resume=True), undisturbed)
 
 
+class Averaging(GaussianGuide):
+    """Buffers that are not persistent: a running mean, and one of the size of the batch."""
+
+    def __init__(self, model, encoder):
+        super().__init__(model, encoder)
+        self.register_buffer("average", torch.zeros(2), persistent=False)
+        self.register_buffer("last", torch.zeros(0), persistent=False)
+
+    def posterior(self, x):
+        q = super().posterior(x).base_dist
+        if self.training:
+            self.average.mul_(0.9).add_(0.1 * q.mean.mean(0).detach())
+            self.last = torch.zeros(len(x))
+        return dist.Normal(q.mean + self.average, q.stddev).to_event(1)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_buffers_that_are_not_persistent(step, tmp_path):
+    undisturbed = train(tmp_path / "a", lambda: pair(Averaging))
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", step), lambda: pair(Averaging))
+    assert_equal(train(tmp_path / "b", lambda: pair(Averaging), resume=True), undisturbed)
+
+
+def test_checkpoints_of_older_versions_have_no_such_buffers(tmp_path):
+    train(tmp_path, lambda: pair(Averaging), epochs=1)
+    saving = Checkpoints(tmp_path)
+    state = saving.latest()
+    assert state.tensors.pop("buffers.guide.average").abs().sum() > 0
+    with saving.in_use(resume=True):
+        saving.save(state)
+    assert len(train(tmp_path, lambda: pair(Averaging), resume=True)[2]) == 2
+
+
 def test_an_objective_that_sets_itself_up_at_first_use(tmp_path):
     """Pyro guesses max_plate_nesting in a first run, which draws random numbers."""
 
@@ -257,6 +291,27 @@ def test_another_objective_or_precision_is_refused(tmp_path):
         train(tmp_path, resume=True, elbo=Trace_ELBO())
     with pytest.raises(ValueError, match=r"is torch.float32 there, torch.float64 here"):
         train(tmp_path, lambda: [module.double() for module in pair()], resume=True)
+
+
+def test_other_options_of_the_objective_are_refused(tmp_path):
+    train(tmp_path, epochs=1, elbo=Trace_ELBO(num_particles=2))
+    assert len(train(tmp_path, resume=True, elbo=Trace_ELBO(num_particles=2))[2]) == 2
+    with pytest.raises(ValueError, match="its objective 0's num_particles is 2, not 1"):
+        train(tmp_path, resume=True, elbo=Trace_ELBO())
+
+
+def test_a_state_that_is_no_tensor_is_refused_before_training(tmp_path):
+    class Stateful(GaussianGuide):
+        def get_extra_state(self):
+            return {"temperature": 1.0}
+
+        def set_extra_state(self, state):
+            pass
+
+    programs = pair(Stateful)
+    with pytest.raises(ValueError, match=r"guide\._extra_state is a dict, expected a tensor"):
+        train(tmp_path, lambda: programs)
+    assert torch.equal(programs[1].head.weight, pair()[1].head.weight)
 
 
 def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path):
@@ -559,7 +614,7 @@ class Signalling(GaussianGuide):
 
     def posterior(self, x):
         self.steps += torch.is_grad_enabled()
-        if self.steps == 3:
+        if self.steps == 4:  # one call sets everything up
             os.kill(os.getpid(), self.number)
         return super().posterior(x)
 
@@ -651,11 +706,11 @@ class Poison(nn.Module):
             pyro.sample("z", dist.Normal(loc, 1.0, validate_args=False).to_event(1))
 
 
-def poisoned(where):
+def poisoned(where, kind=Poison):
     def build():
         torch.manual_seed(0)
         model = linear_model().float()
-        return model, Poison(model, where)
+        return model, kind(model, where)
 
     return build
 
@@ -685,10 +740,23 @@ def test_not_a_number_is_found_at_its_step(where, term, tmp_path):
     assert Checkpoints(tmp_path).latest().step == first
 
 
+class Normalised(Poison):
+    """It has no output for a single image while it trains."""
+
+    def __init__(self, model, where):
+        super().__init__(model, where)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        self.norm(x.flatten(1))
+        super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Poison, Normalised])
 @pytest.mark.parametrize("where", ["density", "gradient"])
-def test_the_images_are_told_apart_in_a_batch(where):
+def test_the_images_are_told_apart_in_a_batch(where, kind):
     with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
-        train(None, poisoned(where), images=white_images(), batch_size=25)
+        train(None, poisoned(where, kind), images=white_images(), batch_size=25)
     assert set(caught.value.images) == {3, 17}
     assert "(2 of the 25 of the minibatch)" in str(caught.value)
 

@@ -11,13 +11,21 @@ import pytest
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.testing.rejection_gamma import ShapeAugmentedGamma
-from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    TraceTMC_ELBO,
+)
 from pyro.optim import Adam
 from torch import nn
 from toy import expected_log_likelihood, images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import PerImage, elbo_terms
+from pyro_gpvae import Block, PerImage, elbo_terms, fit, log_weights
 from pyro_gpvae.elbo import MeanFieldELBO, TraceELBO, without_syncs
 from pyro_gpvae.mixtures import StratifiedELBO
 
@@ -567,11 +575,123 @@ class _OwnTrace(Trace_ELBO):
 
 @pytest.mark.parametrize(
     "objective",
-    [_OwnTrace(), TraceGraph_ELBO(), RenyiELBO(alpha=0.5, num_particles=2), StratifiedELBO()],
+    [_OwnTrace(), StratifiedELBO()],
     ids=lambda objective: type(objective).__name__,
 )
 def test_without_syncs_leaves_other_objectives_alone(objective):
     assert without_syncs(objective) is objective
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (TraceGraph_ELBO(), "elbo must have differentiable_loss, .*; TraceGraph_ELBO has not"),
+        (RenyiELBO(num_particles=2), "elbo must have differentiable_loss, .*; RenyiELBO has not"),
+        (TraceEnum_ELBO(max_plate_nesting=1), "TraceEnum_ELBO enumerates sites .*MixtureSameFam"),
+        (TraceTMC_ELBO(max_plate_nesting=1), "TraceTMC_ELBO enumerates sites .*SVI"),
+    ],
+)
+@pytest.mark.parametrize("where", ["argument", "guide", "block"])
+def test_objectives_that_fit_cannot_use_are_refused_by_name(where, objective, message):
+    model = linear_model()
+    guide = GaussianGuide(model, linear_encoder()).double()
+    if where == "guide":
+        guide.elbo = lambda: objective
+    if where == "block":
+        guide.blocks = lambda model: [Block(objective, list(guide.parameters()))]
+    data = (images(4) * 255).to(torch.uint8)
+    options = {"elbo": objective} if where == "argument" else {}
+    with pytest.raises(ValueError, match=message):
+        fit(model, guide, data, epochs=1, progress=False, **options)
+
+
+def test_enumerated_sites_train_with_svi():
+    own = linear_model()
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-1):
+            kind = pyro.sample(
+                "kind", dist.Categorical(torch.ones(3).double()), infer={"enumerate": "parallel"}
+            )
+            z = pyro.sample("z", dist.Normal(torch.eye(3).double()[kind][..., :2], 1.0).to_event(1))
+            pyro.sample("x", own.likelihood(z), obs=x)
+
+    guide = GaussianGuide(own, linear_encoder()).double()
+    before = guide.head.weight.clone()
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    svi = SVI(PerImage(model, N), PerImage(guide, N), Adam({"lr": 0.1}), elbo)
+    assert math.isfinite(svi.step(images(4)))
+    assert not torch.equal(guide.head.weight, before)
+
+
+class Components(nn.Module):
+    """A model or guide with a site in a plate of its own beside the images'."""
+
+    def __init__(self, program, plate="components", size=3, square=False):
+        super().__init__()
+        self.program, self.plate, self.size, self.square = program, plate, size, square
+        self.loc = nn.Parameter(torch.zeros(()).double())
+
+    def forward(self, x):
+        with pyro.plate(self.plate, self.size or len(x)):
+            a = pyro.sample("a", dist.Normal(self.loc, 1.0))
+            if self.square:
+                pyro.deterministic("square", a.square())
+        return self.program(x)
+
+
+def test_deterministic_values_in_a_global_plate():
+    model, guide = linear_model(), GaussianGuide(linear_model(), linear_encoder()).double()
+    model, guide = Components(model, square=True), Components(guide)
+    terms = elbo_terms(model, guide, images(5), N)
+    assert terms["kl_global"] == 0
+    for proposal in (guide, guide.program):  # replayed, and by its posterior
+        assert log_weights(model, proposal, images(5), 4).isfinite().all()
+
+
+def test_a_site_that_may_be_an_images_is_named():
+    model, guide = linear_model(), GaussianGuide(linear_model(), linear_encoder()).double()
+    pair = Components(model, "images", None), Components(guide, "images", None)
+    with pytest.warns(UserWarning, match=r"'a' lies in plate\('images', 5\), as many as there are"):
+        elbo_terms(*pair, images(5), N)
+
+
+class Pixels(nn.Module):
+    """The linear model with a plate of pixels, or with pixels as dimensions of an event."""
+
+    def __init__(self, nested):
+        super().__init__()
+        self.own, self.nested = linear_model(), nested
+
+    def forward(self, x):
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", self.own.prior())
+            loc, x = self.own.decoder(z.reshape(-1, z.shape[-1])).flatten(1), x.flatten(1)
+            loc = loc.reshape(*z.shape[:-1], -1)
+            if not self.nested:
+                pyro.sample("x", dist.Normal(loc, 0.3).to_event(1), obs=x)
+                return
+            loc = (loc.squeeze(-3) if loc.dim() > 2 else loc).mT
+            with pyro.plate("pixels", x.shape[1], dim=-2):
+                pyro.sample("x", dist.Normal(loc, 0.3), obs=x.mT)
+
+
+@pytest.mark.parametrize("vectorize", [None, False, True])
+def test_a_plate_of_pixels_inside_that_of_images(vectorize):
+    data, rows = (images(7) * 255).to(torch.uint8), []
+    for nested in (True, False):
+        model = Pixels(nested)
+        torch.manual_seed(1)
+        guide = GaussianGuide(model.own, linear_encoder()).double()
+        elbo = None
+        if vectorize is not None:
+            elbo = Trace_ELBO(num_particles=3, vectorize_particles=vectorize)
+        history = fit(
+            model, guide, data, epochs=2, batch_size=4, elbo=elbo, validation=data[:2],
+            progress=False,
+        )  # fmt: skip
+        rows.append(history.frame().drop(columns="seconds").to_numpy())
+    np.testing.assert_allclose(*rows, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

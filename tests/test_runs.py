@@ -191,6 +191,15 @@ def test_a_guide_without_warm_start_and_with_lazy_parameters(vae, tmp_path, monk
     assert again["scores"] == record["scores"]
     assert evaluate_run(vae[0], guide="lazy_guides:Lazy")["guide"] == "lazy_guides:Lazy"
 
+    train_run(tiny(guide="lazy_guides:Lazy", seed=1), tmp_path / "other", progress=False)
+    folders = tmp_path / "run", tmp_path / "other"
+    runs = [load_run(folder, trust_guide=True) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):  # one does not have the other's scale
+        log_evidence(run.model, run.guide, run.data.test, 2)
+        saved = load_file(folder / "weights.safetensors")["guide.scale_unconstrained"]
+        assert torch.equal(run.guide.scale_unconstrained, saved)
+    assert not torch.equal(*(run.guide.scale_unconstrained for run in runs))
+
 
 def test_bernoulli_fully_connected_and_your_own_images(tmp_path):
     generator = np.random.default_rng(0)

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pyro
@@ -234,10 +235,17 @@ class Own(GaussianGuide):
     def __init__(self, model, seed, how):
         super().__init__(model, linear_encoder())
         self.how = how
-        generator = torch.Generator().manual_seed(seed)
-        self.turned = torch.randperm(6, generator=generator)
-        self.places = self.turned.tolist()
-        self.factor = 1.0 + seed
+        turned = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+        if how == "a tensor":
+            self.turned = turned
+        elif how == "a list":
+            self.places = turned.tolist()
+        elif how == "a number":
+            self.factor = 1.0 + 1e-9 * seed
+        elif how == "an object":
+            self.options = types.SimpleNamespace(factor=1.0 + 1e-9 * seed)
+        elif how == "a closure":
+            self.turn = lambda: turned
         self.model = model if how == "owns the model" else None
 
     def posterior(self, x):
@@ -248,6 +256,10 @@ class Own(GaussianGuide):
             flat = flat[:, self.places]
         elif self.how == "a number":
             flat = flat * self.factor
+        elif self.how == "an object":
+            flat = flat * self.options.factor
+        elif self.how == "a closure":
+            flat = flat[:, self.turn()]
         elif self.how == "numpy":
             flat = torch.from_numpy(np.sort(flat.numpy()))
         return super().posterior(flat.reshape(x.shape))
@@ -259,10 +271,23 @@ def of_its_own(seed, how):
     return model, Own(model, seed, how).double()
 
 
-@pytest.mark.parametrize("how", ["a tensor", "a list", "a number", "numpy"])
-def test_what_differs_between_runs_and_is_no_parameter_is_found(how):
+BY_NAME = r"guide\.{} of run 1 is not that of run 0, and only parameters .*Train seed by seed"
+BY_NUMBERS = r"run [01] has loss and gradient norm .* alone.*Train seed by seed"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("a tensor", BY_NAME.format("turned")),
+        ("a list", BY_NAME.format("places")),
+        ("a number", BY_NAME.format("factor")),
+        ("an object", BY_NAME.format("options")),
+        ("a closure", BY_NUMBERS),
+        ("numpy", BY_NUMBERS),
+    ],
+)
+def test_what_differs_between_runs_and_is_no_parameter_is_found(how, words):
     pairs = [of_its_own(seed, how) for seed in (0, 1)]
-    words = r"cannot be stacked: run [01] has loss and gradient norm .* alone.*Train seed by seed"
     with pytest.raises(UnsupportedError, match=words):
         fit(*zip(*pairs, strict=True), data(), epochs=1, seeds=(0, 1), progress=False)
 
@@ -275,6 +300,14 @@ def test_a_guide_that_holds_the_model():
         single = of_its_own(seed, "owns the model")
         fit(*single, data(), seed=seed, **options)
         assert difference(pair, single) < 1e-10
+
+
+def test_parameters_in_the_same_memory():
+    pairs = [build("vae", seed) for seed in (0, 1)]
+    for _, guide in pairs:
+        guide.extra = torch.nn.Parameter(guide.head.bias.data)
+    with pytest.raises(ValueError, match=r"is in the memory of .*one torch\.nn\.Parameter"):
+        fit(*zip(*pairs, strict=True), data(), epochs=1, seeds=(0, 1), progress=False)
 
 
 def test_what_is_frozen_in_one_run_only_is_named():

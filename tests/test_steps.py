@@ -325,6 +325,33 @@ def test_an_update_that_is_not_finite_is_not_made(kind, backend, good, interpret
 
 
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_an_update_that_is_not_made_leaves_running_statistics(backend, interpreted):
+    class Normalised(Breaking):
+        def __init__(self, model, encoder):
+            super().__init__(model, nn.Sequential(encoder, nn.BatchNorm1d(3)))
+
+        def posterior(self, x):
+            return super().posterior(torch.where(self.broken > 0, x * torch.nan, x))
+
+    model, guide = of(Normalised)
+    step = TrainingStep(model, guide, uint8(), batch_size=B, backend=backend)
+    step(torch.arange(B))
+    before = tensors(model, guide)
+    guide.broken.fill_(1.0)
+    step(torch.arange(B))
+    assert int(step.tally.skipped) == 1
+    assert all(torch.equal(tensors(model, guide)[name], v) for name, v in before.items())
+    guide.broken.fill_(0.0)
+    step(torch.arange(B))
+    name = "guide.encoder.1.running_mean"
+    assert not torch.equal(tensors(model, guide)[name], before[name])
+    guide.broken.fill_(1.0)
+    with pytest.raises(NonFiniteError):
+        fit(model, guide, uint8(), epochs=1, batch_size=B, backend=backend, progress=False)
+    assert bool(tensors(model, guide)[name].isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_halt_makes_no_update_after_the_first_that_is_refused(backend, interpreted):
     model, guide = of(Breaking)
     data = uint8().clamp(max=254)
@@ -631,6 +658,36 @@ def test_batch_normalisation_is_trained_in_training_mode(interpreted):
         assert not torch.equal(found["guide.encoder.3.running_mean"], torch.zeros(3).double())
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_networks_that_are_frozen_in_evaluation_mode_stay_in_it(frozen):
+    def make_pair():
+        model, guide = normalised()
+        guide.encoder.requires_grad_(not frozen).eval()
+        return model, guide
+
+    found, _ = trained(make_pair, "eager", data=uint8(16), epochs=2)
+    same = torch.equal(found["guide.encoder.3.running_mean"], torch.zeros(3).double())
+    assert same == frozen
+
+
+@pytest.mark.parametrize("how", ["a part", "shared elements"])
+def test_parameters_that_are_parts_of_other_tensors(how):
+    """Fused kernels of Adam go through memory, whatever the strides."""
+
+    results = []
+    for own in (True, False):
+
+        def make_pair(own=own):
+            model, guide = make("vae")
+            large = torch.linspace(-1, 1, 24).double().reshape(3, 8)
+            weight = large.T[:4] if how == "a part" else large[0, 0].expand(4, 3)
+            guide.head.weight = nn.Parameter(weight.contiguous() if own else weight)
+            return model, guide
+
+        results.append(trained(make_pair, "eager", epochs=2))
+    assert_same(*results)
+
+
 def test_dropout_is_on_and_takes_the_eager_way(interpreted, monkeypatch, caplog):
     with pytest.raises(UnsupportedError, match="draws random numbers by aten::"):
         trained(lambda: normalised(0.5), "compiled")
@@ -731,7 +788,7 @@ def counting(place):
                 count = self.schedule.step
             q = self.posterior(x)
             with pyro.plate("data", len(x)):
-                loc = q.mean * (1 + 1e-4 * count)  # far less than the noise
+                loc = q.mean * (1 + 1e-10 * count)  # as a slow schedule
                 return pyro.sample("z", dist.Normal(loc, q.stddev).to_event(1))
 
     model, guide = of(Counting)
@@ -745,6 +802,60 @@ def test_hidden_counters_are_found(place, interpreted):
     words = "cannot be trained with backend 'compiled': .* use 'eager'"
     with pytest.raises(UnsupportedError, match=words):
         trained(lambda: counting(place), "compiled")
+
+
+@pytest.mark.parametrize("register", ["hook", "post_accumulate_grad_hook"])
+def test_hooks_on_parameters_are_called(register, interpreted):
+    calls = []
+    model, guide = make("vae")
+    getattr(guide.head.weight, f"register_{register}")(lambda *_: calls.append(1))
+    with pytest.raises(UnsupportedError, match=r"guide\.head\.weight has a hook, which"):
+        TrainingStep(model, guide, uint8(), batch_size=B, backend="compiled")
+    step = TrainingStep(model, guide, uint8(), batch_size=B)
+    calls.clear()
+    step(torch.arange(B))
+    assert calls
+
+
+class InList(GaussianGuide):
+    """Its head is in a list, where nobody finds it."""
+
+    def __init__(self, model, encoder):
+        super().__init__(model, encoder)
+        self.heads = [self.head]
+        del self.head
+
+    def encode(self, x):
+        features = self.encoder(x)
+        head = self.heads[0].to(features.dtype)
+        return (features, *head(features).chunk(2, dim=-1))
+
+
+def test_parameters_that_would_never_be_trained():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear_model()
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.inner.prior())
+                pyro.sample("x", self.inner.likelihood(z), obs=x)
+
+    def in_a_function():
+        model = Plain().double()
+        return lambda x: model(x), make("vae")[1]
+
+    def of_another_model():
+        return linear_model(), make("sa:1")[1]
+
+    for make_pair in (in_a_function, of_another_model, lambda: of(InList)):
+        model, guide = make_pair()
+        with pytest.raises(ValueError, match=r"shape \(.*would never be trained\. Let both be"):
+            fit(model, guide, uint8(), epochs=1, progress=False)
+    model, guide = of(InList)
+    guide.heads[0].requires_grad_(False)
+    fit(model, guide, uint8(), epochs=1, progress=False)
 
 
 @pytest.mark.parametrize("read", [lambda x: x.numpy().tolist(), lambda x: x.tolist()])

@@ -7,11 +7,21 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import Block, ImageModel, NonFiniteError, fit, initial_sigma, load_data
+from pyro_gpvae import (
+    Block,
+    ImageModel,
+    NonFiniteError,
+    fit,
+    initial_sigma,
+    load_data,
+    log_evidence,
+)
+from pyro_gpvae.checkpoint import load_weights, save_weights
 from pyro_gpvae.data import split_validation
 
 
@@ -54,6 +64,7 @@ def test_every_epoch_visits_each_image_once_in_a_new_order():
     model = linear_model().float()
     data = uint8(21)
     fit(model, Watching(model, linear_encoder()), data, epochs=2, batch_size=8, progress=False)
+    del seen[0]  # the call that sets everything up
     assert [len(batch) for batch in seen] == [8, 8, 5] * 2
     epochs = [torch.cat(seen[:3]), torch.cat(seen[3:])]
     assert not torch.equal(*epochs)
@@ -95,6 +106,18 @@ def test_objective_comes_from_the_argument_or_the_guide_or_is_trace_elbo():
     assert losses["guide's"] != losses["trace"]
 
 
+def test_diagnostics_do_not_overwrite_the_history():
+    class Named(GaussianGuide):
+        def diagnostics(self, x):
+            return {"loss": torch.tensor(-1.0), "step": torch.tensor(-2.0), "width": 3.0}
+
+    model, guide = pair(Named)
+    (row,) = fit(model, guide, uint8(10), epochs=1, progress=False).rows
+    assert row["loss"] > 0
+    assert row["step"] == 1
+    assert (row["guide_loss"], row["guide_step"], row["width"]) == (-1, -2, 3)
+
+
 def test_blocks_train_their_own_parameters_in_turn():
     class Blocks(GaussianGuide):
         def blocks(self, model):
@@ -128,6 +151,86 @@ def test_a_guide_made_of_pyro_params_trains():
         assert not torch.equal(pyro.param("scale"), torch.ones(2))
 
 
+class Scaled(PyroModule):
+    """A guide with parameters that Pyro's global store knows by the names of its attributes."""
+
+    def __init__(self, lazy):
+        super().__init__()
+        self.linear = linear_encoder().float()
+        self.head = nn.Linear(3, 2)
+        if not lazy:
+            self.width = PyroParam(torch.ones(2), constraint=dist.constraints.positive)
+
+    @PyroParam(constraint=dist.constraints.positive)
+    def scale(self):  # exists only after first use
+        return torch.ones(2)
+
+    def forward(self, x):
+        scale = self.scale if "width" not in self._pyro_params else self.width
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.head(self.linear(x)), scale).to_event(1))
+
+
+def scaled(lazy):
+    torch.manual_seed(0)
+    return linear_model().float(), Scaled(lazy)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_guides_of_one_class_have_parameters_of_their_own(lazy, tmp_path):
+    options = {"epochs": 2, "batch_size": 5, "learning_rate": 0.1, "progress": False}
+    x = uint8(6)
+
+    def trained(seed):
+        model, guide = scaled(lazy)
+        history = fit(model, guide, uint8(20), seed=seed, **options).frame()
+        return model, guide, history.drop(columns="seconds")
+
+    def values(run):
+        return {name: value.clone() for name, value in run[1].state_dict().items()}
+
+    with pyro.get_param_store().scope():
+        alone = trained(1)
+    with pyro.get_param_store().scope():
+        first = trained(0)
+        before, score = values(first), log_evidence(*first[:2], x, 5, seed=0).mean
+        second = trained(1)
+        assert second[2].equals(alone[2])
+        assert all(torch.equal(v, alone[1].state_dict()[n]) for n, v in values(second).items())
+        assert log_evidence(*first[:2], x, 5, seed=0).mean == score
+        assert all(torch.equal(v, before[n]) for n, v in values(first).items())
+        save_weights(tmp_path / "weights", *first[:2])
+        fresh = scaled(lazy)
+        with pyro.get_param_store().scope():
+            fresh[1](x.float())
+        load_weights(tmp_path / "weights", *fresh)
+        assert log_evidence(*fresh, x, 5, seed=0).mean == score
+        assert all(torch.equal(v, before[n]) for n, v in values(fresh).items())
+
+
+def test_what_pyro_param_made_stays_where_it_is():
+    class Mixed(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.scale = PyroParam(torch.ones(2), constraint=dist.constraints.positive)
+
+        def forward(self, x):
+            loc = pyro.param("loc", torch.zeros(2))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, self.scale).to_event(1))
+
+    with pyro.get_param_store().scope():
+        other = nn.Linear(1, 1)
+        pyro.module("other", other)
+        model, guide = linear_model().float(), Mixed()
+        fit(model, guide, uint8(20), epochs=3, batch_size=5, progress=False)
+        assert not torch.equal(pyro.param("loc"), torch.zeros(2))
+        assert pyro.param("other$$$weight") is other.weight
+        trained = pyro.param("loc").tolist()
+        log_evidence(model, guide, uint8(3), 2)
+        assert pyro.param("loc").tolist() == trained
+
+
 def test_float64_and_one_image():
     model = linear_model()
     guide = GaussianGuide(model, linear_encoder()).double()
@@ -143,7 +246,7 @@ def test_not_finite_stops_at_the_step_and_names_the_term():
         def posterior(self, x):
             q = super().posterior(x)
             self.steps += torch.is_grad_enabled()
-            if self.steps < 3:
+            if self.steps < 4:  # one call sets everything up
                 return q
             return dist.Normal(q.mean, q.stddev * float("nan"), validate_args=False).to_event(1)
 
