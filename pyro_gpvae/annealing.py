@@ -31,7 +31,7 @@ from pyro_gpvae.importance import (
 )
 from pyro_gpvae.memory import bytes_each
 from pyro_gpvae.nonfinite import NonFiniteError, name_images, refused_parameters
-from pyro_gpvae.program import PyroProgram
+from pyro_gpvae.program import PyroProgram, with_own_parameters
 from pyro_gpvae.randomness import seeded
 
 __all__ = [
@@ -104,6 +104,7 @@ class Sandwich:
         )
 
 
+@with_own_parameters
 def annealed_evidence(
     model: PyroProgram,
     x: Tensor,
@@ -195,6 +196,7 @@ def annealed_evidence(
     )
 
 
+@with_own_parameters
 def bidirectional(
     model: PyroProgram,
     guide: PyroProgram | None = None,

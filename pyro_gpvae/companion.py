@@ -21,6 +21,7 @@ from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.generation import estimated_mean
 from pyro_gpvae.guide import make_guide
 from pyro_gpvae.importance import PARETO_LIMIT, Evidence, as_pixels, log_weights
+from pyro_gpvae.program import with_own_parameters
 from pyro_gpvae.randomness import seeded
 
 __all__ = ["WIDTHS", "Scaled", "companion_scores", "width_images"]
@@ -126,6 +127,7 @@ def width_images(train: Tensor, num_validation: int, limit: int = 200) -> tuple[
     return train[:limit], "training images: none were held out"
 
 
+@with_own_parameters
 @torch.no_grad()
 def companion_scores(
     model: Any,

@@ -20,6 +20,7 @@ from pyro_gpvae.data import to_float
 from pyro_gpvae.fixed import FixedPosterior
 from pyro_gpvae.guide import make_guide
 from pyro_gpvae.importance import ParetoWarning, device_and_dtype, evidence_curve, log_weights
+from pyro_gpvae.program import with_own_parameters
 from pyro_gpvae.randomness import seeded
 from pyro_gpvae.reference import reference_evidence
 from pyro_gpvae.uncertainty import price_of_spread
@@ -156,6 +157,7 @@ class Gap:
         )
 
 
+@with_own_parameters
 @torch.no_grad()
 def decompose(
     model: Any,

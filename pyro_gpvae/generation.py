@@ -20,7 +20,7 @@ from pyro_gpvae.importance import MAX_IMAGES, as_pixels, default_chunk_size, dev
 from pyro_gpvae.memory import bytes_each
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.networks import ImageShape
-from pyro_gpvae.program import PyroProgram
+from pyro_gpvae.program import PyroProgram, with_own_parameters
 from pyro_gpvae.randomness import seeded
 
 __all__ = [
@@ -59,6 +59,7 @@ class Decoded(NamedTuple):
     images: Tensor
 
 
+@with_own_parameters
 @torch.no_grad()
 def sample_images(
     model: PyroProgram,
@@ -98,6 +99,7 @@ def sample_images(
         return Decoded(z, decode(model, z, noise=noise, image_shape=shape))
 
 
+@with_own_parameters
 @torch.no_grad()
 def decode(
     model: PyroProgram, z: Tensor, *, noise: bool = False, image_shape: ImageShape | None = None
@@ -132,6 +134,7 @@ def decode(
     return images.reshape(*z.shape[:-1], *shape)
 
 
+@with_own_parameters
 @torch.no_grad()
 def reconstruct(
     model: PyroProgram,
@@ -163,6 +166,7 @@ def reconstruct(
     return Decoded(z, decode(model, z, image_shape=_shape_of(x)))
 
 
+@with_own_parameters
 def interpolate(
     model: PyroProgram,
     guide: PyroProgram,
@@ -237,6 +241,7 @@ def latent_path(start: Tensor, end: Tensor, steps: int, kind: PathKind = "spheri
     return torch.where(curved, arc, line)
 
 
+@with_own_parameters
 def traverse(
     model: PyroProgram,
     guide: PyroProgram,
@@ -310,6 +315,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return (255 * images.clamp(0, 1)).round().to(torch.uint8)
 
 
+@with_own_parameters
 def posterior_mean(guide: PyroProgram, x: Tensor) -> tuple[Tensor, Tensor]:
     """E_q[z|x] and an error of its estimate, (B, p) each.
 

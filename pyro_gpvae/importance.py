@@ -28,7 +28,7 @@ from pyro_gpvae.memory import bytes_each, free_memory
 from pyro_gpvae.model import DATA_PLATE
 from pyro_gpvae.nonfinite import NonFiniteError, name_images, refused_parameters
 from pyro_gpvae.precision import Precision, autocast, lowered
-from pyro_gpvae.program import PyroProgram, own_parameters
+from pyro_gpvae.program import PyroProgram, with_own_parameters
 from pyro_gpvae.pure import unvalidated
 from pyro_gpvae.randomness import seeded
 
@@ -53,6 +53,7 @@ class ParetoWarning(UserWarning):
     """The weights of some images have so heavy a tail that their estimate cannot be trusted."""
 
 
+@with_own_parameters
 @torch.no_grad()
 def log_weights(
     model: PyroProgram,
@@ -118,7 +119,7 @@ def log_weights(
     size = min(chunk_size, MAX_IMAGES)
     for start in range(0, len(x), size):
         batch = _to_pixels(model, x[start : start + size], guide)
-        with own_parameters(model, guide), autocast(precision and "float32", device.type):
+        with autocast(precision and "float32", device.type):
             try:
                 with refused_parameters():
                     weights = _log_weights_of_batch(scored, guide, batch, num_samples, chunk_size)
@@ -351,6 +352,7 @@ def default_chunk_size(device: torch.device, need: Callable[[], int] | None = No
 MAX_IMAGES = 512
 
 
+@with_own_parameters
 def bytes_per_latent(model: PyroProgram, guide: PyroProgram, x: Tensor) -> int:
     """Returns how many bytes decoding and scoring one latent vector of one image takes at most.
 
@@ -380,7 +382,7 @@ def bytes_per_latent(model: PyroProgram, guide: PyroProgram, x: Tensor) -> int:
         programs = _local_programs(model, guide, images)
         return lambda: _log_weights_of_chunk(*programs, images, particles)
 
-    with torch.no_grad(), seeded(0, device), own_parameters(model, guide):
+    with torch.no_grad(), seeded(0, device):
         return max(1, bytes_each(begin) // (len(x) if only_these else 1))
 
 

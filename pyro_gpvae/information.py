@@ -18,7 +18,7 @@ from pyro_gpvae.generation import (
     program_sites,
     seeded_for,
 )
-from pyro_gpvae.program import PyroProgram
+from pyro_gpvae.program import PyroProgram, with_own_parameters
 
 __all__ = ["ActiveUnits", "LatentInformation", "active_units", "mutual_information"]
 
@@ -47,6 +47,7 @@ class ActiveUnits:
         return int((self.variances > self.threshold).sum())
 
 
+@with_own_parameters
 @torch.no_grad()
 def active_units(
     model: PyroProgram,
@@ -121,6 +122,7 @@ class LatentInformation:
         return math.log(self.num_images)
 
 
+@with_own_parameters
 @torch.no_grad()
 def mutual_information(
     model: PyroProgram,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import pyro
 from pyro.nn import PyroModule
@@ -12,7 +13,10 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Program", "PyroProgram", "References", "own_parameters"]
+__all__ = ["Program", "PyroProgram", "References", "own_parameters", "with_own_parameters"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 #: A Pyro model or guide: any callable of the images, with sample statements.
 PyroProgram = Callable[..., Any]
@@ -132,3 +136,16 @@ def own_parameters(*programs: Any) -> Iterator[None]:
         after = store.get_state()
         replace(others, before)
         store.set_state(after)
+
+
+def with_own_parameters(
+    function: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """The function, called within :func:`own_parameters` of all modules among its arguments."""
+
+    @wraps(function)
+    def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with own_parameters(*args, *kwargs.values()):
+            return function(*args, **kwargs)
+
+    return wrapped

@@ -25,7 +25,7 @@ from pyro_gpvae.importance import (
     check_batch,
     log_weights,
 )
-from pyro_gpvae.program import PyroProgram
+from pyro_gpvae.program import PyroProgram, with_own_parameters
 from pyro_gpvae.randomness import seeded
 
 __all__ = ["Estimate", "ReferenceEvidence", "reference_evidence"]
@@ -71,6 +71,7 @@ class ReferenceEvidence:
         )
 
 
+@with_own_parameters
 @torch.no_grad()
 def reference_evidence(
     model: PyroProgram,
@@ -287,7 +288,7 @@ def _warn_of_distrust(result: ReferenceEvidence) -> None:
             "given, which may be too low by any amount; raise num_samples, num_chains and "
             "num_steps, or give a wider guide",
             ParetoWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -322,7 +323,7 @@ def _check_target(
         f"the standard error of log p(x) is above target_error = {target} nats for "
         f"{int(missed.sum())} of {len(missed)} images, {float(result.standard_error.max()):.2g} "
         f"at most: {'; '.join(advice)}",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_gpvae.distributions import MarginalPosterior
 from pyro_gpvae.importance import default_chunk_size
+from pyro_gpvae.program import with_own_parameters
 from pyro_gpvae.randomness import seeded
 
 __all__ = [
@@ -32,6 +33,7 @@ MIN_IMAGES = 8
 Floats = NDArray[np.floating[Any]]
 
 
+@with_own_parameters
 @torch.no_grad()
 def bhattacharyya_uncertainty(guide: Any, x: Tensor, *, num_nodes: int = 64) -> Tensor:
     r"""Returns how much two draws of a random encoder disagree about each image, in nats, (B,).
@@ -64,6 +66,7 @@ def bhattacharyya_uncertainty(guide: Any, x: Tensor, *, num_nodes: int = 64) -> 
     return terms.sum(-1)
 
 
+@with_own_parameters
 @torch.no_grad()
 def price_of_spread(guide: Any, x: Tensor, *, num_nodes: int = 32) -> Tensor:
     r"""Returns :math:`I(z; (W, U) \mid x)` of a random encoder, in nats, (B,).
@@ -100,6 +103,7 @@ def price_of_spread(guide: Any, x: Tensor, *, num_nodes: int = 32) -> Tensor:
     return (entropy - 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
+@with_own_parameters
 @torch.no_grad()
 def uncertainty_scores(model: Any, guide: Any, x: Tensor) -> pd.DataFrame:
     r"""Returns both scores of inference uncertainty, and what any encoder could offer instead.
@@ -230,6 +234,7 @@ class PosteriorGrid:
     log_evidence: float
 
 
+@with_own_parameters
 @torch.no_grad()
 def posterior_grid(
     model: Any, x: Tensor, *, num_points: int = 81, chunk_size: int | None = None
@@ -263,6 +268,7 @@ def posterior_grid(
     ]
 
 
+@with_own_parameters
 @torch.no_grad()
 def posterior_record(
     model: Any, guide: Any, x: Tensor, *, num_draws: int = 12, num_points: int = 81, seed: int = 0

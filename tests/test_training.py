@@ -21,8 +21,10 @@ from pyro_gpvae import (
     load_data,
     log_evidence,
 )
+from pyro_gpvae.annealing import annealed_evidence
 from pyro_gpvae.checkpoint import load_weights, save_weights
 from pyro_gpvae.data import split_validation
+from pyro_gpvae.generation import reconstruct
 
 
 def uint8(count):
@@ -206,6 +208,39 @@ def test_guides_of_one_class_have_parameters_of_their_own(lazy, tmp_path):
         load_weights(tmp_path / "weights", *fresh)
         assert log_evidence(*fresh, x, 5, seed=0).mean == score
         assert all(torch.equal(v, before[n]) for n, v in values(fresh).items())
+
+
+class Wide(PyroModule):
+    def __init__(self, width):
+        super().__init__()
+        self.width = PyroParam(torch.full((2,), width), constraint=dist.constraints.positive)
+
+    def posterior(self, x):
+        return dist.Normal(x.flatten(1)[:, :2], self.width).to_event(1)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.posterior(x))
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda model, guide, x: log_evidence(model, guide, x, 5, seed=0).log_evidence,
+        lambda model, guide, x: reconstruct(model, guide, x, draw=True, seed=0).z,
+        lambda model, guide, x: (
+            annealed_evidence(model, x, guide, num_chains=2, num_steps=1, seed=0).log_evidence
+        ),
+    ],
+)
+def test_guides_of_one_class_are_evaluated_with_their_own_parameters(evaluate):
+    with pyro.get_param_store().scope():
+        model, x = linear_model().float(), images(3).float()
+        first, second = Wide(0.1), Wide(2.0)
+        found = evaluate(model, first, x)
+        assert not torch.equal(evaluate(model, second, x), found)
+        second(x)  # its own way, through the store
+        assert torch.equal(evaluate(model, first, x), found)
 
 
 def test_what_pyro_param_made_stays_where_it_is():

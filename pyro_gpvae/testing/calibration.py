@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from pyro_gpvae.elbo import in_data_plate
+from pyro_gpvae.program import with_own_parameters
 from pyro_gpvae.randomness import seeded
 from pyro_gpvae.testing.tools import z_site
 
@@ -74,6 +75,7 @@ class Calibration:
         )
 
 
+@with_own_parameters
 @torch.no_grad()
 def simulation_based_calibration(
     model: Callable[[Tensor], Any],
