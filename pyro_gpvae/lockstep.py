@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_gpvae.checkpoint import TrainingState
@@ -141,12 +142,11 @@ def _trained(step: TrainingStep) -> dict[str, Any]:
 
 
 def _options(objective: Any) -> dict[str, Any]:
-    """What an objective was made with: scalars that constructors of its classes take.
+    """What an objective was made with: scalars that Pyro's constructor takes.
 
     Others may be state, which is no part of a checkpoint.
     """
-    makers = [vars(c)["__init__"] for c in type(objective).__mro__ if "__init__" in vars(c)]
-    taken = {name for maker in makers for name in inspect.signature(maker).parameters}
+    taken = inspect.signature(ELBO.__init__).parameters
     scalars = (int, float, str, bool, type(None))
     return {
         name: value

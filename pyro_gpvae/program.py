@@ -2,13 +2,13 @@ r"""Modules whose parameters Pyro finds, without Pyro's global parameter store."
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import pyro
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -92,8 +92,9 @@ def own_parameters(*programs: Any) -> Iterator[None]:
 
     A PyroModule that is called takes for its own what Pyro's global store holds by the names of
     its attributes, be it another module's. Inside, the store is without the parameters of other
-    modules; afterwards it has them again, unless their names are taken. What ``pyro.param``
-    statements made stays in it.
+    modules; afterwards it has them again, unless their names are taken. What statements of
+    ``pyro.param`` and ``pyro.module`` made stays in it. A module that is to take over what was
+    loaded into the store must be called before.
 
     Example:
         >>> import torch
@@ -121,7 +122,9 @@ def own_parameters(*programs: Any) -> Iterator[None]:
     others = {
         name
         for name, parameter in before["params"].items()
-        if isinstance(parameter, nn.Parameter) and id(parameter) not in own
+        if isinstance(parameter, nn.Parameter)
+        and id(parameter) not in own
+        and _may_take(modules, name)
     }
 
     def replace(names: set[str], state: Any) -> None:
@@ -136,6 +139,23 @@ def own_parameters(*programs: Any) -> Iterator[None]:
         after = store.get_state()
         replace(others, before)
         store.set_state(after)
+
+
+def _may_take(modules: Sequence[nn.Module], name: str) -> bool:
+    """Whether one of these modules may take what the store holds by this name for its own."""
+    if "$$$" in name:  # of a pyro.module statement
+        return False
+    for module in modules:
+        if not isinstance(module, PyroModule):
+            continue
+        if getattr(module, "prototype_trace", True) is None:  # an autoguide before its first call
+            return True
+        classes = type(module).__mro__
+        lazy = [n for c in classes for n, v in vars(c).items() if isinstance(v, PyroParam)]
+        for own in (*module._parameters, *module._pyro_params, *lazy):
+            if name == f"{module._pyro_name}.{own.removesuffix('_unconstrained')}".lstrip("."):
+                return True
+    return False
 
 
 def with_own_parameters(

@@ -172,7 +172,9 @@ class Progress:
         buffers = self.buffers
         for key, tensor in take("buffers.").items():
             # a cache of a shape that its program chooses by itself is left to it
-            if key in buffers and buffers[key].shape == tensor.shape:
+            if key not in buffers or buffers[key].shape != tensor.shape:
+                continue
+            if not torch.equal(buffers[key], tensor.to(buffers[key])):  # else it may be expanded
                 buffers[key].copy_(tensor)
         for number, optimizer in enumerate(self.optimizers):
             moments: dict[int, dict[str, Tensor]] = {}

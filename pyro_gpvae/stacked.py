@@ -204,7 +204,8 @@ class StackedStep:
     def _compare_attributes(self) -> None:
         """Refuses runs that differ in what modules keep in Python: all would get the first's."""
         first, *others = (
-            attributes(torch.nn.ModuleDict(step.modules), Tensor.tolist) for step in self.steps
+            attributes(torch.nn.ModuleDict(step.modules), lambda t: repr(t.tolist()))
+            for step in self.steps
         )
         for number, other in enumerate(others, 1):
             wrong = [name for name in first | other if first.get(name) != other.get(name)]

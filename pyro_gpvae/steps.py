@@ -354,7 +354,9 @@ class TrainingStep:
             self._written = [b for b, old in before if not torch.equal(b, old)]
         known = {id(p) for p in self.parameters.values()}
         known |= {id(p) for block in self.blocks for p in block.parameters}
-        strangers = [str(tuple(leaf.shape)) for leaf in leaves if id(leaf) not in known]
+        # other leaves are what a program differentiates in by itself
+        unknown = [p for p in leaves if isinstance(p, torch.nn.Parameter) and id(p) not in known]
+        strangers = [str(tuple(p.shape)) for p in unknown]
         if strangers:
             raise ValueError(
                 f"the loss depends on parameters of shape {', '.join(strangers[:3])} that are "

@@ -252,7 +252,7 @@ def fit(
     device = world.device(device)
     modules = [p for _, *pair in programs for p in pair if isinstance(p, torch.nn.Module)]
     for module in modules:
-        module.to(device).eval()
+        module.to(device)
     options: dict[str, Any] = {
         "num_images": len(images),
         "batch_size": batch_size,
