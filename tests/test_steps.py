@@ -658,16 +658,16 @@ def test_batch_normalisation_is_trained_in_training_mode(interpreted):
         assert not torch.equal(found["guide.encoder.3.running_mean"], torch.zeros(3).double())
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_networks_that_are_frozen_in_evaluation_mode_stay_in_it(frozen):
+@pytest.mark.parametrize(("frozen", "mode"), [(True, False), (True, True), (False, False)])
+def test_networks_that_are_frozen_in_evaluation_mode_stay_in_it(frozen, mode):
     def make_pair():
         model, guide = normalised()
-        guide.encoder.requires_grad_(not frozen).eval()
+        guide.encoder.requires_grad_(not frozen).train(mode)
         return model, guide
 
     found, _ = trained(make_pair, "eager", data=uint8(16), epochs=2)
     same = torch.equal(found["guide.encoder.3.running_mean"], torch.zeros(3).double())
-    assert same == frozen
+    assert same == (frozen and not mode)
 
 
 @pytest.mark.parametrize("how", ["a part", "shared elements"])
@@ -853,6 +853,16 @@ def test_parameters_that_would_never_be_trained():
         model, guide = make_pair()
         with pytest.raises(ValueError, match=r"shape \(.*would never be trained\. Let both be"):
             fit(model, guide, uint8(), epochs=1, progress=False)
+
+    class Slope(GaussianGuide):
+        """It differentiates in a leaf of its own."""
+
+        def posterior(self, x):
+            x = x.detach().requires_grad_()
+            return super().posterior(x)
+
+    model, guide = of(Slope)
+    fit(model, guide, uint8(), epochs=1, progress=False)
     model, guide = of(InList)
     guide.heads[0].requires_grad_(False)
     fit(model, guide, uint8(), epochs=1, progress=False)

@@ -266,6 +266,24 @@ def test_what_pyro_param_made_stays_where_it_is():
         assert pyro.param("loc").tolist() == trained
 
 
+def test_what_pyro_module_made_is_trained_beside_a_pyro_module():
+    def model(x):
+        net = pyro.module("decoder", nn.Linear(2, 6), update_module_params=True)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x.flatten(1))
+
+    with pyro.get_param_store().scope():
+        torch.manual_seed(0)
+        guide = Wide(1.0)
+        fit(model, guide, uint8(20), epochs=1, batch_size=5, progress=False)
+        first = pyro.param("decoder$$$weight").tolist()
+        log_evidence(model, guide, uint8(3), 2)
+        assert pyro.param("decoder$$$weight").tolist() == first
+        fit(model, guide, uint8(20), epochs=2, batch_size=5, progress=False)
+        assert pyro.param("decoder$$$weight").tolist() != first
+
+
 def test_float64_and_one_image():
     model = linear_model()
     guide = GaussianGuide(model, linear_encoder()).double()
