@@ -10,6 +10,8 @@ import pandas as pd
 from _frames import COMPANION, OWN
 from _records import DATA_NAMES, Collected, Column, Table
 
+from pyro_gpvae.results import seeds_text
+
 PUBLISHED_EPOCHS = 2000
 
 _TEST = "two-sided t-test, uncorrected as in the paper; Welch's and Holm's in the CSV"
@@ -68,9 +70,7 @@ def _budget_text(collected: Collected, part: str) -> str:
     likelihood = first["config.likelihood"]
     if likelihood != "gaussian":
         texts.append(f"{likelihood} likelihood, and no published scores, which are Gaussian")
-    counts = sorted({len(cell) for cell in collected.cells.values()})
-    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    texts.append(f"{seeds} seed{'s' if counts[-1] > 1 else ''}")
+    texts.append(seeds_text(len(cell) for cell in collected.cells.values()))
     return "; ".join(texts) + "."
 
 

@@ -20,6 +20,7 @@ import tyro
 from pyro_gpvae import load_run, log_evidence
 from pyro_gpvae.data import split_validation
 from pyro_gpvae.files import write_json, write_text
+from pyro_gpvae.results import seeds_text
 
 
 @dataclass
@@ -81,13 +82,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {_score(group['difference'], '+')} | {sigma:.3f} | {group['epochs'].iloc[0]} |"
         )
     first = rows[0]
-    counts = sorted(frame.groupby("method")["seed"].nunique())
-    seeds = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
+    seeds = seeds_text(frame.groupby("method")["seed"].nunique())
     lines += [
         "",
         f"Nats per image on {first['validation_images']} held-out training images, "
         f"K = {first['num_samples']}, the guide's own q; mean ± standard deviation over "
-        f"{seeds} seed{'s' if counts[-1] > 1 else ''}; {first['train_images']} training images. "
+        f"{seeds}; {first['train_images']} training images. "
         # the least: controls have a multiple of it
         f"Budget cut: {frame['epochs'].min()} epochs (the paper: 2000). What starts from a VAE had "
         "its epochs too.",

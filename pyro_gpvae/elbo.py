@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_gpvae.model import DATA_PLATE
-from pyro_gpvae.program import Program, own_parameters
+from pyro_gpvae.program import Program, with_own_parameters
 
 __all__ = [
     "MeanFieldELBO",
@@ -316,6 +316,7 @@ class _PerImageScale(Messenger):
         msg["scale"] = msg["scale"] / (self.num_images if data is None else data.size)
 
 
+@with_own_parameters
 @torch.no_grad()
 def elbo_terms(
     model: Callable[[Tensor], Any], guide: Callable[[Tensor], Any], x: Tensor, num_images: int
@@ -326,10 +327,9 @@ def elbo_terms(
         ``log_likelihood`` (expected log p(x|z)), ``kl_z``, and ``kl_global`` (KL(q(W,U)‖p)/N);
         their signed sum is the ELBO. Sites under a mask count as the mask says.
     """
-    with own_parameters(model, guide):
-        model_trace, guide_trace = get_importance_trace(
-            "flat", math.inf, PerImage(model, num_images), PerImage(guide, num_images), (x,), {}
-        )
+    model_trace, guide_trace = get_importance_trace(
+        "flat", math.inf, PerImage(model, num_images), PerImage(guide, num_images), (x,), {}
+    )
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
     for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
         for site in trace.nodes.values():

@@ -118,13 +118,14 @@ def own_parameters(*programs: Any) -> Iterator[None]:
         return
     store = pyro.get_param_store()
     own = {id(parameter) for module in modules for parameter in module.parameters()}
+    names = _names_in_store(modules)
     before = store.get_state()
     others = {
         name
         for name, parameter in before["params"].items()
-        if isinstance(parameter, nn.Parameter)
-        and id(parameter) not in own
-        and _may_take(modules, name)
+        if isinstance(parameter, nn.Parameter) and id(parameter) not in own
+        if "$$$" not in name  # of a pyro.module statement
+        if names is None or name in names
     }
 
     def replace(names: set[str], state: Any) -> None:
@@ -141,21 +142,20 @@ def own_parameters(*programs: Any) -> Iterator[None]:
         store.set_state(after)
 
 
-def _may_take(modules: Sequence[nn.Module], name: str) -> bool:
-    """Whether one of these modules may take what the store holds by this name for its own."""
-    if "$$$" in name:  # of a pyro.module statement
-        return False
+def _names_in_store(modules: Sequence[nn.Module]) -> set[str] | None:
+    """The names by which PyroModules look for their parameters in the store; None if they will
+    be known after the first call of an autoguide."""
+    names = set()
     for module in modules:
         if not isinstance(module, PyroModule):
             continue
-        if getattr(module, "prototype_trace", True) is None:  # an autoguide before its first call
-            return True
+        if getattr(module, "prototype_trace", True) is None:
+            return None
         classes = type(module).__mro__
         lazy = [n for c in classes for n, v in vars(c).items() if isinstance(v, PyroParam)]
         for own in (*module._parameters, *module._pyro_params, *lazy):
-            if name == f"{module._pyro_name}.{own.removesuffix('_unconstrained')}".lstrip("."):
-                return True
-    return False
+            names.add(f"{module._pyro_name}.{own.removesuffix('_unconstrained')}".lstrip("."))
+    return names
 
 
 def with_own_parameters(

@@ -3,7 +3,7 @@ r"""Folders of runs, read back as one table, with what makes their scores incomp
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ __all__ = [
     "differences",
     "read_results",
     "score_table",
+    "seeds_text",
     "select",
 ]
 
@@ -243,7 +244,7 @@ def caption(frame: pd.DataFrame, title: str = "") -> str:
     check_budget(frame)
     check_cells(frame)
     first = frame.iloc[0]
-    seeds = sorted(frame.groupby(["method", *_PLACE])["seed"].nunique())
+    seeds = frame.groupby(["method", *_PLACE])["seed"].nunique()
     epochs = first["epochs"] // first["epochs_factor"]
     parts = [
         f"{epochs:,} epochs"
@@ -258,8 +259,7 @@ def caption(frame: pd.DataFrame, title: str = "") -> str:
         parts.append(f"{first['validation']:,} training images held out")
     if first["batch_size"] != FULL["batch_size"]:
         parts.append(f"batches of {first['batch_size']} ({FULL['batch_size']})")
-    span = f"{seeds[0]}" if seeds[0] == seeds[-1] else f"{seeds[0]} to {seeds[-1]}"
-    parts.append(f"{span} seed{'' if span == '1' else 's'}")
+    parts.append(seeds_text(seeds))
     text = (
         f"{title + '. ' if title else ''}log p(x), nats per image, by importance sampling: "
         f"{', '.join(parts)}."
@@ -268,6 +268,18 @@ def caption(frame: pd.DataFrame, title: str = "") -> str:
         text += " CUT BUDGET: compare these numbers with each other, not with published ones."
     flags = differences(frame)
     return text + "".join(f"\nNote: {flag}." for flag in flags)
+
+
+def seeds_text(counts: Iterable[int]) -> str:
+    """How many seeds there are, from the numbers of several cells.
+
+    Example:
+        >>> seeds_text([3, 1, 2]), seeds_text([1, 1])
+        ('1 to 3 seeds', '1 seed')
+    """
+    counts = [*counts]
+    low, high = min(counts), max(counts)
+    return f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
 
 
 def score_table(frame: pd.DataFrame, title: str = "") -> str:
