@@ -70,7 +70,7 @@ napoleon_numpy_docstring = False
 
 
 def public_name(name: str) -> str | None:
-    """Where an object is documented: ``pyro_gpvae.fit`` lives in ``pyro_gpvae.training``."""
+    """Where an object is documented: ``pyro_gpvae.fit`` lives in ``pyro_gpvae.training.loop``."""
     package, _, attribute = name.partition(".")
     if package not in ("pyro_gpvae", "guides") or not attribute:
         return None
@@ -82,7 +82,7 @@ def public_name(name: str) -> str | None:
 
 
 def resolve_short_names(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> Any:
-    """Links ``pyro_gpvae.ImageModel`` to ``pyro_gpvae.model.ImageModel``."""
+    """Links ``pyro_gpvae.ImageModel`` to ``pyro_gpvae.model.image_model.ImageModel``."""
     target = public_name(str(node.get("reftarget", "")))
     if node.get("refdomain") != "py" or target is None or target == node["reftarget"]:
         return None

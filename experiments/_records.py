@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pyro_gpvae import ImageModel, make_guide
-from pyro_gpvae.files import read_json
-from pyro_gpvae.results import read_results
+from pyro_gpvae.core._files import read_json
+from pyro_gpvae.runs.results import read_results
 
 #: What all records of a table, and all of one data set, must have in common.
 BUDGET = ("config.batch_size", "config.learning_rate", "config.likelihood")

@@ -10,7 +10,7 @@ import pandas as pd
 from _frames import COMPANION, OWN
 from _records import DATA_NAMES, Collected, Column, Table
 
-from pyro_gpvae.results import seeds_text
+from pyro_gpvae.runs.results import seeds_text
 
 PUBLISHED_EPOCHS = 2000
 

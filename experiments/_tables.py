@@ -24,7 +24,7 @@ from _render import (
     score_markdown,
 )
 
-from pyro_gpvae.files import write_text
+from pyro_gpvae.core._files import write_text
 from pyro_gpvae.plots.tables import companion_dots, score_dots
 
 

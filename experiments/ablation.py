@@ -18,9 +18,9 @@ import pandas as pd
 import tyro
 
 from pyro_gpvae import load_run, log_evidence
-from pyro_gpvae.data import split_validation
-from pyro_gpvae.files import write_json, write_text
-from pyro_gpvae.results import seeds_text
+from pyro_gpvae.core._files import write_json, write_text
+from pyro_gpvae.data.images import split_validation
+from pyro_gpvae.runs.results import seeds_text
 
 
 @dataclass

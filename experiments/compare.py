@@ -27,13 +27,13 @@ import pandas as pd
 import torch
 import tyro
 
-from pyro_gpvae.config import RunConfig
-from pyro_gpvae.data import to_float
-from pyro_gpvae.evaluation import evaluate_run
-from pyro_gpvae.files import read_json, write_json, write_text
+from pyro_gpvae.core._files import read_json, write_json, write_text
+from pyro_gpvae.data.images import to_float
 from pyro_gpvae.plots import gap_against_time
-from pyro_gpvae.run_folder import Run, check_options, load_run, warm_guide
-from pyro_gpvae.runs import complete_run
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.evaluate import evaluate_run
+from pyro_gpvae.runs.folder import Run, check_options, load_run, warm_guide
+from pyro_gpvae.runs.train import complete_run
 
 #: Trained end to end, and again over the VAE's decoder.
 AMORTISED = (

@@ -29,8 +29,8 @@ import tyro
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pyro_gpvae import Checkpoints, RunConfig, resume_run, train_run
-from pyro_gpvae.files import partial_folder, write_json, write_text
-from pyro_gpvae.provenance import environment
+from pyro_gpvae.core._environment import environment
+from pyro_gpvae.core._files import partial_folder, write_json, write_text
 
 
 @dataclass(kw_only=True)

@@ -40,10 +40,10 @@ from safetensors import SafetensorError
 from scipy.io import savemat
 
 from pyro_gpvae import ImageModel, load_data, make_guide
-from pyro_gpvae.checkpoint import load_weights, save_weights
-from pyro_gpvae.config import RunConfig
-from pyro_gpvae.files import read_json
-from pyro_gpvae.integrity import ORIGINALS, Original
+from pyro_gpvae.core._files import read_json
+from pyro_gpvae.data.integrity import ORIGINALS, Original
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.training.checkpoint import load_weights, save_weights
 
 
 @dataclass(kw_only=True)

@@ -27,21 +27,21 @@ import torch
 import tyro
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
-from pyro_gpvae.config import RunConfig
-from pyro_gpvae.files import read_json, write_text
-from pyro_gpvae.gap import decompose
-from pyro_gpvae.gap_report import (
+from pyro_gpvae.core._files import read_json, write_text
+from pyro_gpvae.evaluation.gap import decompose
+from pyro_gpvae.evaluation.importance import ParetoWarning
+from pyro_gpvae.plots.gap import gap_ladder
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.folder import check_options, load_run
+from pyro_gpvae.runs.gap_report import (
     gap_caption,
     gap_markdown,
     measure_gaps,
     read_table,
     write_gaps,
 )
-from pyro_gpvae.importance import ParetoWarning
-from pyro_gpvae.plots.gap import gap_ladder
-from pyro_gpvae.run_folder import check_options, load_run
-from pyro_gpvae.runs import complete_run
-from pyro_gpvae.uncertainty_report import add_uncertainty, correlate, correlation_markdown
+from pyro_gpvae.runs.train import complete_run
+from pyro_gpvae.runs.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 
 #: Names, options and folders as in experiments/compare.py, whose runs can be used again.
 GUIDES = (

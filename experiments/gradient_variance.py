@@ -21,8 +21,8 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from guides import GPGuide
 from guides.gp import Estimator
 from pyro_gpvae import ImageModel, PerImage, fit, initial_sigma, load_data
-from pyro_gpvae.files import write_json, write_text
-from pyro_gpvae.provenance import environment
+from pyro_gpvae.core._environment import environment
+from pyro_gpvae.core._files import write_json, write_text
 
 ESTIMATORS: dict[str, tuple[Estimator, type[Trace_ELBO]]] = {
     "functions, analytic KL": ("functions", TraceMeanField_ELBO),

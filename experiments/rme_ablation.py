@@ -16,9 +16,9 @@ import torch
 import tyro
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, log_evidence, make_guide
-from pyro_gpvae.data import split_validation
-from pyro_gpvae.files import write_json, write_text
-from pyro_gpvae.provenance import environment
+from pyro_gpvae.core._environment import environment
+from pyro_gpvae.core._files import write_json, write_text
+from pyro_gpvae.data.images import split_validation
 
 GUIDES = (
     "vae",

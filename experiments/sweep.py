@@ -37,15 +37,15 @@ import pandas as pd
 import torch
 import tyro
 
-from pyro_gpvae.config import RunConfig
-from pyro_gpvae.costs import duration, seconds, step_times
-from pyro_gpvae.data import ImageData, load_data
-from pyro_gpvae.files import InUseError, locked, partial_folder, read_json, write_text
-from pyro_gpvae.plans import WHERE_IT_RUNS, Cell, Plan, parse_where, read_plan
-from pyro_gpvae.provenance import environment, sha256
-from pyro_gpvae.results import COLUMNS, read_results, score_table
-from pyro_gpvae.run_folder import load_images
-from pyro_gpvae.runs import complete_run
+from pyro_gpvae.core._environment import environment, sha256
+from pyro_gpvae.core._files import InUseError, locked, partial_folder, read_json, write_text
+from pyro_gpvae.data.images import ImageData, load_data
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.costs import duration, seconds, step_times
+from pyro_gpvae.runs.folder import load_images
+from pyro_gpvae.runs.plans import WHERE_IT_RUNS, Cell, Plan, parse_where, read_plan
+from pyro_gpvae.runs.results import COLUMNS, read_results, score_table
+from pyro_gpvae.runs.train import complete_run
 
 STEP_TIMES = Path(__file__).parent / "plans" / "step_times.csv"
 

@@ -35,13 +35,13 @@ from _render import escape, latex_table, tabular
 from torch import Tensor
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
-from pyro_gpvae.data import ImageData, to_float
-from pyro_gpvae.files import read_json, write_json, write_text
-from pyro_gpvae.networks import DecoderKind, build_decoder
+from pyro_gpvae.core._environment import environment
+from pyro_gpvae.core._files import read_json, write_json, write_text
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.data.images import ImageData, to_float
+from pyro_gpvae.model.networks import DecoderKind, build_decoder
 from pyro_gpvae.plots.tables import time_dots
-from pyro_gpvae.provenance import environment
-from pyro_gpvae.randomness import seeded
-from pyro_gpvae.run_folder import warm_guide
+from pyro_gpvae.runs.folder import warm_guide
 
 #: Those of the paper, and the families that it does not time.
 GUIDES = (

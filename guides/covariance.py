@@ -17,7 +17,8 @@ from torch.distributions import (
     register_kl,
 )
 
-from guides.gaussian import GaussianGuide, check_finite
+from guides.gaussian import GaussianGuide
+from pyro_gpvae.core._errors import check_finite
 
 __all__ = ["FullCovarianceGuide", "LowRankGuide"]
 

@@ -3,7 +3,6 @@ r"""VAE: one Gaussian with diagonal covariance, in one pass of an encoder."""
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from typing import Any
 
@@ -12,16 +11,15 @@ import pyro.distributions as dist
 from pyro.distributions import TorchDistribution
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
-from pyro_gpvae.distributions import bounded
-from pyro_gpvae.elbo import Objective
-from pyro_gpvae.model import DATA_PLATE
-from pyro_gpvae.networks import build_encoder, feature_dim
-from pyro_gpvae.nonfinite import NonFiniteError, name_images
-from pyro_gpvae.program import Program
+from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._plates import DATA_PLATE
+from pyro_gpvae.core._programs import Program
+from pyro_gpvae.model.distributions import bounded
+from pyro_gpvae.model.elbo import Objective
+from pyro_gpvae.model.networks import build_encoder, feature_dim
 
-__all__ = ["GaussianGuide", "check_finite"]
+__all__ = ["GaussianGuide"]
 
 
 class GaussianGuide(Program):
@@ -32,7 +30,7 @@ class GaussianGuide(Program):
 
     Trained with the analytic KL (``TraceMeanField_ELBO``). Other guides extend this class: they
     replace :meth:`posterior`, and keep the encoder. All scales are
-    :func:`pyro_gpvae.distributions.bounded`.
+    :func:`pyro_gpvae.model.distributions.bounded`.
 
     References:
         Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014.
@@ -115,24 +113,3 @@ class GaussianGuide(Program):
 
     def elbo(self) -> Objective:
         return TraceMeanField_ELBO()
-
-
-def check_finite(what: str, value: Tensor, images: Tensor | None = None) -> None:
-    """Raises NonFiniteError, which names the images, unless all of value (..., B, p) is finite.
-
-    ``images`` are their numbers, by default 0 to B - 1. Only checks where distributions check
-    their arguments, because it makes a GPU wait.
-    """
-    # a sum is one pass; it may overflow, which needs a closer look
-    if not Distribution._validate_args or math.isfinite(float(value.detach().sum())):
-        return
-    wrong = (~value.isfinite().all(-1)).reshape(-1, value.shape[-2]).any(0)
-    if not bool(wrong.any()):
-        return
-    numbers = (wrong.nonzero().flatten() if images is None else images[wrong]).tolist()
-    names = name_images(numbers)
-    raise NonFiniteError(
-        f"{what} is not finite for image {names} of the batch: a weight is not finite, or a "
-        f"product overflows {value.dtype}",
-        images=numbers,
-    )

@@ -14,9 +14,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from guides.gaussian import GaussianGuide, check_finite
-from pyro_gpvae.distributions import MarginalPosterior, bounded
-from pyro_gpvae.model import DATA_PLATE
+from guides.gaussian import GaussianGuide
+from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._plates import DATA_PLATE
+from pyro_gpvae.model.distributions import MarginalPosterior, bounded
 
 __all__ = ["GPGuide", "GaussianRows"]
 

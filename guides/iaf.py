@@ -16,8 +16,9 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from guides.gaussian import GaussianGuide, check_finite
-from pyro_gpvae.distributions import bounded
+from guides.gaussian import GaussianGuide
+from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.model.distributions import bounded
 
 __all__ = ["FlowPosterior", "IAFGuide"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from guides.gaussian import GaussianGuide
 from guides.semi_amortized import RefiningGuide
-from pyro_gpvae.model import DATA_PLATE
+from pyro_gpvae.core._plates import DATA_PLATE
 
 __all__ = ["IterativeGuide"]
 

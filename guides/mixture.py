@@ -9,10 +9,11 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from guides.gaussian import GaussianGuide, check_finite
-from pyro_gpvae.distributions import bounded
-from pyro_gpvae.elbo import Objective
-from pyro_gpvae.mixtures import StratifiedELBO, gaussian_mixture
+from guides.gaussian import GaussianGuide
+from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.model.distributions import bounded
+from pyro_gpvae.model.elbo import Objective
+from pyro_gpvae.model.stratified import StratifiedELBO, gaussian_mixture
 
 __all__ = ["MixtureGuide"]
 
@@ -26,7 +27,7 @@ class MixtureGuide(GaussianGuide):
         \alpha(x) = \mathrm{softmax}_k(\mathrm{Linear}'_k(\phi_k(x)))
 
     All components have encoders of their own and are trained together on the stratified ELBO
-    (:class:`pyro_gpvae.mixtures.StratifiedELBO`); the weights start equal. Evaluation draws
+    (:class:`pyro_gpvae.model.stratified.StratifiedELBO`); the weights start equal. Evaluation draws
     i.i.d. from Q. With one component this is the VAE, objective included.
 
     References:

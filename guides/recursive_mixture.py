@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from guides.gaussian import GaussianGuide, check_finite
+from guides.gaussian import GaussianGuide
 from guides.mixture import MixtureGuide, gate
-from pyro_gpvae.distributions import bounded
-from pyro_gpvae.mixtures import gaussian_mixture
-from pyro_gpvae.model import DATA_PLATE
-from pyro_gpvae.training import Block
+from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._plates import DATA_PLATE
+from pyro_gpvae.model.distributions import bounded
+from pyro_gpvae.model.stratified import gaussian_mixture
+from pyro_gpvae.training.loop import Block
 
 __all__ = ["RecursiveMixtureGuide"]
 

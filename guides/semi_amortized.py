@@ -13,9 +13,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from guides.gaussian import GaussianGuide, check_finite
-from pyro_gpvae.distributions import bounded
-from pyro_gpvae.program import References
+from guides.gaussian import GaussianGuide
+from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._programs import BorrowedModules
+from pyro_gpvae.model.distributions import bounded
 
 __all__ = ["RefiningGuide", "SemiAmortizedGuide"]
 
@@ -66,7 +67,9 @@ class RefiningGuide(GaussianGuide):
         super().__init__(model, encoder, warm_start=warm_start)
         self.num_steps = num_steps
         self.num_samples = num_samples
-        self._model = References((model,))  # in a tuple, so that its parameters are not the guide's
+        self._model = BorrowedModules(
+            (model,)
+        )  # in a tuple, so that its parameters are not the guide's
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Returns the refined q(z|x): batch shape (B,), event shape (p,)."""

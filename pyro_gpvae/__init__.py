@@ -1,25 +1,25 @@
 r"""How well a variational autoencoder infers: models, guides and measurements in Pyro."""
 
-from pyro_gpvae.annealing import annealed_evidence, bidirectional
-from pyro_gpvae.checkpoint import Checkpoints
-from pyro_gpvae.config import RunConfig
-from pyro_gpvae.data import ImageData, load_data, memory_mapped
-from pyro_gpvae.distributions import MarginalPosterior
-from pyro_gpvae.elbo import MeanFieldELBO, PerImage, TraceELBO, elbo_terms
-from pyro_gpvae.evaluation import evaluate_run
-from pyro_gpvae.gap import Gap, decompose
-from pyro_gpvae.guide import available_guides, load_guide, make_guide
-from pyro_gpvae.importance import Evidence, evidence_curve, log_evidence, log_weights
-from pyro_gpvae.mixtures import StratifiedELBO
-from pyro_gpvae.model import ImageModel, initial_sigma
-from pyro_gpvae.networks import build_decoder, build_encoder
-from pyro_gpvae.program import Program
-from pyro_gpvae.pure import UnsupportedError
-from pyro_gpvae.reference import ReferenceEvidence, reference_evidence
-from pyro_gpvae.run_folder import Run, load_run
-from pyro_gpvae.runs import resume_run, train_run
-from pyro_gpvae.seeds import resume_seeds, train_seeds
-from pyro_gpvae.training import Block, History, NonFiniteError, fit
+from pyro_gpvae.core._errors import NonFiniteError, UnsupportedError
+from pyro_gpvae.core._programs import Program
+from pyro_gpvae.data.images import ImageData, load_data, memory_mapped
+from pyro_gpvae.evaluation.annealing import annealed_evidence, bidirectional
+from pyro_gpvae.evaluation.gap import Gap, decompose
+from pyro_gpvae.evaluation.importance import Evidence, evidence_curve, log_evidence, log_weights
+from pyro_gpvae.evaluation.reference import ReferenceEvidence, reference_evidence
+from pyro_gpvae.model.distributions import MarginalPosterior
+from pyro_gpvae.model.elbo import MeanFieldELBO, PerImage, TraceELBO, elbo_terms
+from pyro_gpvae.model.guide import available_guides, load_guide, make_guide
+from pyro_gpvae.model.image_model import ImageModel, initial_sigma
+from pyro_gpvae.model.networks import build_decoder, build_encoder
+from pyro_gpvae.model.stratified import StratifiedELBO
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.evaluate import evaluate_run
+from pyro_gpvae.runs.folder import Run, load_run
+from pyro_gpvae.runs.seeds import resume_seeds, train_seeds
+from pyro_gpvae.runs.train import resume_run, train_run
+from pyro_gpvae.training.checkpoint import Checkpoints
+from pyro_gpvae.training.loop import Block, History, fit
 
 __version__ = "0.1.0"
 

@@ -16,8 +16,8 @@ from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide, MixtureGuide, RecursiveMixtureGuide
 from pyro_gpvae import fit
-from pyro_gpvae.checkpoint import Checkpoints
-from pyro_gpvae.interrupts import Terminated
+from pyro_gpvae.core._signals import Terminated
+from pyro_gpvae.training.checkpoint import Checkpoints
 
 GUIDES = {
     "vae": GaussianGuide,

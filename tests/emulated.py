@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from pyro_gpvae.cuda_graph import CudaGraph
+from pyro_gpvae.training._cuda_graph import CudaGraph
 
 _setup_privateuseone_for_python_backend("emulated")
 DEVICE = torch.device("emulated", 0)

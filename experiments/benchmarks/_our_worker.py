@@ -14,8 +14,8 @@ from _handwritten import NETS
 from _worker import serve
 
 from pyro_gpvae import ImageModel, elbo_terms, fit, log_evidence, make_guide
-from pyro_gpvae.importance import ParetoWarning
-from pyro_gpvae.randomness import seeded
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.evaluation.importance import ParetoWarning
 
 
 class Clock:
@@ -54,7 +54,7 @@ class Ours:
         """Seconds of the first epoch with all that comes before it, of another, and of its end;
         the page faults of that."""
         clock, start = Clock(), time.perf_counter()
-        with mock.patch("pyro_gpvae.training.elbo_terms", clock):
+        with mock.patch("pyro_gpvae.training.loop.elbo_terms", clock):
             history = fit(
                 self.model,
                 self.guide,

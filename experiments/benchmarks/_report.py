@@ -10,8 +10,8 @@ import torch
 from _bench import Ceilings, Options, Program, seconds_of, short
 from torch.profiler import ProfilerActivity
 
-from pyro_gpvae.files import write_json, write_text
-from pyro_gpvae.provenance import environment
+from pyro_gpvae.core._environment import environment
+from pyro_gpvae.core._files import write_json, write_text
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ import tyro
 from torch import Tensor
 
 from pyro_gpvae import RunConfig, load_run, log_evidence, make_guide, train_run
-from pyro_gpvae.annealing import annealed_evidence, bidirectional
-from pyro_gpvae.files import write_json, write_text
-from pyro_gpvae.importance import ParetoWarning, as_pixels
-from pyro_gpvae.provenance import environment
+from pyro_gpvae.core._environment import environment
+from pyro_gpvae.core._files import write_json, write_text
+from pyro_gpvae.evaluation.annealing import annealed_evidence, bidirectional
+from pyro_gpvae.evaluation.importance import ParetoWarning, as_pixels
 
 Setting = tuple[str, str, int]
 

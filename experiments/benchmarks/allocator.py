@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/allocator.py
 
-`fit` lets glibc keep freed memory (`pyro_gpvae.allocator`), which is a setting of the whole
+`fit` lets glibc keep freed memory (`pyro_gpvae.core._allocator`), which is a setting of the whole
 process: a hand-written step beside it would profit as well. Here every timing has a process of its
 own, hand-written and ours in turns; its page faults are counted. Writes allocator_cpu.json and .md.
 """
@@ -21,7 +21,7 @@ from _handwritten import NETS, VAE, eager
 from _report import Report, Target
 from step import on_batches, ours
 
-from pyro_gpvae.allocator import keep_freed_memory
+from pyro_gpvae.core._allocator import keep_freed_memory
 
 HAND, KEPT, OURS = "hand-written", "hand-written, freed memory kept", "vae, eager, as fit runs it"
 

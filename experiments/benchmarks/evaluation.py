@@ -24,9 +24,9 @@ from _report import Report, Target, profile
 from torch import Tensor
 
 from pyro_gpvae import ImageModel, RunConfig, load_run, log_evidence, make_guide, train_run
-from pyro_gpvae.importance import ParetoWarning, default_chunk_size, log_weights
-from pyro_gpvae.memory import PeakMemory
-from pyro_gpvae.precision import Precision
+from pyro_gpvae.core._memory import PeakMemory
+from pyro_gpvae.core._precision import Precision
+from pyro_gpvae.evaluation.importance import ParetoWarning, default_chunk_size, log_weights
 
 SHAPE = (1, 28, 28)
 DECODER = "decoder"

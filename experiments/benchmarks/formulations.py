@@ -25,10 +25,10 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
 from pyro_gpvae import build_decoder, build_encoder
-from pyro_gpvae.allocator import keep_freed_memory
-from pyro_gpvae.convolutions import ConvTranspose2d
-from pyro_gpvae.networks import ImageShape, feature_dim
-from pyro_gpvae.randomness import seeded
+from pyro_gpvae.core._allocator import keep_freed_memory
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.model._convolutions import ConvTranspose2d
+from pyro_gpvae.model.networks import ImageShape, feature_dim
 
 TORCH, OURS, TURNS = "torch", "ours", "torch, in turn"
 

@@ -25,9 +25,9 @@ from _report import Report, Target
 from step import on_batches
 
 from pyro_gpvae import ImageModel, log_evidence, make_guide
-from pyro_gpvae.importance import ParetoWarning
-from pyro_gpvae.randomness import seeded
-from pyro_gpvae.steps import Backend, TrainingStep
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.evaluation.importance import ParetoWarning
+from pyro_gpvae.training.step import Backend, TrainingStep
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from _report import Report, Target, profile
 from step import lasting, on_batches, ours
 from torch import Tensor
 
-from pyro_gpvae.randomness import seeded
-from pyro_gpvae.stacked import StackedStep
-from pyro_gpvae.steps import Backend
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.training._stacked import StackedStep
+from pyro_gpvae.training.step import Backend
 
 ONE = "one seed"
 

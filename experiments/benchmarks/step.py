@@ -30,8 +30,8 @@ from pyro.optim import Adam, ClippedAdam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_gpvae import ImageModel, make_guide
-from pyro_gpvae.randomness import seeded
-from pyro_gpvae.steps import Backend, TrainingStep
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.training.step import Backend, TrainingStep
 
 HAND, GRAPH, PLAIN, TUNED = "hand-written", "hand-written, captured", "SVI", "SVI, tuned"
 

@@ -28,10 +28,10 @@ from _report import Report, Target
 from step import lasting, on_batches, ours
 from torch import Tensor
 
-from pyro_gpvae.data import memory_mapped
-from pyro_gpvae.randomness import seeded
-from pyro_gpvae.steps import Backend
-from pyro_gpvae.streaming import Gathering
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.data.images import memory_mapped
+from pyro_gpvae.training._streaming import Gathering
+from pyro_gpvae.training.step import Backend
 
 RESIDENT, THREAD = "in memory", "file, next minibatch in a thread"
 

@@ -38,7 +38,7 @@ def posterior_panels(
 
     Arguments:
         images: Images (B, C, H, W), uint8 or floats in [0, 1].
-        record: As ``pyro_gpvae.uncertainty.posterior_record`` returns it.
+        record: As ``pyro_gpvae.evaluation.uncertainty.posterior_record`` returns it.
         titles: A line above each panel.
         columns: Panels in a row.
         caption: A line below.

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pyro_gpvae.importance import log_weights
+from pyro_gpvae.evaluation.importance import log_weights
 from pyro_gpvae.testing.kit import Kit
 from pyro_gpvae.testing.tools import (
     FAILURE_RATE,

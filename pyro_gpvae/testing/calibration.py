@@ -15,9 +15,9 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor, nn
 
-from pyro_gpvae.elbo import in_data_plate
-from pyro_gpvae.program import with_own_parameters
-from pyro_gpvae.randomness import seeded
+from pyro_gpvae.core._plates import in_data_plate
+from pyro_gpvae.core._programs import with_own_parameters
+from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.testing.tools import z_site
 
 __all__ = ["Calibration", "simulation_based_calibration"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_gpvae.data import to_float
+from pyro_gpvae.data.images import to_float
 from pyro_gpvae.testing.batches import check_batch, check_chunks, check_noise, check_traced
 from pyro_gpvae.testing.densities import (
     check_evidence,
@@ -86,7 +86,7 @@ def check_guide(
     ``batch``. Guides with parameters for each image instead of an encoder are not for this kit.
 
     Arguments:
-        guide: The guide. See :mod:`pyro_gpvae.guide` for the contract.
+        guide: The guide. See :mod:`pyro_gpvae.model.guide` for the contract.
         model: The model it was built for, such as :class:`pyro_gpvae.ImageModel`.
         x: At least two different images (B, C, H, W), uint8 or floats in [0, 1]. Up to eight
             are used.

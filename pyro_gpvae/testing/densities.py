@@ -12,9 +12,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from pyro_gpvae.fixed import FixedPosterior
-from pyro_gpvae.importance import log_weights
-from pyro_gpvae.model import DATA_PLATE
+from pyro_gpvae.core._plates import DATA_PLATE
+from pyro_gpvae.evaluation.importance import log_weights
+from pyro_gpvae.model._precomputed import PrecomputedPosterior
 from pyro_gpvae.testing.kit import Kit, fixed_noise
 from pyro_gpvae.testing.linear_gaussian import linear_gaussian
 from pyro_gpvae.testing.tools import (
@@ -147,7 +147,7 @@ def _efficiency(kit: Kit, proposal: Any, model: Any, x: Tensor) -> Tensor:
     density of q it is estimated by its own draws.
     """
     p = model.posterior(x)
-    if isinstance(proposal, FixedPosterior):
+    if isinstance(proposal, PrecomputedPosterior):
         z = p.sample((500,))
         moment: Tensor = (p.log_prob(z) - proposal.q.log_prob(z)).exp().mean(0)
     else:
@@ -159,7 +159,7 @@ def _efficiency(kit: Kit, proposal: Any, model: Any, x: Tensor) -> Tensor:
 def _mean_weight(kit: Kit, proposal: Any, model: Any, x: Tensor, where: str) -> Finding:
     """Whether weights have the mean p(x), all images in one χ² test."""
     # an estimate by draws of q alone tends to be too good
-    enough = 0.1 if isinstance(proposal, FixedPosterior) else 0.2
+    enough = 0.1 if isinstance(proposal, PrecomputedPosterior) else 0.2
     reliable = _efficiency(kit, proposal, model, x) > enough
     weights = log_weights(model, proposal, x, NUM_DRAWS // 2)
     relative = (weights - model.log_evidence(x)).exp()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_gpvae.fixed import FixedPosterior
-from pyro_gpvae.networks import ImageShape
+from pyro_gpvae.model._precomputed import PrecomputedPosterior
+from pyro_gpvae.model.networks import ImageShape
 from pyro_gpvae.testing.quadrature import Quadrature
 from pyro_gpvae.testing.tools import (
     Finding,
@@ -111,7 +111,7 @@ class Kit:
 
 @torch.no_grad()
 def fixed_noise(guide: Any, x: Tensor) -> Any:
-    return FixedPosterior(guide.posterior(x)) if hasattr(guide, "posterior") else guide
+    return PrecomputedPosterior(guide.posterior(x)) if hasattr(guide, "posterior") else guide
 
 
 def log_density(kit: Kit, x: Tensor, z: Tensor) -> Tensor:

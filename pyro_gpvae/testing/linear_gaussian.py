@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import LowRankMultivariateNormal
 
-from pyro_gpvae.model import ImageModel
-from pyro_gpvae.networks import ImageShape
+from pyro_gpvae.model.image_model import ImageModel
+from pyro_gpvae.model.networks import ImageShape
 
 __all__ = [
     "LinearGaussian",

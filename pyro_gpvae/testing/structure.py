@@ -14,9 +14,9 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_gpvae.importance import log_weights
-from pyro_gpvae.model import DATA_PLATE
-from pyro_gpvae.nonfinite import NonFiniteError
+from pyro_gpvae.core._errors import NonFiniteError
+from pyro_gpvae.core._plates import DATA_PLATE
+from pyro_gpvae.evaluation.importance import log_weights
 from pyro_gpvae.testing.kit import Kit, all_equal, log_density
 from pyro_gpvae.testing.tools import (
     ConstantNoise,

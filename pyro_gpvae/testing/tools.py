@@ -13,8 +13,8 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_gpvae.elbo import PerImage
-from pyro_gpvae.training import Block
+from pyro_gpvae.model.elbo import PerImage
+from pyro_gpvae.training.loop import Block
 
 __all__ = [
     "FAILURE_RATE",

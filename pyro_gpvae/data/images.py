@@ -1,0 +1,445 @@
+r"""Image data sets, their splits, and the checks between a file and a tensor."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_gpvae.data.integrity import fetch
+from pyro_gpvae.data.readers import NPZ_FORMAT, SOURCES, Parts, read_npz
+
+__all__ = [
+    "ImageData",
+    "available_data",
+    "check_images",
+    "is_memory_mapped",
+    "load_data",
+    "memory_mapped",
+    "split_validation",
+    "to_float",
+]
+
+
+def check_images(images: Tensor, name: str = "images") -> None:
+    r"""Checks that images are a non-empty uint8 tensor of shape (B, C, H, W).
+
+    Arguments:
+        images: what should be images.
+        name: what error messages call them.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another dtype or shape, or no image at all.
+
+    Example:
+        >>> check_images(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    """
+    if not isinstance(images, Tensor):
+        kind = type(images).__name__
+        raise TypeError(f"{name}: expected a torch.Tensor, got {kind}; try torch.from_numpy")
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"{name}: expected uint8 values 0 to 255, got {images.dtype}. If they are floats in "
+            f"[0, 1], multiply by 255 and convert: (255 * images).round().to(torch.uint8)."
+        )
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        hint = "; add the channel with images.unsqueeze(1)" if images.ndim == 3 else ""
+        raise ValueError(f"{name}: expected shape (B, C, H, W), got {shape}{hint}")
+    if images.numel() == 0:
+        raise ValueError(f"{name}: expected at least one image, got shape {shape}")
+    # A network would be built for 32 channels without a word of protest.
+    if shape[1] > 4 >= shape[3]:
+        raise ValueError(
+            f"{name}: expected shape (B, C, H, W), got {shape}, which looks like (B, H, W, C); "
+            f"move the channels with images.movedim(-1, 1)"
+        )
+
+
+def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    r"""Returns images as floats in [0, 1], \( x / 255 \) for uint8 values \( x \).
+
+    Arguments:
+        images: (B, C, H, W), uint8, or floats that are in [0, 1] already.
+        dtype: the floating-point type to return.
+
+    Raises:
+        ValueError: another rank or dtype, or a float that is NaN or outside [0, 1].
+
+    Example:
+        >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)).flatten()
+        tensor([0.0000, 0.2000, 1.0000])
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    if images.dtype == torch.uint8:
+        return images.to(dtype) / 255
+    if not images.dtype.is_floating_point:
+        raise ValueError(
+            f"images: expected uint8 values or floats in [0, 1], got {images.dtype}; "
+            f"values 0 to 255 of another type need .to(torch.uint8)"
+        )
+    inside = (images >= 0) & (images <= 1)  # False for NaN
+    if not inside.all():
+        value = images[~inside][0].item()
+        raise ValueError(
+            f"images: expected floats in [0, 1], found {value}; divide values 0 to 255 by 255, "
+            f"or pass them as uint8"
+        )
+    return images.to(dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageData:
+    r"""Training and test images.
+
+    Arguments:
+        name: what to call the data in tables.
+        train: training images, (N, C, H, W), uint8.
+        test: test images, (M, C, H, W), uint8.
+        train_labels: classes of the training images, (N,), int64, if known.
+        test_labels: classes of the test images, (M,), int64, if known.
+        note: how far scores on these images compare with published ones.
+
+    Raises:
+        TypeError: images or labels that are not tensors.
+        ValueError: a wrong dtype or shape, or training and test images of different shapes.
+
+    Example:
+        >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+        >>> ImageData("blank", train=images, test=images[:1])
+        ImageData('blank', train=(3, 1, 8, 8), test=(1, 1, 8, 8))
+    """
+
+    name: str
+    train: Tensor
+    test: Tensor
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        check_images(self.train, "train")
+        check_images(self.test, "test")
+        if self.test.shape[1:] != self.train.shape[1:]:
+            raise ValueError(
+                f"test: expected images of shape {self.image_shape} as in train, "
+                f"got {tuple(self.test.shape[1:])}"
+            )
+        _check_labels(self.train_labels, len(self.train), "train_labels")
+        _check_labels(self.test_labels, len(self.test), "test_labels")
+
+    def __repr__(self) -> str:
+        train, test = tuple(self.train.shape), tuple(self.test.shape)
+        return f"ImageData({self.name!r}, train={train}, test={test})"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        r"""The shape (C, H, W) of one image."""
+        channels, height, width = self.train.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_train(self) -> int:
+        r"""The number N of training images."""
+        return len(self.train)
+
+    def binarized(self, seed: int = 0) -> ImageData:
+        r"""Returns the images with each pixel drawn once: 255 with probability \( x / 255 \), or 0.
+
+        The draw is fixed by `seed`, and the first images are drawn alike however many follow.
+
+        References:
+            R. Salakhutdinov and I. Murray. On the quantitative analysis of deep belief networks.
+            ICML 2008. https://doi.org/10.1145/1390156.1390266
+        """
+        return replace(
+            self,
+            name=f"{self.name}-binarized",
+            train=_binarize(self.train, [seed, 0]),
+            test=_binarize(self.test, [seed, 1]),
+            note=f"{self.note} Binarised once with seed {seed}: scores compare only with others "
+            f"on binarised images, and exactly only on the same draw.".lstrip(),
+        )
+
+    def take(self, train: int | None = None, test: int | None = None) -> ImageData:
+        r"""Returns the first `train` training and the first `test` test images (None: all).
+
+        Raises:
+            ValueError: fewer than 1 image, or more than there are.
+        """
+        counts: list[int] = []
+        for part, count, images in (("train", train, self.train), ("test", test, self.test)):
+            counts.append(len(images) if count is None else count)
+            if not 1 <= counts[-1] <= len(images):
+                raise ValueError(f"{part}: expected 1 to {len(images)} images, got {count}")
+        n, m = counts
+        if (n, m) == (len(self.train), len(self.test)):
+            return self
+        return replace(
+            self,
+            train=self.train[:n],
+            test=self.test[:m],
+            train_labels=None if self.train_labels is None else self.train_labels[:n],
+            test_labels=None if self.test_labels is None else self.test_labels[:m],
+            note=f"{self.note} Only the first {n:,} of {len(self.train):,} training and "
+            f"{m:,} of {len(self.test):,} test images.".lstrip(),
+        )
+
+
+def _check_labels(labels: Tensor | None, count: int, name: str) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (count,):
+        raise ValueError(
+            f"{name}: expected one int64 label for each image, shape ({count},), "
+            f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+
+
+def _binarize(images: Tensor, seed: list[int]) -> Tensor:
+    # Exact: a uniform integer in 0..254 is below x with probability x / 255.
+    uniform = np.random.default_rng(seed).integers(255, size=images.shape, dtype=np.uint8)
+    return (images > torch.from_numpy(uniform).to(images.device)).to(torch.uint8) * 255
+
+
+def split_validation(images: Tensor, num_validation: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    r"""Splits images at random into (train, validation), without overlap and fixed by `seed`.
+
+    Arguments:
+        images: (N, ...).
+        num_validation: how many to hold out, at least 1 and fewer than N.
+        seed: seed of a generator of its own; the global random state is neither read nor changed.
+
+    Raises:
+        ValueError: nothing would be held out, or nothing left to train on.
+
+    Example:
+        >>> train, validation = split_validation(load_data("mnist5k").train, 500)
+        >>> len(train), len(validation)
+        (3500, 500)
+    """
+    if not 1 <= num_validation < len(images):
+        raise ValueError(
+            f"num_validation: expected between 1 and {len(images) - 1} of the {len(images)} "
+            f"images, got {num_validation}"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = order.to(images.device)
+    return images[order[num_validation:]], images[order[:num_validation]]
+
+
+#: Arrays whose pixels are in a file, by the address of the first.
+_MAPS: weakref.WeakValueDictionary[int, np.memmap[Any, Any]] = weakref.WeakValueDictionary()
+
+
+def memory_mapped(path: str | Path) -> Tensor:
+    r"""Returns the images of an `.npy` file without reading them: pixels come when they are used.
+
+    :func:`pyro_gpvae.fit` trains on more images than memory holds. Slices share the file; what
+    indexes at random, such as :func:`split_validation`, copies into memory. The file must
+    not change meanwhile; writing to the tensor does not change the file.
+
+    Arguments:
+        path: a file that `numpy.save` wrote, uint8 (N, C, H, W). Nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds another dtype or shape.
+
+    Example:
+        >>> path = Path(getfixture("tmp_path")) / "images.npy"
+        >>> np.save(path, np.zeros((5, 1, 28, 28), np.uint8))
+        >>> memory_mapped(path).shape
+        torch.Size([5, 1, 28, 28])
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: expected uint8 (N, C, H, W), as .npy")
+    try:
+        # "c": torch warns of arrays that cannot be written; writes stay in memory
+        pixels = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} could not be read: {_cause(error)}. Expected an .npy file, uint8 (N, C, H, W)"
+        ) from error
+    if not isinstance(pixels, np.memmap):
+        pixels.close()
+        raise ValueError(f"{path} is an archive: expected one array, as numpy.save writes it")
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"{path}: expected uint8 values 0 to 255, got {pixels.dtype}")
+    if not pixels.flags.c_contiguous:
+        raise ValueError(f"{path} is in Fortran order: write it with numpy.ascontiguousarray")
+    images = torch.from_numpy(pixels)
+    check_images(images, str(path))
+    _MAPS[images.untyped_storage().data_ptr()] = pixels
+    return images
+
+
+def is_memory_mapped(images: Tensor) -> bool:
+    """Whether pixels are those of :func:`memory_mapped`, or of a slice of them."""
+    return images.device.type == "cpu" and images.untyped_storage().data_ptr() in _MAPS
+
+
+_MNIST5K_NOTE = (
+    "4,000 training and 1,000 test digits, all of them from MNIST's official training set: "
+    "scores do not compare with published MNIST scores."
+)
+
+
+def available_data() -> tuple[str, ...]:
+    r"""Returns the names that `load_data` knows.
+
+    Example:
+        >>> available_data()
+        ('mnist5k', 'mnist', 'fashion_mnist', 'omniglot', 'cifar10', 'svhn', 'celeba')
+    """
+    return ("mnist5k", *SOURCES)
+
+
+def load_data(
+    name_or_path: str | Path, root: str | Path | None = None, download: bool = False
+) -> ImageData:
+    r"""Loads a data set by name, or your own images from an `.npz` file.
+
+    `mnist5k` ships with the package. Any other name is looked up below `root`: first as
+    `<name>.npz`, the quickest way, then as the files that its authors publish, in the folders
+    where torchvision keeps them (`chardata.mat` of Burda et al. for `omniglot`).
+
+    Files from strangers are not trusted. A published file is compared with the size and SHA-256
+    of the original before it is parsed, packed or not, and nothing is unpacked to disk. Two kinds
+    have no published checksums, and are parsed within limits instead: `chardata.mat`, and the
+    faces of `celeba` where only the unpacked pictures are there. Nothing is ever unpickled: the
+    images of CIFAR-10 are found by listing the instructions of its files without running them.
+
+    An `.npz` file holds uint8 arrays `train` and `test` of shape (N, H, W) or (N, H, W, C) and,
+    if known, integer arrays `train_labels` and `test_labels`; it may unpack to 200 times its size
+    (or 64 MiB), and to 16 GiB. All faces of `celeba` take minutes to read;
+    `numpy.savez(root / "celeba.npz", train=data.train.movedim(1, -1),
+    test=data.test.movedim(1, -1))` keeps them for next time.
+
+    Arguments:
+        name_or_path: one of `available_data()`, or the path of an `.npz` file.
+        root: the folder of the files; by default the environment variable `PYRO_GPVAE_DATA`, or
+            `~/.cache/pyro-gpvae`.
+        download: fetch missing files. Without it, no network is used. `celeba` needs `gdown`.
+
+    Returns:
+        The images (N, C, H, W); `note` says how far scores compare with published ones.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message says where it was looked for.
+        ValueError: an unknown name, or a file that is damaged or holds something else.
+
+    References:
+        MNIST: Y. LeCun et al. Gradient-based learning applied to document recognition. 1998.
+        Fashion-MNIST: H. Xiao et al. 2017. https://arxiv.org/abs/1708.07747
+        Omniglot: B. Lake et al. 2015. https://doi.org/10.1126/science.aab3050
+        its split: Y. Burda et al. 2016. https://arxiv.org/abs/1509.00519
+        CIFAR-10: A. Krizhevsky. Learning multiple layers of features from tiny images. 2009.
+        SVHN: Y. Netzer et al. 2011. http://ufldl.stanford.edu/housenumbers
+        CelebA: Z. Liu et al. 2015. https://arxiv.org/abs/1411.7766
+
+    Example:
+        >>> load_data("mnist5k")
+        ImageData('mnist5k', train=(4000, 1, 28, 28), test=(1000, 1, 28, 28))
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or name.endswith(".npz") or Path(name).name != name:
+        return _load_npz(Path(name_or_path).expanduser())
+    if name == "mnist5k":
+        file = resources.files("pyro_gpvae.data") / "mnist5k.npz"
+        with file.open("rb") as stream:
+            return ImageData(name, *read_npz(stream), note=_MNIST5K_NOTE)
+    if name not in SOURCES:
+        near = difflib.get_close_matches(name.lower(), available_data(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown data set {name!r}.{hint} Expected one of {', '.join(available_data())}, "
+            f"or the path of an .npz file."
+        )
+    folder = Path(root or os.environ.get("PYRO_GPVAE_DATA") or "~/.cache/pyro-gpvae").expanduser()
+    if (folder / f"{name}.npz").exists():
+        return _load_npz(folder / f"{name}.npz")
+    return _load_published(name, folder, download)
+
+
+def _load_npz(path: Path) -> ImageData:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. {NPZ_FORMAT}")
+    try:
+        with path.open("rb") as stream:
+            parts = read_npz(stream)
+        return ImageData(path.stem, *parts, note=_note(path.stem, parts, path.name))
+    except Exception as error:  # zipfile, zlib, lzma and numpy each have their own
+        raise ValueError(f"{path} could not be read: {_cause(error)}. {NPZ_FORMAT}") from error
+
+
+def _load_published(name: str, root: Path, download: bool) -> ImageData:
+    source = SOURCES[name]
+    missing = [names for names in source.files if not any((root / file).exists() for file in names)]
+    if missing and not download:
+        raise FileNotFoundError(
+            f"{name}: found neither {root / name}.npz nor, below {root}, {_listing(missing)}. "
+            f"Fetch it with download=True (--download), or name the folder that has it with root "
+            f"or the environment variable PYRO_GPVAE_DATA. {NPZ_FORMAT}"
+        )
+    try:
+        for file in dict.fromkeys(names[-1] for names in missing):
+            fetch(root, file)
+        parts = source.read(root)
+        return ImageData(name, *parts, note=_note(name, parts))
+    except ImportError:
+        raise
+    except Exception as error:  # zipfile, tarfile, zlib, Pillow and the network have their own
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(
+            f"{name} could not be read from {root}: {_cause(error)}. Expected the published files "
+            f"{_listing(source.files)}. Delete what is damaged or incomplete, then fetch it "
+            f"with download=True (--download)."
+        ) from error
+
+
+def _listing(files: Sequence[tuple[str, ...]]) -> str:
+    plain = ", ".join(names[0] for names in files)
+    packed = ", ".join(dict.fromkeys(names[-1] for names in files if len(names) > 1))
+    return f"{plain} (or packed: {packed})" if packed else plain
+
+
+def _cause(error: Exception) -> str:
+    text, kind = str(error).rstrip("."), type(error).__name__
+    if not text:
+        return kind
+    return text if type(error) is ValueError else f"{kind}: {text}"
+
+
+def _note(name: str, parts: Parts, file: str | None = None) -> str:
+    source, sizes = SOURCES.get(name), (len(parts[0]), len(parts[1]))
+    if source is None:
+        return f"Images from {file}: scores compare only among methods run on them."
+    if sizes != source.sizes:
+        return (
+            f"{sizes[0]:,} training and {sizes[1]:,} test images, published are "
+            f"{source.sizes[0]:,} and {source.sizes[1]:,}: not the published split, so scores "
+            f"compare among methods run on these images, and with published ones at most roughly."
+        )
+    if file is None:
+        return source.note
+    return (
+        f"Images from {file}, as many as published: scores compare with published ones if the "
+        f"file holds the published images in the published split."
+    )

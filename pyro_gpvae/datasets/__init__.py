@@ -1,1 +1,0 @@
-"""Images that ship inside the package; `README.md` beside them states their provenance."""

@@ -1,0 +1,306 @@
+r"""Eq. (2) of the supplement with Pyro's ELBO estimators, without reading the device."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import is_identically_zero, scale_and_mask
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
+from pyro.infer.enum import get_importance_trace
+from pyro.infer.trace_elbo import _compute_log_r
+from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.util import check_model_guide_match, check_site_shape
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_gpvae.core._plates import DATA_PLATE, data_frame, in_data_plate
+from pyro_gpvae.core._programs import Program, with_own_parameters
+
+__all__ = [
+    "MeanFieldELBO",
+    "Objective",
+    "PerImage",
+    "TraceELBO",
+    "elbo_terms",
+    "sampled_traces",
+    "without_host_sync",
+]
+
+
+class Objective(Protocol):
+    """What training needs of an objective: the part of :class:`pyro.infer.ELBO` it calls."""
+
+    def differentiable_loss(self, model: Any, guide: Any, x: Tensor, /) -> Tensor:
+        """Returns minus the ELBO of a batch of images, with its gradient."""
+
+
+class TraceELBO(Trace_ELBO):
+    """:class:`pyro.infer.Trace_ELBO` whose ``differentiable_loss`` never reads the device.
+
+    The same value and gradient on the same traces, score-function terms included. Pyro copies
+    every term to the host as a number: a GPU then waits once a site.
+    """
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns minus the ELBO, with the gradient of Pyro's surrogate loss."""
+        loss: Any = 0.0
+        for traces in self._get_traces(model, guide, args, kwargs):  # type: ignore[no-untyped-call]
+            loss = loss - self._elbo_of(*traces) / self.num_particles
+        result: Tensor = loss
+        return result
+
+    def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
+        elbo: Any = 0.0
+        surrogate: Any = 0.0  # what the guide's sites add to the gradient
+        log_r = None
+        for site in _sample_sites(model_trace):
+            elbo = elbo + site["log_prob_sum"]
+        for site in _sample_sites(guide_trace):
+            _, score_term, entropy_term = site["score_parts"]
+            elbo = elbo - site["log_prob_sum"].detach()
+            if not is_identically_zero(entropy_term):
+                surrogate = surrogate - entropy_term.sum()
+            if not is_identically_zero(score_term):
+                if log_r is None:
+                    log_r = _compute_log_r(model_trace, guide_trace)
+                surrogate = surrogate + (log_r.sum_to(site["cond_indep_stack"]) * score_term).sum()
+        if isinstance(surrogate, Tensor):
+            elbo = elbo + (surrogate - surrogate.detach())
+        result: Tensor = elbo
+        return result
+
+
+class MeanFieldELBO(TraceMeanField_ELBO):
+    """:class:`pyro.infer.TraceMeanField_ELBO` that computes only what counts, and never reads
+    the device.
+
+    The same value and gradient on the same traces. A site whose KL divergence is analytic is
+    scored neither under the guide nor under the model, and a site that is masked out not at all.
+    """
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns minus the ELBO.
+
+        Raises:
+            NotImplementedError: If a site of the guide is not reparametrised.
+            ValueError: If model and guide do not have the same latent sites.
+        """
+        loss: Any = 0.0
+        for traces in self._get_traces(model, guide, args, kwargs):  # type: ignore[no-untyped-call]
+            loss = loss - self._elbo_of(*traces) / self.num_particles
+        result: Tensor = loss
+        return result
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Minus the ELBO as a number; its gradient goes to the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return loss.item()
+
+    @torch.no_grad()
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        """Minus the ELBO as a number."""
+        return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        traces = sampled_traces(model, guide, args, kwargs, self.max_plate_nesting)
+        if is_validation_enabled():
+            _check_mean_field_requirement(*traces)
+        return traces
+
+    def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
+        elbo: Any = 0.0
+        scored = {s["name"] for s in _sample_sites(model_trace) if s["is_observed"]}
+        latent = {s["name"] for s in _sample_sites(model_trace)} - scored
+        for site in _sample_sites(guide_trace):
+            name = site["name"]
+            if name in scored:
+                continue
+            if not (name in latent or site["infer"].get("is_auxiliary")):
+                raise ValueError(
+                    f"the guide's site {name!r} is not a site of the model: mark it "
+                    "infer={'is_auxiliary': True}, or add it to the model"
+                )
+            if not site["fn"].has_rsample:
+                raise NotImplementedError(
+                    f"the guide's site {name!r} has no reparametrised samples: use Trace_ELBO"
+                )
+            if name in latent:
+                latent.remove(name)
+                try:
+                    kl = kl_divergence(site["fn"], model_trace.nodes[name]["fn"])
+                except NotImplementedError:
+                    scored.add(name)
+                else:
+                    elbo = elbo - scale_and_mask(kl, site["scale"], site["mask"]).sum()
+                    continue
+            if site["mask"] is False:
+                continue
+            parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
+            if not is_identically_zero(parts.score_function):
+                raise NotImplementedError(
+                    f"the guide's site {name!r} is not fully reparametrised: use Trace_ELBO"
+                )
+            parts = parts.scale_and_mask(site["scale"], site["mask"])
+            elbo = elbo - parts.entropy_term.sum()
+        if latent:
+            raise ValueError(f"the guide has no site {min(latent)!r}, which the model has")
+        model_trace.compute_log_prob(lambda name, _: name in scored)
+        for name in sorted(scored):
+            elbo = elbo + model_trace.nodes[name]["log_prob_sum"]
+        result: Tensor = elbo
+        return result
+
+
+def without_host_sync(objective: Objective) -> Objective:
+    """Returns the objective, or for Pyro's two most common ones their equals of this module.
+
+    Raises:
+        ValueError: If it cannot train: it has no ``differentiable_loss``, or enumerates sites.
+
+    Example:
+        >>> type(without_host_sync(Trace_ELBO(num_particles=2))).__name__
+        'TraceELBO'
+    """
+    name = type(objective).__name__
+    if not hasattr(objective, "differentiable_loss"):
+        raise ValueError(f"elbo must have differentiable_loss, as Trace_ELBO has; {name} has not")
+    if isinstance(objective, TraceEnum_ELBO | TraceTMC_ELBO):
+        raise ValueError(
+            f"{name} enumerates sites that the guide does not have, for which there are no terms "
+            "of eq. (2): sum over them in the model, as dist.MixtureSameFamily does, or train "
+            "with SVI(PerImage(model, N), PerImage(guide, N), ...)"
+        )
+    equals: dict[type, type] = {Trace_ELBO: TraceELBO, TraceMeanField_ELBO: MeanFieldELBO}
+    if type(objective) not in equals:
+        return objective
+    twin: Any = equals[type(objective)]()
+    vars(twin).update(vars(objective))
+    result: Objective = twin
+    return result
+
+
+def sampled_traces(
+    model: Any, guide: Any, args: Any, kwargs: Any, max_plate_nesting: float
+) -> tuple[Any, Any]:
+    """Traces of the guide, and of the model replayed with its draws: (model, guide), unscored.
+
+    With validation, Pyro's checks of names and shapes.
+    """
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    if is_validation_enabled():
+        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
+    traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+    if is_validation_enabled():
+        for trace in traces:
+            trace.compute_log_prob()
+            for site in _sample_sites(trace):
+                check_site_shape(site, max_plate_nesting)  # type: ignore[arg-type]
+    return traces
+
+
+def _sample_sites(trace: Any) -> list[Any]:
+    return [site for site in trace.nodes.values() if site["type"] == "sample"]
+
+
+class PerImage(Program):
+    r"""A model or guide whose sites are scaled so that an ELBO estimates eq. (2) per image.
+
+    .. math::
+        E_{q(z|x)}[\log p(x|z)] - E_{q(W,U)}[KL(q(z|x,W,U) \| p(z))]
+        - \tfrac{1}{N} KL(q(W,U) \| N(0, I)),
+
+    averaged over the minibatch. Sites inside ``plate("data", B)`` weigh 1/B, global ones 1/N.
+    That is Pyro's ``plate("data", N, subsample_size=B)`` under ``poutine.scale(scale=1/N)``, for
+    programs that need not know N. Wrap model **and** guide: a scale on one of them alone trains
+    the wrong objective without any warning.
+
+    Arguments:
+        program: A Pyro model or guide of images x (B, C, H, W).
+        num_images: The number N of training images, never the batch size.
+
+    Raises:
+        ValueError: If num_images is not positive; in use, if "z" or what is observed lies in a
+            plate of another name, or ``plate("data")`` subsamples.
+
+    Example:
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro.optim import Adam
+        >>> from pyro_gpvae import ImageModel
+        >>> from guides import GPGuide
+        >>> model = ImageModel((1, 28, 28), latent_dim=2)
+        >>> guide = GPGuide(model)
+        >>> pair = PerImage(model.pair(guide), 60_000), PerImage(guide, 60_000)
+        >>> loss = SVI(*pair, Adam({"lr": 5e-4}), Trace_ELBO()).step(torch.rand(8, 1, 28, 28))
+    """
+
+    def __init__(self, program: Callable[..., Any], num_images: int) -> None:
+        super().__init__()
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        self.program = program
+        self.num_images = num_images
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        batch = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 0
+        with _PerImageScale(self.num_images, batch):
+            return self.program(*args, **kwargs)
+
+
+class _PerImageScale(Messenger):
+    def __init__(self, num_images: int, batch: int) -> None:
+        super().__init__()
+        self.num_images = num_images
+        self.batch = batch
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        data = data_frame(msg)
+        alike = [f for f in msg["cond_indep_stack"] if f.dim == -1 and f.size == self.batch > 1]
+        if data is None and alike and not msg["is_observed"]:
+            plate = alike[0].name  # a global one perhaps, which has this size by chance
+            warnings.warn(
+                f"the site {msg['name']!r} lies in plate({plate!r}, {self.batch}), as many as "
+                "there are images, and is taken for a global one, which weighs 1/N: if it belongs "
+                f"to an image, write plate({DATA_PLATE!r}, len(x))",
+                stacklevel=2,
+            )
+        msg["scale"] = msg["scale"] / (self.num_images if data is None else data.size)
+
+
+@with_own_parameters
+@torch.no_grad()
+def elbo_terms(
+    model: Callable[[Tensor], Any], guide: Callable[[Tensor], Any], x: Tensor, num_images: int
+) -> dict[str, float]:
+    """Estimates the terms of eq. (2) from one draw of the guide, in nats per image.
+
+    Returns:
+        ``log_likelihood`` (expected log p(x|z)), ``kl_z``, and ``kl_global`` (KL(q(W,U)‖p)/N);
+        their signed sum is the ELBO. Sites under a mask count as the mask says.
+    """
+    model_trace, guide_trace = get_importance_trace(
+        "flat", math.inf, PerImage(model, num_images), PerImage(guide, num_images), (x,), {}
+    )
+    terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
+    for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
+        for site in trace.nodes.values():
+            if site["type"] != "sample":
+                continue
+            value = sign * float(site["log_prob_sum"])
+            if site["is_observed"] and trace is model_trace:
+                terms["log_likelihood"] += value
+            else:
+                terms["kl_z" if in_data_plate(site) else "kl_global"] -= value
+    return terms

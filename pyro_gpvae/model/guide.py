@@ -1,0 +1,171 @@
+r"""The guide contract, and loading guides by name.
+
+A guide is any Pyro callable ``guide(x)`` that samples the site ``"z"`` inside
+``plate("data", len(x))`` for images x (B, C, H, W). Such a guide trains with
+:class:`pyro.infer.SVI` or :func:`pyro_gpvae.fit`, and is evaluated by
+:func:`pyro_gpvae.log_evidence`. Everything else is optional, and discovered by presence:
+
+``posterior(x) -> Distribution``
+    q(z|x), batch shape (B,), event shape (p,), with an exact normalised ``log_prob``. With it,
+    evaluation is tight; without it, evaluation replays the callable.
+``global_prior() -> dict[str, Distribution]``
+    The guide's global random weights, which it samples outside the plate, and their priors.
+``elbo() -> Objective``
+    The objective it wants to be trained with, such as a :class:`pyro.infer.ELBO`, if
+    ``Trace_ELBO`` is not it.
+``blocks(model) -> list[Block]``
+    Objectives that are optimised in turn on every minibatch, each over its own parameters, if
+    one objective over all parameters is not it. See :class:`pyro_gpvae.training.loop.Block`.
+``diagnostics(x) -> dict[str, Tensor]``
+    Scalars that :func:`pyro_gpvae.fit` logs after each epoch.
+``uncertainty(x) -> Tensor``
+    A score (B,) that is high where the guide is unsure of its own inference.
+``moments(x)`` and ``kl_weights()``
+    What :func:`pyro_gpvae.decompose` needs for the price of a random encoder's spread: mean and
+    variance of f and of log h, four tensors (B, p); and KL(q(W, U) ‖ p).
+
+A guide may have sites in the plate that the model lacks, marked ``infer={"is_auxiliary": True}``.
+Sample them under ``poutine.mask(mask=False)``: p(x, z) / q(z | x, auxiliary) has the right mean,
+whereas an ELBO that scores them without a counterpart in the model is no bound, and training makes
+them as wide as it can. Where particles are vectorised there is a second plate to the left of the
+images, so that what a guide computes from a global or auxiliary draw has shape (K, B, ...).
+
+To be found by name a guide is a class whose constructor takes the model first, as in
+``MyGuide(model, **options)``, and is either registered as an entry point of the group
+``pyro_gpvae.guides``, or named as ``module:Class``.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+__all__ = ["available_guides", "load_guide", "make_guide"]
+
+_GROUP = "pyro_gpvae.guides"
+
+
+def available_guides() -> dict[str, EntryPoint]:
+    """Returns the registered guides by name, sorted."""
+    return dict(sorted((point.name, point) for point in entry_points(group=_GROUP)))
+
+
+def load_guide(name: str) -> Callable[..., Any]:
+    """Returns the guide class of a registered name, or of ``module:Class``.
+
+    Raises:
+        ValueError: If there is no such guide; the message suggests the nearest name.
+
+    Example:
+        >>> load_guide("gp").__name__
+        'GPGuide'
+    """
+    registered = available_guides()
+    if name in registered:
+        try:
+            guide: Callable[..., Any] = registered[name].load()
+        except Exception as error:
+            module = registered[name].value.partition(":")[0]
+            raise ValueError(
+                f"cannot load the guide {name!r} from {registered[name].value!r}: {error}. Does a "
+                f"file or folder {module!r} in the current directory hide the installed package?"
+            ) from error
+        return guide
+    module, _, attribute = name.partition(":")
+    near = difflib.get_close_matches(module, registered, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    if not attribute:
+        raise ValueError(
+            f"unknown guide {name!r}: {hint}Registered guides are {', '.join(registered)}; "
+            "a guide of your own is named 'module:Class'."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(
+            f"cannot load the guide {name!r}: {type(error).__name__}: {error}. "
+            f"{hint.capitalize()}"
+            "Expected 'module:Class' where the module can be imported from the current directory "
+            "or is installed."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"the guide {name!r} is {found!r}, expected a class or a function")
+    return found
+
+
+def make_guide(spec: str, model: Any, **defaults: Any) -> Any:
+    """Builds a guide for a model from a line of text.
+
+    Arguments:
+        spec: ``NAME``, ``NAME:OPTIONS``, ``MODULE:CLASS`` or ``MODULE:CLASS:OPTIONS``. Options
+            are separated by commas: values in the constructor's order, then ``key=value``.
+        model: The model, passed to the constructor first.
+        defaults: Further keyword arguments, such as ``warm_start``, which the text overrides.
+
+    Raises:
+        ValueError: If there is no such guide, or it refuses the options.
+
+    Example:
+        >>> from pyro_gpvae import ImageModel
+        >>> guide = make_guide("gp:covariance=full,num_nodes=32", ImageModel((1, 28, 28), 2))
+        >>> guide.num_nodes
+        32
+    """
+    name, _, options = spec.partition(":")
+    if name not in available_guides() and options:
+        attribute, _, options = options.partition(":")
+        name = f"{name}:{attribute}"
+    factory = load_guide(name)
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if equals:
+            kwargs[key.strip()] = _literal(value)
+        elif kwargs:
+            raise ValueError(f"in {spec!r}, the value {option!r} follows a key=value option")
+        else:
+            args.append(_literal(option))
+    kwargs = defaults | kwargs
+    try:
+        signature = inspect.signature(factory)
+        bound = signature.bind(model, *args, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"the guide {name!r} does not take these options ({error}); it is built by "
+            f"{name}{signature}"
+        ) from error
+    for option, value in list(bound.arguments.items())[1:]:
+        _check_type(spec, option, signature.parameters.get(option), value)
+    return factory(model, *args, **kwargs)
+
+
+def _check_type(spec: str, option: str, parameter: inspect.Parameter | None, value: Any) -> None:
+    """Refuses a number or word where the constructor's annotation says something else."""
+    hint = str(getattr(parameter, "annotation", ""))
+    kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    kind = hint.removesuffix(" | None")
+    wrong = kind in kinds and (
+        not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool")
+    )
+    if "Module" in hint and isinstance(value, str | int | float):
+        wrong = True
+    if wrong and not (value is None and hint.endswith("None")):
+        raise ValueError(f"in the guide {spec!r}, {option} must be {hint}, got {value!r}")
+    # options count layers, components, steps: a config from a stranger must not fill the memory
+    if isinstance(value, int) and abs(value) > 10_000:
+        raise ValueError(f"in the guide {spec!r}, {option} must be at most 10000, got {value!r}")
+
+
+def _literal(text: str) -> Any:
+    """A Python number, boolean or None; any other text as it stands."""
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text.strip()
+    return value if isinstance(value, int | float | str | None) else text.strip()

@@ -1,0 +1,150 @@
+r"""Encoders and decoders of the paper's Tables 1-3, for any image shape."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyro_gpvae.model._convolutions import ConvTranspose2d
+
+__all__ = ["DecoderKind", "ImageShape", "build_decoder", "build_encoder", "feature_dim"]
+
+ImageShape = tuple[int, int, int]
+DecoderKind = Literal["conv", "fc"]
+
+
+def build_encoder(image_shape: ImageShape) -> nn.Sequential:
+    r"""Returns the convolutional encoder up to its last hidden layer, :math:`\phi(x)`.
+
+    Table 1 (28×28), Table 2 (32×32) and Table 3 (64×64) are special cases of one rule: three
+    convolutions (four from 64 pixels on) of kernel 4 and stride 2, then a hidden layer of 256
+    units (512 from 32 pixels on). The last row of the tables, "FC 2 × p", belongs to the guide.
+
+    Arguments:
+        image_shape: The shape (C, H, W) of an image; H and W at least 8.
+
+    Returns:
+        A module from images (B, C, H, W) to features (B, d), d = 256 or 512.
+
+    Raises:
+        ValueError: If an image is smaller than 8×8 or has no channel.
+
+    Example:
+        >>> build_encoder((1, 28, 28))(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5, 256])
+    """
+    sides, width = _pyramid(image_shape)
+    channels = [image_shape[0], 32, 32, 64, 64][: len(sides)]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(channels):
+        layers += [nn.Conv2d(fan_in, fan_out, 4, stride=2, padding=1), nn.LeakyReLU(0.01)]
+    layers += [nn.Flatten(), nn.Linear(64 * math.prod(sides[-1]), width), nn.LeakyReLU(0.01)]
+    return nn.Sequential(*layers)
+
+
+def build_decoder(
+    image_shape: ImageShape, latent_dim: int, kind: DecoderKind = "conv"
+) -> nn.Sequential:
+    r"""Returns a decoder :math:`g_\theta(z)` with linear output.
+
+    "conv" is the transposed-convolutional decoder of Tables 1-3. "fc" has two hidden layers of
+    equal width, chosen so that its number of parameters is closest to the convolutional one's
+    (supplement, section 5).
+
+    Arguments:
+        image_shape: The shape (C, H, W) of an image; H and W at least 8.
+        latent_dim: The dimension p of z.
+        kind: "conv" or "fc".
+
+    Returns:
+        A module from latents (B, p) to images (B, C, H, W).
+
+    Raises:
+        ValueError: If the image is too small, p < 1, or the kind is unknown.
+
+    Example:
+        >>> build_decoder((3, 32, 32), latent_dim=10)(torch.zeros(5, 10)).shape
+        torch.Size([5, 3, 32, 32])
+    """
+    if latent_dim < 1:
+        raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+    sides, width = _pyramid(image_shape)
+    if kind == "conv":
+        return _conv_decoder(image_shape, latent_dim, sides, width)
+    if kind == "fc":
+        conv = _conv_decoder(image_shape, latent_dim, sides, width)
+        return _fc_decoder(image_shape, latent_dim, sum(p.numel() for p in conv.parameters()))
+    raise ValueError(f"unknown decoder {kind!r}: expected 'conv' or 'fc'")
+
+
+def feature_dim(encoder: nn.Module, image_shape: ImageShape) -> int:
+    """Returns the number d of features that an encoder computes, found by running it once."""
+    parameter = next(encoder.parameters(), torch.zeros(()))
+    training = encoder.training
+    encoder.eval()  # an image of zeros is no business of batch normalisation
+    with torch.no_grad():
+        features: Tensor = encoder(parameter.new_zeros(1, *image_shape))
+    encoder.train(training)
+    if features.dim() != 2:
+        raise ValueError(f"an encoder must return features (B, d), got {tuple(features.shape)}")
+    return features.shape[1]
+
+
+def _pyramid(image_shape: ImageShape) -> tuple[list[tuple[int, int]], int]:
+    """The sizes (H, W) after each stride-2 convolution, the image first; the hidden width."""
+    channels, height, width = image_shape
+    if channels < 1 or min(height, width) < 8:
+        raise ValueError(
+            f"image_shape must be (C, H, W) with C >= 1 and H, W >= 8, got {tuple(image_shape)}"
+        )
+    depth = 4 if min(height, width) >= 64 else 3
+    sides = [(height >> level, width >> level) for level in range(depth + 1)]
+    return sides, 256 if max(height, width) < 32 else 512
+
+
+def _conv_decoder(
+    image_shape: ImageShape, latent_dim: int, sides: list[tuple[int, int]], width: int
+) -> nn.Sequential:
+    sides = sides[::-1]
+    hidden = 64 * math.prod(sides[0])
+    layers: list[nn.Module] = [
+        nn.Linear(latent_dim, width),
+        nn.ReLU(),
+        nn.Linear(width, hidden),
+        nn.ReLU(),
+        nn.Unflatten(1, (64, *sides[0])),
+    ]
+    channels = [*(64, 64, 32, 32)[-len(sides) + 1 :], image_shape[0]]
+    for level, (fan_in, fan_out) in enumerate(pairwise(channels)):
+        small, large = sides[level], sides[level + 1]
+        # a halving that rounded down (7 -> 3) is undone by one more row or column
+        extra = (large[0] - 2 * small[0], large[1] - 2 * small[1])
+        layers += [
+            ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1, output_padding=extra),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(*layers[:-1])
+
+
+def _fc_decoder(image_shape: ImageShape, latent_dim: int, parameters: int) -> nn.Sequential:
+    pixels = math.prod(image_shape)
+
+    def count(width: int) -> int:
+        return (latent_dim + 1) * width + (width + 1) * width + (width + 1) * pixels
+
+    # count is a quadratic in the width: round its positive root to the better neighbour
+    b = latent_dim + 2 + pixels
+    root = int((-b + math.sqrt(b * b + 4 * max(parameters - pixels, 1))) / 2)
+    width = min((max(root, 1), root + 1), key=lambda w: abs(count(w) - parameters))
+    return nn.Sequential(
+        nn.Linear(latent_dim, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, pixels),
+        nn.Unflatten(1, image_shape),
+    )

@@ -1,0 +1,117 @@
+r"""Locates the log-density term, images or parameters that made a loss or gradient NaN."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_gpvae.core._errors import NonFiniteError, name_images
+from pyro_gpvae.core._plates import in_data_plate
+from pyro_gpvae.model.elbo import Objective, PerImage
+
+__all__ = ["explain"]
+
+
+def explain(
+    step: int,
+    objective: Objective,
+    programs: tuple[PerImage, PerImage],
+    x: Tensor,
+    index: Tensor,
+    parameters: Mapping[str, Tensor],
+    reason: str = "",
+) -> NonFiniteError:
+    """Says where a loss or gradient that is not finite comes from.
+
+    Arguments:
+        step: The optimiser step.
+        objective: The objective whose loss it is.
+        programs: The scaled model and guide.
+        x: The minibatch (B, C, H, W).
+        index: The number of each of its images among the training images, (B,).
+        parameters: What is trained, by name.
+        reason: What is known already.
+    """
+    broken = [name for name, p in parameters.items() if not bool(torch.isfinite(p).all())]
+    if broken:
+        where, images = f"before it, {_list(broken)} is not finite", index
+    else:
+        terms, bad = _not_finite_terms(programs, x)
+        if not terms:
+            terms, bad = _not_finite_gradients(objective, programs, x, parameters)
+        where = reason or _list(terms) or "no single term, but their sum or one random draw"
+        images = index[bad.to(index.device)] if bool(bad.any()) else index
+    numbers = images.tolist()
+    names = name_images(numbers)
+    what = "image" if len(numbers) == 1 else "images"
+    return NonFiniteError(
+        f"the loss or its gradient is not finite at step {step}: {where}, in {what} {names} "
+        f"({len(numbers)} of the {len(index)} of the minibatch)",
+        step,
+        numbers,
+    )
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@torch.no_grad()
+def _not_finite_terms(programs: tuple[PerImage, PerImage], x: Tensor) -> tuple[list[str], Tensor]:
+    """The sites whose log density is not finite, and for which images, (B,)."""
+    bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    terms = []
+    validate = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        guide_trace = poutine.trace(programs[1]).get_trace(x)
+        model_trace = poutine.trace(poutine.replay(programs[0], trace=guide_trace)).get_trace(x)
+        for program, trace in (("model", model_trace), ("guide", guide_trace)):
+            for name, site in trace.nodes.items():
+                if site["type"] != "sample":
+                    continue
+                fn: Any = site["fn"]
+                wrong = ~torch.isfinite(fn.log_prob(site["value"]))
+                if bool(wrong.any()):
+                    terms.append(f"log density of site {name!r} in the {program}")
+                    if in_data_plate(site) and wrong.shape[-1:] == bad.shape:
+                        bad |= wrong.reshape(-1, len(x)).any(0)
+    except (ValueError, RuntimeError, ArithmeticError):  # its gradient may tell more
+        pass
+    finally:
+        Distribution.set_default_validate_args(validate)
+    return terms, bad
+
+
+def _not_finite_gradients(
+    objective: Objective,
+    programs: tuple[PerImage, PerImage],
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+) -> tuple[list[str], Tensor]:
+    """The parameters whose gradient is not finite, and for which images alone, (B,)."""
+    bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    names: dict[str, None] = {}
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    for module in itertools.chain(*(program.modules() for program in programs)):
+        if isinstance(module, _BatchNorm):  # one image has no statistics
+            module.eval()
+    for i in range(len(x)):
+        try:
+            loss: Any = objective.differentiable_loss(*programs, x[i : i + 1])
+            gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        except (ValueError, RuntimeError, ArithmeticError):
+            bad[i] = True
+            continue
+        for name, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                bad[i] = True
+                names[f"gradient of {name}"] = None
+    return list(names), bad

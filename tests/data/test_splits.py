@@ -1,0 +1,113 @@
+"""Splits are disjoint and fixed for all time, and no test image has a say in training."""
+
+import hashlib
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_gpvae import ImageModel, fit, load_data, make_guide
+from pyro_gpvae.core._files import read_json
+from pyro_gpvae.data.images import split_validation
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.train import train_run
+
+# SHA-256 of the indices as int64, little-endian, training ones first: a score on a split is only
+# worth something as long as everybody gets the same one
+SPLITS = {
+    (4_000, 400, 0): "a94cd9aaf608630d7b1bbf646d2fdbc29dd9a8ec21ea7f02dd65d76eb1793bc6",
+    (60_000, 5_000, 0): "cdc303eae2d0cafef7de32fe248321e5e5af4d37d70e3c5f3b3d29abcf885406",
+    (60_000, 5_000, 1): "956dd05de81cc7d0df3e49a88aa3088662534aed7d0f6c180b894124e0fcae04",
+    (50_000, 5_000, 0): "207fcd4d2e7ff3778833e12f370ed95086852610b79b507af2f193e8c66b9e9c",
+    (24_345, 1_345, 0): "abc08e908ef2f95005eaaf23f25d966e27c5725c197c7718ebc2aea6e38a0dd1",
+}
+
+
+def indices(count, held_out, seed):
+    every = torch.arange(count)[:, None, None, None]
+    train, validation = split_validation(every, held_out, seed)
+    return train.flatten(), validation.flatten()
+
+
+@pytest.mark.parametrize(("count", "held_out", "seed"), SPLITS)
+def test_a_split_is_disjoint_complete_and_the_one_on_record(count, held_out, seed):
+    train, validation = indices(count, held_out, seed)
+    assert (len(train), len(validation)) == (count - held_out, held_out)
+    assert torch.equal(torch.cat([train, validation]).sort().values, torch.arange(count))
+    content = torch.cat([train, validation]).numpy().astype("<i8").tobytes()
+    assert hashlib.sha256(content).hexdigest() == SPLITS[count, held_out, seed]
+
+
+def test_a_split_does_not_depend_on_what_was_drawn_before():
+    torch.manual_seed(3)
+    once = indices(100, 10, 0)
+    torch.rand(7)
+    again = indices(100, 10, 0)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_the_embedded_images_are_those_on_record():
+    data = load_data("mnist5k")
+    for images, digest in (
+        (data.train, "48ad05a603c727262565ec12feb2a0ff589283d61bc9ce515e047820ebe5e233"),
+        (data.test, "b6f1417b2c0c3abc44b4c2766b40ebb8f5b703eabc2adc9e6e8a1ad3798862b2"),
+    ):
+        assert hashlib.sha256(images.numpy().tobytes()).hexdigest() == digest
+    train = {image.numpy().tobytes() for image in data.train}
+    assert not train & {image.numpy().tobytes() for image in data.test}
+
+
+def test_fixed_binarisation_keeps_training_and_test_images_apart():
+    data = load_data("mnist5k")
+    other = type(data)("other", data.train, data.test.flip(0))
+    assert torch.equal(data.binarized().train, other.binarized().train)
+
+
+def run(folder, name, test, **options):
+    """Trains on the same images, beside other test images."""
+    data = load_data("mnist5k")
+    file = folder / f"{name}.npz"
+    np.savez(file, train=data.train[:160, 0], test=test)
+    config = RunConfig(
+        data=str(file), epochs=2, validation=32, latent_dim=2, num_samples=3, batch_size=64,
+        device="cpu", **options,
+    )  # fmt: skip
+    train_run(config, folder / name, progress=False)
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("guide", "likelihood"),
+    [("vae", "gaussian"), ("gp:num_nodes=4", "bernoulli"), ("rme:2", "gaussian")],
+)
+def test_other_test_images_leave_training_bit_for_bit_as_it_was(guide, likelihood, tmp_path):
+    images = load_data("mnist5k").test[:, 0].numpy()
+    options = {"guide": guide, "likelihood": likelihood}
+    a = run(tmp_path, "a", images[:9], **options)
+    b = run(tmp_path, "b", 255 - images[20:24], **options)
+    weights = [(folder / "weights.safetensors").read_bytes() for folder in (a, b)]
+    assert weights[0] == weights[1]
+    histories = [np.genfromtxt(f / "history.csv", delimiter=",", names=True) for f in (a, b)]
+    for column in histories[0].dtype.names:
+        if column != "seconds":
+            assert np.array_equal(histories[0][column], histories[1][column]), column
+    assert "validation_elbo" in histories[0].dtype.names
+    scores = [read_json(folder / "record.json")["scores"]["elbo"] for folder in (a, b)]
+    assert scores[0] != scores[1]  # the test images were others indeed
+
+
+def test_validation_images_do_not_choose_either():
+    data = load_data("mnist5k").take(train=96, test=32)
+    weights = []
+    for validation in (data.test[:8], 255 - data.test[8:]):
+        torch.manual_seed(0)
+        model = ImageModel(data.image_shape, 2)
+        guide = make_guide("vae", model)
+        fit(model, guide, data.train, epochs=2, validation=validation, device="cpu", progress=False)
+        weights.append([p.detach().clone() for m in (model, guide) for p in m.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_training_is_not_even_given_the_test_images():
+    assert not [name for name in inspect.signature(fit).parameters if "test" in name]

@@ -1,0 +1,610 @@
+import json
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from matplotlib.image import imread
+from torch import nn
+
+from guides import GaussianGuide
+from pyro_gpvae import ImageModel
+from pyro_gpvae.cli.generate import GENERATE_FILES, Generate
+from pyro_gpvae.evaluation.generation import (
+    decode,
+    interpolate,
+    latent_path,
+    latent_traversals,
+    posterior_mean,
+    reconstruct,
+    sample_images,
+    to_uint8,
+    traverse,
+)
+from pyro_gpvae.evaluation.information import active_units, mutual_information
+from pyro_gpvae.plots.generation import active_units_chart, generated_figures, traversals
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.train import train_run
+from pyro_gpvae.testing.linear_gaussian import linear_gaussian
+
+SHAPE = (1, 3, 4)
+
+
+class Exact:
+    """The exact posterior of a linear-Gaussian model, as a guide."""
+
+    def __init__(self, model):
+        self.posterior = model.posterior
+
+    def __call__(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.posterior(x))
+
+
+class Replayed:
+    """The same, as a user might write it: a function without a density."""
+
+    def __init__(self, model):
+        self.inner = Exact(model)
+
+    def __call__(self, x):
+        self.inner(x)
+
+
+class WithoutMean(Exact):
+    """The same, with a posterior that does not tell its mean, as a flow's does not."""
+
+    def __init__(self, model):
+        def posterior(x):
+            return dist.TransformedDistribution(model.posterior(x), [])
+
+        self.posterior = posterior
+
+
+class Mute(dist.TransformedDistribution):
+    """Has no attribute of that name, as a class of the user's own may not."""
+
+    @property
+    def mean(self):
+        raise AttributeError("mean")
+
+
+class WithMutePosterior(Exact):
+    def __init__(self, model):
+        self.posterior = lambda x: Mute(model.posterior(x), [])
+
+
+def linear(latent_dim=2, **options):
+    model = linear_gaussian(SHAPE, latent_dim, sigma=0.05, **options)
+    return model.double().requires_grad_(False)
+
+
+def unused(model, dim):
+    """Cuts a latent dimension off from the decoder."""
+    with torch.no_grad():
+        next(model.decoder.children()).weight[:, dim] = 0
+    return model
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_samples_have_the_moments_of_the_model():
+    model = linear()
+    z, means = sample_images(model, 20_000, seed=0)
+    again, noisy = sample_images(model, 20_000, noise=True, seed=0)
+    assert torch.equal(z, again), "the same z with and without noise"
+    assert torch.equal(means, model.decoder(z))
+    loadings, bias, sigma = model._linear()
+    covariance = loadings @ loadings.mT
+    for images, exact in ((means, covariance), (noisy, covariance + sigma**2 * torch.eye(12))):
+        assert images.dtype == torch.float64
+        found = torch.cov(images.flatten(1).mT)
+        # the standard error of a variance s is s √(2/n) = 0.01 s; 6 of them
+        assert (found - exact).abs().max() < 0.06 * exact.diagonal().max()
+        error = (images.flatten(1).mean(0) - bias).abs()
+        assert (error < 6 * (exact.diagonal() / 20_000).sqrt()).all()
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes_colour_and_likelihoods(channels, likelihood):
+    shape = (channels, 32, 32)
+    model = ImageModel(shape, latent_dim=3, likelihood=likelihood)
+    guide = GaussianGuide(model)
+    x = torch.randint(2, (4, *shape), dtype=torch.uint8) * 255
+    assert sample_images(model, 5).images.shape == (5, *shape)
+    assert reconstruct(model, guide, x).images.shape == (4, *shape)
+    z, path = interpolate(model, guide, x[:2], x[2:], 6)
+    assert (z.shape, path.shape) == ((2, 6, 3), (2, 6, *shape))
+    z, moved = traverse(model, guide, x[:2], [2], steps=5)
+    assert (z.shape, moved.shape) == ((2, 1, 5, 3), (2, 1, 5, *shape))
+    if likelihood == "bernoulli":
+        assert path.min() > 0
+        assert path.max() < 1
+        logits = model.decoder(z.reshape(-1, 3)).reshape(moved.shape)
+        torch.testing.assert_close(moved, logits.sigmoid(), msg="probabilities, not logits")
+        draws = sample_images(model, 5, noise=True).images
+        assert set(draws.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_seeds():
+    model = linear()
+    guide, x = Exact(model), model.images(3)
+    before = torch.random.get_rng_state()
+    draw = reconstruct(model, guide, x, draw=True, seed=1).z
+    assert torch.equal(draw, reconstruct(model, guide, x, draw=True, seed=1).z)
+    assert not torch.equal(draw, reconstruct(model, guide, x, draw=True, seed=2).z)
+    first = sample_images(model, 4, noise=True, seed=1).images
+    assert torch.equal(first, sample_images(model, 4, noise=True, seed=1).images)
+    assert not torch.equal(first, sample_images(model, 4, noise=True, seed=2).images)
+    result = mutual_information(model, guide, x, seed=1)
+    assert result == mutual_information(model, guide, x, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before), "the global state is left alone"
+
+
+def test_reconstructions_are_decoded_from_the_mean_of_the_posterior():
+    model = linear()
+    x = model.images(600)  # more than are encoded at once
+    z, images = reconstruct(model, Exact(model), x)
+    torch.testing.assert_close(z, model.posterior(x).mean)
+    torch.testing.assert_close(images, model.decoder(z))
+    draws = torch.stack([reconstruct(model, Exact(model), x, draw=True).z for _ in range(200)])
+    error = (draws.mean(0) - z) / (draws.std(0) / math.sqrt(200))
+    assert error.square().mean() == pytest.approx(1, abs=0.25), "draws from the same posterior"
+
+
+def test_a_mean_that_is_known_has_no_error():
+    model = linear()
+    x = model.images(3)
+    mean, variance = posterior_mean(Exact(model), x)
+    assert torch.equal(mean, model.posterior(x).mean)
+    assert torch.equal(variance, torch.zeros_like(mean))
+
+
+@pytest.mark.parametrize("kind", [Replayed, WithoutMean, WithMutePosterior])
+def test_without_a_mean_that_of_draws_is_taken(kind):
+    model = linear()
+    x = model.images(300)
+    z = reconstruct(model, kind(model), x, seed=0).z
+    exact = model.posterior(x)
+    scale = exact.covariance_matrix.diagonal(dim1=-2, dim2=-1).sqrt() / 10  # 100 draws
+    # 600 squares of standard normals: their mean has standard deviation 0.06
+    assert ((z - exact.mean) / scale).square().mean() == pytest.approx(1, abs=0.3)
+
+
+def flat_model(x):
+    """A Pyro model of the user's own: no methods, flattened pixels, a factor, a global site."""
+    pyro.sample("global", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.tensor([5.0, 7.0]), 0.1).to_event(1))
+        pyro.factor("nothing", torch.zeros(len(x)))
+        pixels = z.sum(-1, keepdim=True).expand(-1, 4)
+        pyro.sample("pixels", dist.Normal(pixels, 0.01).to_event(1), obs=x.flatten(1))
+
+
+def test_any_pyro_model_will_do():
+    z, images = sample_images(flat_model, 1000, image_shape=(1, 2, 2), seed=0)
+    assert images.shape == (1000, 1, 2, 2)
+    torch.testing.assert_close(images[:, 0, 0, 0], z.sum(-1))
+    assert z.mean(0).tolist() == pytest.approx([5, 7], abs=0.02), "the model's own prior"
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.flatten(1)[:, :2], 1e-6).to_event(1))
+
+    x = torch.rand(3, 1, 2, 2)
+    z, images = traverse(flat_model, guide, x, [1], span=2, steps=3)
+    torch.testing.assert_close(images[:, 0, :, 0, 0, 0], z[:, 0].sum(-1))
+    with pytest.raises(ValueError, match="pass image_shape"):
+        sample_images(flat_model, 2)
+    with pytest.raises(ValueError, match="one observed site"):
+        sample_images(lambda x: guide(x), 2, image_shape=(1, 2, 2))
+    with pytest.raises(ValueError, match="the guide must have a site 'z'"):
+        reconstruct(flat_model, lambda x: None, x)
+
+
+def test_spherical_paths_keep_the_norm():
+    generator = torch.Generator().manual_seed(0)
+    start, end = torch.randn(2, 7, 20, generator=generator, dtype=torch.float64)
+    start, end = (3 * z / z.norm(dim=-1, keepdim=True) for z in (start, end))
+    path = latent_path(start, end, 11)
+    torch.testing.assert_close(path.norm(dim=-1), torch.full((7, 11), 3.0).double())
+    torch.testing.assert_close(path[:, 0], start)
+    torch.testing.assert_close(path[:, -1], end)
+    steps = path.diff(dim=1).norm(dim=-1)
+    torch.testing.assert_close(steps, steps[:, :1].expand_as(steps), msg="at constant speed")
+    line = latent_path(start, end, 3, "linear")
+    torch.testing.assert_close(line[:, 1], (start + end) / 2)
+    assert (line[:, 1].norm(dim=-1) < 2.5).all(), "the straight line leaves the sphere"
+
+
+def test_paths_between_collinear_ends_are_straight():
+    start = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
+    end = torch.tensor([[2.0, 4.0], [-1.0, -2.0], [1.0, 2.0], [0.0, 0.0]])
+    path = latent_path(start, end, 5)
+    assert path.isfinite().all()
+    torch.testing.assert_close(path[:3], latent_path(start, end, 5, "linear")[:3])
+    torch.testing.assert_close(path[3, [0, -1]], torch.stack([start[3], end[3]]))
+    one = latent_path(torch.tensor([[2.0]]), torch.tensor([[-2.0]]), 3)
+    assert one.flatten().tolist() == [2, 0, -2], "p = 1 has no other way"
+
+
+def test_traversals_move_one_dimension():
+    z = torch.tensor([[0.1, 0.2, 0.3]])
+    moved = latent_traversals(z, [2, 0], span=2, steps=5)
+    assert moved.shape == (1, 2, 5, 3)
+    assert moved[0, 0, :, 2].tolist() == [-2, -1, 0, 1, 2]
+    assert moved[0, 1, :, 0].tolist() == [-2, -1, 0, 1, 2]
+    assert (moved[0, 0, :, :2] == z[0, :2]).all()
+    assert (moved[0, 1, :, 1:] == z[0, 1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, g, x: sample_images(m, 0), "num_images must be at least 1, got 0"),
+        (lambda m, g, x: reconstruct(m, g, x[0]), "expected at least one image"),
+        (lambda m, g, x: reconstruct(m, g, x[:, :, 1:]), "the model expects images"),
+        (lambda m, g, x: interpolate(m, g, x, x[1:]), "expected equal"),
+        (lambda m, g, x: interpolate(m, g, x, x, 1), "steps must be at least 2"),
+        (lambda m, g, x: interpolate(m, g, x, x, kind="cubic"), "kind must be one of"),
+        (lambda m, g, x: traverse(m, g, x, [2]), "dims must be between 0 and 1, got 2"),
+        (lambda m, g, x: traverse(m, g, x, span=0), "span must be positive"),
+        (lambda m, g, x: traverse(m, g, x, steps=1), "steps must be at least 2"),
+        (lambda m, g, x: decode(m, torch.full((2, 2), math.inf)), "2 of 2 decoded images"),
+        (lambda m, g, x: active_units(m, g, x[:1]), "at least 2 of them, got 1"),
+        (lambda m, g, x: active_units(m, g, x, threshold=-1), "threshold must be"),
+        (lambda m, g, x: mutual_information(m, g, x, 0), "num_samples must be at least 1"),
+        (lambda m, g, x: mutual_information(m, g, x, chunk_size=0), "chunk_size must be"),
+        (lambda m, g, x: mutual_information(m, Replayed(m), x), "Replayed has no posterior"),
+    ],
+)
+def test_errors(call, message):
+    model = linear()
+    with pytest.raises(ValueError, match=message):
+        call(model, Exact(model), model.images(3))
+
+
+# ---------------------------------------------------------------- what z says
+
+
+@pytest.mark.parametrize("kind", [Exact, Replayed, WithoutMean])
+def test_active_units_of_a_linear_model(kind):
+    model = unused(linear(latent_dim=3), dim=1)
+    x = model.images(2000)
+    found = active_units(model, kind(model), x, seed=0)
+    # Cov(E[z|x]) = I - Cov(z|x) under the model
+    exact = 1 - model.posterior(x[:1]).covariance_matrix[0].diagonal()
+    assert exact[1] == 0
+    # the variance of 2000 images has a relative standard error of √(2/2000) = 0.03
+    torch.testing.assert_close(found.variances, exact.detach(), rtol=0.15, atol=0.003)
+    assert found.variances[1] < 0.005, "100 draws alone would leave 1/100"
+    assert found.count == 2
+    assert active_units(model, kind(model), x, threshold=2.0).count == 0
+    assert found.num_images == 2000
+
+
+def test_random_weights_move_all_images_at_once():
+    model = linear(latent_dim=1)
+    x = model.images(2000)
+    exact = float(model.posterior(x).mean.var(0))
+
+    def guide(x):
+        shift = pyro.sample("W", dist.Normal(0.0, 2.0).expand([1]).to_event(1))
+        q = model.posterior(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(q.mean + shift, q.stddev).to_event(1))
+
+    found = active_units(model, guide, x, seed=0)
+    # √(2/2000) = 0.03; the mean of 100 draws of W alone would take 0.04 away
+    assert float(found.variances) == pytest.approx(exact, rel=0.15)
+    # images that are the same have no variance, however the weights move them
+    assert float(active_units(model, guide, x[:1].expand(500, *SHAPE), seed=0).variances) < 0.003
+
+
+def test_information_of_finitely_many_images_against_an_integral():
+    model = linear(latent_dim=1, signal=2.0)
+    x = model.images(12)
+    q, grid = model.posterior(x), torch.linspace(-12, 12, 40_001).double()
+    log_q = q.log_prob(grid[:, None, None].expand(-1, 12, 1))
+    log_marginal = log_q.logsumexp(1) - math.log(12)
+    log_prior = dist.Normal(0.0, 1.0).log_prob(grid)
+
+    def integral(values):
+        return torch.trapezoid(values, grid, dim=0).mean().item()
+
+    exact = (
+        integral(log_q.exp() * (log_q - log_marginal[:, None])),
+        integral(log_marginal.exp() * (log_marginal - log_prior)),
+    )
+    found = mutual_information(model, Exact(model), x, 4000, seed=0)
+    # four standard errors: a right estimator fails once in 16,000 seeds
+    for name, value in zip(("mutual_information", "marginal_kl"), exact, strict=True):
+        error = getattr(found, f"{name}_error")
+        assert 0 < error < 0.01
+        assert abs(getattr(found, name) - value) < 4 * error
+    analytic = torch.distributions.kl_divergence(
+        q, dist.MultivariateNormal(torch.zeros(1).double(), torch.eye(1).double())
+    )
+    assert abs(found.kl - analytic.mean().item()) < 4 * found.kl_error
+    assert found.kl == pytest.approx(found.mutual_information + found.marginal_kl)
+
+
+def test_standard_errors_are_those_of_repetitions():
+    model = linear(latent_dim=1, signal=2.0)
+    guide, x = Exact(model), model.images(12)
+    found = [mutual_information(model, guide, x, 5, seed=seed) for seed in range(300)]
+    for name in ("mutual_information", "marginal_kl", "kl"):
+        spread = np.std([getattr(f, name) for f in found])
+        claimed = np.sqrt(np.mean([getattr(f, f"{name}_error") ** 2 for f in found]))
+        assert claimed == pytest.approx(spread, rel=0.2)  # of 300: 0.04
+
+
+def test_information_of_many_images_is_that_of_the_model():
+    model = linear(latent_dim=2, signal=1.5)
+    loadings, _, sigma = model._linear()
+    exact = 0.5 * torch.logdet(torch.eye(2) + loadings.mT @ loadings / sigma**2).item()
+    # another seed than that of the images, whose noise the draws would otherwise repeat
+    found = mutual_information(model, Exact(model), model.images(1500), 2, seed=1)
+    assert exact < 0.3 * found.bound, "far from its bound"
+    # the errors from the choice of images and from the draws are both about 0.02
+    assert found.mutual_information == pytest.approx(exact, abs=0.08)
+    assert found.marginal_kl == pytest.approx(0, abs=0.08), "the exact posterior averages to p(z)"
+
+
+def test_information_is_at_most_log_n():
+    model = linear_gaussian(SHAPE, 2, signal=1e6, sigma=1e-5).double().requires_grad_(False)
+    found = mutual_information(model, Exact(model), model.images(7), 3, seed=0)
+    assert found.bound == math.log(7)
+    assert found.mutual_information <= found.bound * (1 + 1e-12)
+    assert found.mutual_information == pytest.approx(math.log(7))
+    assert mutual_information(model, Exact(model), model.images(1)).mutual_information == 0
+    one = mutual_information(model, Exact(model), model.images(7), 1)
+    assert math.isnan(one.mutual_information_error)
+
+
+def test_chunks_bound_the_memory_and_change_nothing(monkeypatch):
+    model = linear()
+    x = model.images(600)  # two batches of the encoder
+    whole = mutual_information(model, Exact(model), x, seed=0, chunk_size=10**9)
+    sizes = []
+    density = dist.MultivariateNormal.log_prob
+
+    def watched(self, value):
+        sizes.append(value.shape[:-1].numel())
+        return density(self, value)
+
+    monkeypatch.setattr(dist.MultivariateNormal, "log_prob", watched)
+    parts = mutual_information(model, Exact(model), x, seed=0, chunk_size=3000)
+    assert max(sizes) <= 3000
+    assert parts.mutual_information == pytest.approx(whole.mutual_information, rel=1e-12)
+    assert parts.marginal_kl == pytest.approx(whole.marginal_kl, rel=1e-12)
+
+
+class Far(dist.Normal):
+    """As a flow whose inverse overflows where z is from a distant image."""
+
+    def log_prob(self, value):
+        return super().log_prob(torch.where((value - self.loc).abs() > 50, math.nan, value))
+
+
+@pytest.mark.parametrize(("distance", "finite"), [(100.0, True), (math.inf, False)])
+def test_densities_that_overflow(distance, finite):
+    class Guide:
+        def posterior(self, x):
+            loc = distance * torch.arange(1.0, 4)[:, None].expand(-1, 2).double()
+            return Far(loc, 1.0, validate_args=False).to_event(1)
+
+    model = linear()
+    if finite:
+        found = mutual_information(model, Guide(), model.images(3))
+        assert found.mutual_information == pytest.approx(math.log(3))
+    else:
+        with pytest.raises(ValueError, match="not finite"):
+            mutual_information(model, Guide(), model.images(3))
+
+
+# ---------------------------------------------------------------- the command
+
+TINY = {
+    "latent_dim": 2,
+    "epochs": 1,
+    "train_images": 64,
+    "test_images": 12,
+    "num_samples": 2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "vae"
+    train_run(RunConfig(guide="vae", seed=3, **TINY), folder, progress=False)
+    return folder
+
+
+def generate(folder, out, **options):
+    Generate(run_folder=folder, out=out, quiet=True, **{"samples": 6, "steps": 5} | options).run()
+    with np.load(out / "arrays.npz") as saved:
+        return dict(saved), json.loads((out / "latent.json").read_text())
+
+
+def test_generate_writes_what_it_promises(run_folder, tmp_path, capsys):
+    arrays, record = generate(run_folder, tmp_path / "out", images=(4, 0, 7))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(GENERATE_FILES)
+    for picture in (tmp_path / "out").glob("*.png"):
+        pixels = imread(picture)[..., :3]
+        assert min(pixels.shape[:2]) > 200
+        assert pixels.std() > 0.01, f"{picture.name} is blank"
+    shapes = {
+        "samples": (6,),
+        "samples_noise": (6,),
+        "reconstructions": (3,),
+        "reconstructions_draw": (3,),
+        "interpolations": (2, 5),
+        "traversals": (2, 5),
+    }
+    for name, shape in shapes.items():
+        assert arrays[name].shape == (*shape, 1, 28, 28)
+        assert arrays[f"{name}_z"].shape == (*shape, 2)
+        expected = to_uint8(torch.from_numpy(arrays[name])).numpy()
+        np.testing.assert_array_equal(arrays[f"{name}_uint8"], expected)
+    assert arrays["image_index"].tolist() == record["image_index"] == [4, 0, 7]
+    ends = arrays["interpolations_z"][:, [0, -1]]
+    mean = arrays["reconstructions_z"]
+    np.testing.assert_allclose(ends, np.stack([mean[:2], mean[1:]], 1), rtol=1e-5, atol=1e-6)
+    assert arrays["traversals_z"][1, :, 1].tolist() == [-3, -1.5, 0, 1.5, 3]
+    np.testing.assert_array_equal(arrays["traversals_z"][1, :, 0], mean[0, 0].repeat(5))
+
+    assert record["run"]["folder"] == str(run_folder)
+    assert record["seed"] == record["run"]["seed"] == 3
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["active_units"]["variances"] == arrays["active_variances"].tolist()
+    information = record["information"]
+    assert information["num_images"] == record["active_units"]["num_images"] == 12
+    assert information["bound"] == pytest.approx(math.log(12))
+    assert information["kl"] == pytest.approx(
+        information["mutual_information"] + information["marginal_kl"]
+    )
+    printed = capsys.readouterr().out
+    assert f"{information['mutual_information']:.4f} nats" in printed
+    assert f"{record['active_units']['count']} of 2" in printed
+
+
+def test_generate_again_gives_the_same(run_folder, tmp_path):
+    first, _ = generate(run_folder, tmp_path / "first")
+    again, _ = generate(run_folder, tmp_path / "again")
+    other, record = generate(run_folder, tmp_path / "other", seed=4)
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name])
+    assert (first["samples"] != other["samples"]).any()
+    np.testing.assert_array_equal(first["reconstructions"], other["reconstructions"])
+    assert (record["seed"], record["run"]["seed"]) == (4, 3)
+    assert first["image_index"].tolist() == list(range(8))
+
+
+def test_generate_keeps_folders(run_folder, tmp_path):
+    out = tmp_path / "out"
+    generate(run_folder, out)
+    with pytest.raises(FileExistsError, match="not empty"):
+        generate(run_folder, out)
+    _, record = generate(run_folder, out, overwrite=True, path="linear")
+    assert record["path"] == "linear"
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"precious\.txt"):
+        generate(run_folder, out, overwrite=True)
+    with pytest.raises(FileExistsError, match="not overwritten"):
+        generate(run_folder, run_folder, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": (0, 12)}, "12 is not between 0 and 11"),
+        ({"images": (1,)}, "at least 2 of the 12 test images"),
+        ({"latent_images": 1}, "latent_images must be at least 2"),
+        ({"samples": 0}, "num_images must be at least 1"),
+        ({"steps": 1}, "steps must be at least 2"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+    ],
+)
+def test_generate_refuses_and_leaves_nothing(run_folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(run_folder, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+class NoDensity(nn.Module):
+    """A guide of the user's own without posterior(x)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(model.image_shape), 2))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.net(x), 0.5).to_event(1))
+
+
+def test_generate_with_colour_bernoulli_and_a_guide_without_density(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "colour.npz", train=pixels[:30], test=pixels[30:])
+    config = RunConfig(
+        **TINY | {"data": str(tmp_path / "colour.npz"), "train_images": None, "test_images": None},
+        guide=f"{__name__}:NoDensity",
+        likelihood="bernoulli",
+    )
+    train_run(config, tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="--trust-guide"):
+        generate(tmp_path / "run", tmp_path / "out")
+    arrays, record = generate(tmp_path / "run", tmp_path / "out", trust_guide=True)
+    assert arrays["samples"].shape == (6, 3, 32, 32)
+    assert arrays["reconstructions"].min() > 0, "probabilities"
+    assert set(np.unique(arrays["samples_noise"])) == {0.0, 1.0}
+    assert record["information"] is None
+    assert len(record["active_units"]["variances"]) == 2
+    assert "no posterior(x)" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- figures
+
+
+def texts(figure):
+    found = [text.get_text() for text in figure.texts]
+    for axes in figure.axes:
+        found += [axes.get_xlabel(), axes.get_ylabel(), axes.get_title()]
+    return " ".join(found).replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")
+
+
+def test_figures_are_drawn_from_the_saved_record(run_folder, tmp_path):
+    arrays, record = generate(run_folder, tmp_path / "out")
+    figures = generated_figures(arrays, record)
+    assert {*figures, "arrays.npz", "latent.json"} == set(GENERATE_FILES)
+    for name, figure in figures.items():
+        said = texts(figure)
+        for part in ("guide vae", "p = 2", "1 epochs", "trained with seed 3", "drawn with seed 3"):
+            assert part in said, f"{name} does not say {part}"
+    assert "position t" in texts(figures["interpolations.png"])
+    assert "standard deviations of the prior" in texts(figures["traversals.png"])
+    assert "at most log N = 2.48" in texts(figures["active_units.png"])
+    # the grid of samples shows the saved array: a pixel of its first image
+    shown = np.asarray(figures["samples.png"].axes[0].images[0].get_array())
+    np.testing.assert_allclose(shown[:28, :28], arrays["samples"][0, 0].clip(0, 1))
+
+
+def test_traversals_show_the_most_active_dimensions():
+    images = np.zeros((30, 3, 1, 4, 4)) + np.arange(30)[:, None, None, None, None] / 30
+    variances = np.arange(30) / 30
+    own = np.full(30, 0.5)
+    own[29] = 9.0
+    figure = traversals(images, [-1, 0, 1], own, variances, "caption")
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[0] == "$z_{29}$  (0.97)"
+    assert len(labels) == 20
+    assert "20 most active of 30" in texts(figure)
+    shown = np.asarray(axes.images[0].get_array())
+    assert shown[0, 0] == pytest.approx(29 / 30)
+    assert shown[6, 0] == pytest.approx(28 / 30)
+    assert len(axes.lines) == 19, "a value out of range is not marked"
+    # halfway between the middles of the second and the third column
+    assert axes.lines[0].get_xdata()[0] == pytest.approx((7.5 + 13.5) / 2)
+    with pytest.raises(ValueError, match="p = 29"):
+        traversals(images, [-1, 0, 1], own[:29], variances)
+
+
+def test_chart_of_active_units():
+    figure = active_units_chart([0.0, 1.2, 0.005], 0.01, "caption")
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "0"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "active: 1",
+        "inactive: 2",
+        "threshold 0.01",
+    ]
+    with pytest.raises(ValueError, match="at least 0"):
+        active_units_chart([-1.0], 0.01)

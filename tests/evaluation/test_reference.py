@@ -1,0 +1,314 @@
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from guides import GaussianGuide
+from pyro_gpvae import ImageModel
+from pyro_gpvae.evaluation.annealing import bidirectional
+from pyro_gpvae.evaluation.importance import ParetoWarning
+from pyro_gpvae.evaluation.reference import _choose, reference_evidence
+from pyro_gpvae.testing import linear_gaussian
+
+SHAPE = (1, 4, 4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def double_precision():
+    """Also for programs that have no parameters to tell."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = linear_gaussian(SHAPE, 10).double()
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    return model, GaussianGuide(model, nn.Flatten()).double(), model.images(6)
+
+
+@pytest.fixture(scope="module")
+def reference(toy):
+    return reference_evidence(*toy_order(toy), num_samples=1000)
+
+
+def toy_order(toy):
+    model, guide, x = toy
+    return model, x, guide
+
+
+def test_the_reference_is_the_exact_evidence(toy, reference):
+    model, _, x = toy
+    exact = model.log_evidence(x)
+    # the best Gaussian is the posterior of this model: two estimators have no error at all
+    assert "IWAE(1000)" not in reference.estimator
+    torch.testing.assert_close(reference.log_evidence, exact, rtol=0, atol=1e-6)
+    assert list(reference.estimates) == ["IWAE(1000)", "IWAE(1000), instance:full", "AIS(50)"]
+    own, _, annealed = (value for value, _, _ in reference.estimates.values())
+    assert float((own - exact).mean()) < -0.1  # untrained
+    torch.testing.assert_close(annealed, exact, rtol=0, atol=1e-6)
+    assert "6 images, 0 by IWAE(1000), " in repr(reference)
+
+
+def test_an_image_has_the_same_numbers_in_any_batch_and_chunk(toy, reference):
+    model, guide, x = toy
+    part = reference_evidence(model, x[4:], guide, num_samples=1000, first_image=4)
+    for name, columns in part.estimates.items():
+        # k̂ of weights that agree to the last digits is noise
+        count = 3 if name == "IWAE(1000)" else 2
+        for column, whole in list(zip(columns, reference.estimates[name], strict=True))[:count]:
+            torch.testing.assert_close(column, whole[4:], rtol=0, atol=1e-7, msg=name)
+
+
+def test_the_seed_decides_and_the_global_state_is_untouched(toy):
+    model, guide, x = toy
+    state = torch.random.get_rng_state()
+    first = reference_evidence(model, x, guide, num_samples=30, num_steps=2).estimates
+    assert torch.equal(torch.random.get_rng_state(), state)
+    other = reference_evidence(model, x, guide, num_samples=30, num_steps=2, seed=1).estimates
+    assert all(bool((first[name][0] != other[name][0]).any()) for name in first)
+
+
+def plain(model):
+    """The same model as a user's function, of which only the sites are known."""
+
+    def program(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", model.prior())
+            pyro.sample("x", model.likelihood(z), obs=x)
+
+    return program
+
+
+def test_a_plain_pyro_model_is_annealed(toy):
+    model, guide, x = toy
+    program = plain(model)
+    alone = reference_evidence(program, x, num_steps=200, num_chains=32)
+    assert alone.estimator == ("AIS(200)",) * 6
+    assert bool(alone.trusted.all())
+    with pytest.warns(ParetoWarning, match="no estimate of log p"):
+        both = reference_evidence(program, x, guide, num_steps=20, num_samples=20)
+    assert set(both.estimates) == {"IWAE(20)", "AIS(20)", "AIS(20), prior"}
+    difference = (alone.log_evidence - model.log_evidence(x)) / alone.standard_error
+    assert float(difference.abs().max()) < 3.5
+    with pytest.raises(ValueError, match="without a guide, an ImageModel or chains"):
+        reference_evidence(program, x, num_chains=0)
+
+
+class Narrow:
+    """The exact posterior, but for its standard deviation."""
+
+    def __init__(self, model, factor):
+        self.model, self.factor = model, factor
+
+    def posterior(self, x):
+        q = self.model.posterior(x)
+        scale = self.factor * q.scale_tril.expand(len(x), -1, -1)
+        return type(q)(q.loc, scale_tril=scale)
+
+
+def test_annealing_from_a_narrow_guide_is_not_trusted(toy):
+    model, _, x = toy
+    exact, program = model.log_evidence(x), plain(model)
+    guide = Narrow(model, 0.01)
+    with pytest.warns(ParetoWarning, match=r"is reliable for \d of 6 images") as caught:
+        found = reference_evidence(program, x, guide, num_samples=1000)
+    assert len(caught) == 1
+    annealed, error, _ = found.estimates["AIS(50)"]
+    # all chains agree on a value that is off by many of its errors
+    assert bool((annealed < exact - 4 * error).all())
+    assert "AIS(50)" not in found.estimator
+    assert 0 < int(found.trusted.sum()) < 6
+    assert bool(((found.log_evidence - exact).abs() < 2).all())
+    assert f"{int((~found.trusted).sum())} not reliable" in repr(found)
+    # without a move, whatever the weights of 16 draws look like
+    with pytest.warns(ParetoWarning, match="is reliable for 6 of 6 images"):
+        still = reference_evidence(program, x, guide, num_samples=1000, num_steps=1)
+    assert not bool(still.trusted.any())
+    # and a guide that is right is trusted, in one step too
+    right = reference_evidence(program, x, Narrow(model, 1.0), num_samples=1000, num_steps=1)
+    assert bool(right.trusted.all())
+    torch.testing.assert_close(right.log_evidence, exact, rtol=0, atol=1e-6)
+
+
+def test_a_few_chains_are_never_trusted(toy):
+    model, _, x = toy
+    for chains, trusted in ((7, False), (8, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = reference_evidence(plain(model), x, num_chains=chains, num_steps=400)
+        assert bool(found.trusted.any()) == trusted
+        assert ("for 6 of 6" in str([w.message for w in caught])) == (not trusted)
+    # nor taken for their error beside others
+    both = reference_evidence(model, x, num_samples=1000, num_chains=2)
+    assert set(both.estimator) == {"IWAE(1000), instance:full"}
+
+
+class Square(nn.Module):
+    def forward(self, z):
+        return z.square().expand(*z.shape[:-1], 4).unflatten(-1, (1, 2, 2))
+
+
+class Modes:
+    """A Gaussian in one of the two modes of a decoder of z², or in each."""
+
+    def __init__(self, both):
+        self.both = both
+
+    def posterior(self, x):
+        mean = x.flatten(1).mean(1).clamp(min=0.25).sqrt()
+        centres = torch.stack([mean, -mean if self.both else mean], -1).unsqueeze(-1)
+        parts = dist.Normal(centres, 0.1).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(torch.ones(len(x), 2)), parts)
+
+
+def test_the_documented_limit_of_one_mode():
+    model = ImageModel((1, 2, 2), 1, Square(), sigma=0.1)
+    model.requires_grad_(False)
+    x = torch.full((2, 1, 2, 2), 0.81)
+    z = torch.linspace(-8, 8, 40_001)
+    exact = torch.trapezoid(
+        model.log_joint(x, z.reshape(-1, 1, 1).expand(-1, 2, 1)).exp(), z, dim=0
+    ).log()
+    one = reference_evidence(model, x, Modes(both=False), num_samples=2000)
+    assert bool(one.trusted.all()), "nothing can tell"
+    torch.testing.assert_close(one.log_evidence, exact - math.log(2), rtol=0, atol=0.03)
+    both = reference_evidence(model, x, Modes(both=True), num_samples=5000)
+    assert both.estimator == ("IWAE(5000)",) * 2
+    torch.testing.assert_close(both.log_evidence, exact, rtol=0, atol=0.1)
+    # and images simulated from the other mode show it
+    sandwich = bidirectional(model, Modes(both=False), num_images=20, num_steps=50, seed=0)
+    other = sandwich.z[:, 0] < -0.7
+    assert 2 < int(other.sum()) < 18
+    assert float((sandwich.upper - sandwich.lower)[other].min()) > 10
+
+
+def estimates(**rows):
+    """(log p(x), error, k̂) of one image for each estimator."""
+    return {name: tuple(torch.tensor([v]).double() for v in row) for name, row in rows.items()}
+
+
+def choose(found):
+    """The choice where annealing is trusted."""
+    trust = {n: (k <= 0.7) | torch.tensor(n == "AIS") for n, (_, _, k) in found.items()}
+    return _choose(found, trust)
+
+
+nan = math.nan
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        # the smaller error, not the higher value
+        ({"IWAE": (1.1, 0.2, 0.4), "AIS": (1.0, 0.1, nan)}, "AIS"),
+        ({"IWAE": (1.0, 0.01, 0.7), "AIS": (1.1, 0.1, nan)}, "IWAE"),
+        # heavy tails, or too few samples to know: not trusted, however small the error
+        ({"IWAE": (1.0, 0.01, 0.71), "AIS": (1.1, 0.1, nan)}, "AIS"),
+        ({"IWAE": (1.0, 0.01, nan), "AIS": (1.1, 0.1, nan)}, "AIS"),
+        # refuted by a trusted one that is far higher
+        ({"IWAE": (1.0, 0.01, 0.3), "AIS": (1.4, 0.1, nan)}, "AIS"),
+        ({"IWAE": (1.0, 0.01, 0.3), "AIS": (1.2, 0.1, nan)}, "IWAE"),
+        # by an untrusted one only if that can hardly be chance
+        ({"IWAE": (3.0, 0.1, 0.9), "AIS": (1.0, 0.1, nan)}, "AIS"),
+        ({"IWAE": (6.0, 0.1, 0.9), "AIS": (1.0, 0.1, nan)}, "IWAE"),
+        # nothing trusted: the highest
+        ({"IWAE": (1.0, 0.1, 0.9), "IWAE2": (1.5, 0.3, 0.8)}, "IWAE2"),
+    ],
+)
+def test_the_choice(rows, chosen):
+    result = choose(estimates(**rows))
+    assert bool(result.trusted) == (chosen != "IWAE2" and rows[chosen][2] != 0.9)
+    assert result.estimator == (chosen,)
+    assert float(result.log_evidence) == pytest.approx(rows[chosen][0])
+    assert float(result.standard_error) == pytest.approx(rows[chosen][1])
+
+
+def test_the_choice_errs_downwards():
+    """Three estimators of equal quality: their maximum would be 0.85 errors too high."""
+    torch.manual_seed(0)
+    count, error = 2000, 0.1
+    rows = {}
+    for name in ("IWAE", "IWAE2", "AIS"):
+        # log-normal weights: 100 of them, standard deviation 1 in logarithm
+        weights = torch.randn(100, count).double() - 0.5
+        value = weights.logsumexp(0) - math.log(100)
+        deviation = weights.exp().std(0) / weights.exp().mean(0) / 10
+        rows[name] = value, deviation, torch.full((count,), 0.5).double()
+    maximum = torch.stack([value for value, _, _ in rows.values()]).max(0).values
+    assert float(maximum.mean()) > 0.05
+    chosen = choose(rows).log_evidence
+    assert -error < float(chosen.mean()) < 0
+
+
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
+def test_a_missed_target_says_what_would_do(toy):
+    model, guide, x = toy
+    with pytest.warns(UserWarning, match=r"for 6 of 6 images.*num_chains = [\d,]+ would do"):
+        reference_evidence(plain(model), x, num_steps=20, target_error=1e-3)
+    with pytest.warns(UserWarning, match="no num_samples is known to do for 6 "):
+        reference_evidence(plain(model), x, guide, num_samples=20, num_chains=0, target_error=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference_evidence(model, x, num_samples=30, num_chains=0, target_error=0.1)
+
+
+def test_the_advised_number_of_samples_does(toy):
+    model, _, x = toy
+    wide = _Wide(model)
+    options = {"num_chains": 0, "target_error": 0.02}
+    with pytest.warns(UserWarning, match="num_samples = ") as caught:
+        reference_evidence(plain(model), x, wide, num_samples=200, **options)
+    text = str(caught[0].message)
+    advised = int(text.split("num_samples = ")[1].split(" ")[0].replace(",", ""))
+    assert 300 < advised < 20_000
+    found = reference_evidence(plain(model), x, wide, num_samples=2 * advised, num_chains=0)
+    assert float(found.standard_error.max()) < 0.02
+
+
+class _Wide:
+    """Wider than the posterior, so that its weights are bounded."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def posterior(self, x):
+        q = self.model.posterior(x)
+        return type(q)(q.loc, scale_tril=1.3 * q.scale_tril)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
+        ({"num_chains": 1}, r"num_chains must be 0 \(no annealing\) or at least 2, got 1"),
+        ({"target_error": 0.0}, "target_error must be positive, got 0.0"),
+        ({"x": torch.rand(0, *SHAPE)}, "at least one image"),
+    ],
+)
+def test_bad_input(toy, options, message):
+    model, guide, x = toy
+    with pytest.raises(ValueError, match=message):
+        reference_evidence(**({"model": model, "x": x, "guide": guide} | options))
+
+
+def test_progress_is_shown(toy, capsys):
+    model, guide, x = toy
+    reference_evidence(model, x, guide, num_samples=30, num_steps=2, progress="digits")
+    shown = capsys.readouterr().err
+    assert "digits: 100%" in shown
+    assert "digits: annealing: 100%" in shown
+
+
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
+def test_more_images_than_are_annealed_at_once(toy):
+    model, _, x = toy
+    many = x[:1].expand(512, *x.shape[1:])
+    result = reference_evidence(model, many, num_samples=2, num_chains=2, num_steps=1, chunk_size=9)
+    assert result.log_evidence.shape == (512,)

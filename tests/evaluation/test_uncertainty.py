@@ -1,0 +1,335 @@
+"""Inference uncertainty: the scores are what their formulas say, and are judged honestly."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pyro.distributions as dist
+import pytest
+import torch
+import toy
+from scipy import integrate, stats
+from torch import nn
+
+from guides import GaussianGuide, GPGuide
+from pyro_gpvae import ImageModel, RunConfig, log_evidence, train_run, uncertainty_report
+from pyro_gpvae.cli.uncertainty import Uncertainty
+from pyro_gpvae.core._files import read_json
+from pyro_gpvae.evaluation.uncertainty import (
+    bhattacharyya_uncertainty,
+    posterior_grid,
+    posterior_record,
+    rank_correlation,
+    uncertainty_scores,
+    weight_information,
+)
+from pyro_gpvae.model.distributions import MarginalPosterior
+from pyro_gpvae.plots.gap import uncertainty_scatter
+from pyro_gpvae.plots.posterior import posterior_panels
+from pyro_gpvae.runs.gap_report import read_table
+
+
+def gp(model, **options):
+    torch.manual_seed(0)
+    guide = GPGuide(model, toy.linear_encoder(), **({"initial_scale": 0.3} | options)).double()
+    with torch.no_grad():
+        for rows in (guide.W, guide.U):
+            rows.loc.normal_(std=0.3)
+    return guide
+
+
+@torch.no_grad()
+def test_the_bhattacharyya_score_is_the_mean_distance_of_two_draws():
+    model, x = toy.linear_model(3), toy.images(4)
+    guide = gp(model)
+    a, v, b, r = guide.moments(x)
+    f, log_h = (mean + variance.sqrt() * torch.randn(2, 200_000, 4, 3).double()
+                for mean, variance in ((a, v), (b, r)))  # fmt: skip
+    variances = (2 * log_h).exp()
+    total = variances.sum(0)
+    distance = (f[0] - f[1]).square() / total / 4 + 0.5 * (total / 2).log() - log_h.sum(0) / 2
+    distance = distance.sum(-1)
+    error = distance.std(0) / math.sqrt(len(distance))
+    score = bhattacharyya_uncertainty(guide, x)
+    assert float(((distance.mean(0) - score) / error).abs().max()) < 4.5
+    # and for a small spread, a quarter of Σ v/h² + 2r
+    small = gp(model, initial_scale=1e-3)
+    _, v, b, r = small.moments(x)
+    expected = (v / (2 * b).exp() + 2 * r).sum(-1) / 4
+    torch.testing.assert_close(bhattacharyya_uncertainty(small, x), expected, rtol=1e-4, atol=0)
+
+
+@torch.no_grad()
+def test_the_price_of_spread_is_the_expected_kl_beyond_the_marginals():
+    model, x = toy.linear_model(), toy.images(3)
+    guide = gp(model)
+    q, prior = guide.posterior(x), dist.Normal(0, 1).expand([2]).to_event(1)
+    z = q.sample((200_000,))
+    log_ratio = q.log_prob(z) - prior.log_prob(z)
+    error = log_ratio.std(0) / math.sqrt(len(z))
+    price = weight_information(guide, x)
+    assert float(price.min()) > 0.1
+    expected = guide.expected_kl(x) - log_ratio.mean(0)
+    assert float(((price - expected) / error).abs().max()) < 4.5
+
+
+@torch.no_grad()
+def test_the_price_of_spread_is_exact_in_one_dimension():
+    guide = gp(toy.linear_model(1), initial_scale=0.6)
+    x = toy.images(1)
+    a, v, b, r = (float(moment) for moment in guide.moments(x))
+    q = MarginalPosterior(a, math.sqrt(v), b, math.sqrt(r), num_nodes=200)
+
+    def integrand(z):
+        log_q = float(q.log_prob(torch.tensor(z, dtype=torch.float64)))
+        return -math.exp(log_q) * log_q
+
+    width = math.sqrt(float(q.variance))
+    entropy, _ = integrate.quad(integrand, a - 15 * width, a + 15 * width, limit=400)
+    expected = entropy - 0.5 * math.log(2 * math.pi * math.e) - b
+    assert float(weight_information(guide, x)) == pytest.approx(expected, abs=1e-3)
+    point = gp(toy.linear_model(1), covariance="point")
+    assert float(weight_information(point, x)) == pytest.approx(0, abs=1e-12)
+    assert float(bhattacharyya_uncertainty(point, x)) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_scores_need_a_random_encoder():
+    model, x = toy.linear_model(), toy.images(3)
+    vae = GaussianGuide(model, toy.linear_encoder()).double()
+    for score in (bhattacharyya_uncertainty, weight_information):
+        with pytest.raises(ValueError, match="GaussianGuide has no moments"):
+            score(vae, x)
+    with pytest.raises(ValueError, match="GaussianGuide has no uncertainty"):
+        uncertainty_scores(model, vae, x)
+
+
+@torch.no_grad()
+def test_scores_of_images_beside_what_any_encoder_has():
+    model, x = toy.linear_model(), toy.images(5)
+    guide = gp(model)
+    table = uncertainty_scores(model, guide, x)
+    np.testing.assert_allclose(table["uncertainty"], guide.uncertainty(x))
+    np.testing.assert_allclose(table["bhattacharyya"], bhattacharyya_uncertainty(guide, x))
+    a, _, b, _ = guide.moments(x)
+    np.testing.assert_allclose(table["log_width"], b.sum(-1))
+    expected = -dist.Normal(model.decoder(a), 0.3).to_event(3).log_prob(x)
+    np.testing.assert_allclose(table["reconstruction"], expected)
+
+
+class TestRankCorrelation:
+    def test_it_is_spearman_also_with_ties(self):
+        generator = np.random.default_rng(0)
+        first = generator.integers(5, size=60).astype(float)
+        second = first + generator.normal(size=60).round()
+        found = rank_correlation(first, second)
+        assert found.rho == pytest.approx(stats.spearmanr(first, second).statistic)
+        assert found.low < found.rho < found.high
+        assert found.num_images == 60
+        assert str(found).startswith("ρ = 0.")
+        assert rank_correlation(first, second) == found, "the same seed, the same interval"
+
+    def test_the_interval_holds_the_truth_as_often_as_it_says(self):
+        generator = np.random.default_rng(0)
+        truth = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's ρ of normals with correlation 0.6
+        held = 0
+        for _ in range(200):
+            x, noise = generator.normal(size=(2, 60))
+            found = rank_correlation(x, 0.6 * x + 0.8 * noise, num_bootstrap=400)
+            held += found.low <= truth <= found.high
+        # 95 % of 200 is 190, standard deviation 3.1; bootstrap intervals are a little short
+        assert 178 <= held <= 199
+
+    def test_perfect_ranks_have_a_perfect_interval(self):
+        assert rank_correlation(range(9), np.exp(range(9)))[:3] == (1, 1, 1)
+        assert rank_correlation(range(9), range(9, 0, -1))[:3] == (-1, -1, -1)
+
+    @pytest.mark.parametrize(
+        ("first", "second", "message"),
+        [
+            (range(7), range(7), r"at least 8 images, got shapes \(7,\) and \(7,\)"),
+            (range(9), range(8), "at least 8 images"),
+            ([np.nan, *range(8)], range(9), "1 values of the uncertainty are not finite"),
+            (range(9), [2.0] * 9, "all values of the gap are 2: they have no ranks"),
+        ],
+    )
+    def test_what_has_no_ranks(self, first, second, message):
+        with pytest.raises(ValueError, match=message):
+            rank_correlation(first, second)
+
+
+class TestPosteriorGrid:
+    @pytest.mark.parametrize("sigma", [0.3, 0.01])
+    def test_it_is_the_exact_posterior_however_narrow(self, sigma):
+        model, x = toy.linear_model(sigma=sigma), toy.images(3)
+        x = (model.decoder(torch.randn(3, 2).double()) + 0.01 * x).detach()
+        for grid, image in zip(posterior_grid(model, x), x.split(1), strict=True):
+            z = torch.cartesian_prod(grid.first, grid.second).reshape(81, 81, 2)
+            exact = toy.exact_posterior(model, image).log_prob(z.unsqueeze(-2)).squeeze(-1).exp()
+            torch.testing.assert_close(
+                grid.density, exact, rtol=1e-3, atol=1e-5 * float(exact.max())
+            )
+            assert grid.log_evidence == pytest.approx(
+                float(toy.exact_evidence(model, image)), abs=1e-4
+            )
+            peak = float((grid.density > 0.01 * grid.density.max()).double().mean())
+            assert peak > 0.05, "the posterior fills its grid"
+
+    def test_it_holds_both_modes(self):
+        class Square(nn.Module):
+            def forward(self, z):
+                return z.square().repeat(1, 3).reshape(-1, *toy.SHAPE)
+
+        model = ImageModel(toy.SHAPE, 2, Square(), sigma=0.2).double()
+        x = torch.full((1, *toy.SHAPE), 1.0).double()
+        (grid,) = posterior_grid(model, x)
+        signs = torch.sign(torch.cartesian_prod(grid.first, grid.second)).reshape(81, 81, 2)
+        area = (grid.first[1] - grid.first[0]) * (grid.second[1] - grid.second[0])
+        for corner in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            inside = (signs == torch.tensor(corner)).all(-1)
+            mass = float((grid.density * inside).sum() * area)
+            assert mass == pytest.approx(0.25, abs=0.01)
+
+    def test_it_needs_two_dimensions(self):
+        with pytest.raises(ValueError, match="latent_dim = 2, got 3"):
+            posterior_grid(toy.linear_model(3), toy.images(1))
+        with pytest.raises(ValueError, match="num_points must be at least 16, got 4"):
+            posterior_grid(toy.linear_model(), toy.images(1), num_points=4)
+
+
+@torch.no_grad()
+def test_the_record_of_a_picture_holds_densities_and_draws():
+    model, x = toy.linear_model(), toy.images(3)
+    guide = gp(model)
+    state = torch.random.get_rng_state()
+    record = posterior_record(model, guide, x, num_draws=500)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for first, second, density in (("z1", "z2", "density"), ("q1", "q2", "q")):
+        steps = np.diff(record[first])[:, 0] * np.diff(record[second])[:, 0]
+        np.testing.assert_allclose(record[density].sum((1, 2)) * steps, 1, atol=5e-3)
+    z = torch.tensor([[record["q1"][1, 20], record["q2"][1, 50]]])
+    expected = guide.posterior(x[1:2]).log_prob(z).exp()
+    assert record["q"][1, 20, 50] == pytest.approx(float(expected))
+    a, v, b, r = guide.moments(x)
+    for draws, mean, variance in ((record["f"], a, v), (np.log(record["h"]), b, r)):
+        error = (draws.mean(1) - mean.numpy()) / (variance.numpy() / 500) ** 0.5
+        assert np.abs(error).max() < 4.5
+    exact = toy.exact_evidence(model, x)
+    np.testing.assert_allclose(record["log_evidence"], exact, atol=1e-3)
+    figure = posterior_panels(x.numpy(), record, ["a", "b", "c"], 2, "caption")
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="a title and a posterior for each of 2 images"):
+        posterior_panels(x[:2].numpy(), record, ["a", "b", "c"])
+
+
+def test_the_scatter_names_its_axes():
+    table = random_table(12)
+    figure = uncertainty_scatter(table, {"score": "a score"}, {"score": "ρ = 0.1"}, "caption")
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "a score"
+    assert axes.get_title() == "ρ = 0.1"
+    assert "nats" in axes.get_ylabel()
+    with pytest.raises(ValueError, match="absent"):
+        uncertainty_scatter(table, {"absent": ""}, {})
+
+
+def random_table(count):
+    generator = np.random.default_rng(0)
+    return pd.DataFrame({"gap": generator.exponential(size=count), "score": range(count)})
+
+
+TINY = {"latent_dim": 2, "epochs": 1, "train_images": 32, "num_samples": 2, "decoder": "fc"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for guide in ("vae", "gp"):
+        config = RunConfig(guide=guide, test_images=9, device="cpu", **TINY)
+        train_run(config, folder / guide, progress=False)
+    return folder
+
+
+def test_the_command_writes_scores_correlations_and_pictures(runs, tmp_path, capsys, monkeypatch):
+    command = Uncertainty(
+        run_folder=runs / "gp", images=9, num_samples=20, reference_samples=30, bootstrap=50,
+        show=4, out=tmp_path, quiet=True,
+    )  # fmt: skip
+    command.run()
+    printed = capsys.readouterr().out
+    record, table = (
+        read_json(tmp_path / "uncertainty.json"),
+        read_table(tmp_path / "uncertainty.csv"),
+    )
+    assert (tmp_path / "uncertainty.md").read_text() in printed
+    assert {*uncertainty_report.SCORES, "gap", "converged"} <= set(table.columns)
+    kept = table[table["converged"]]
+    for row in record["correlations"]:
+        expected = stats.spearmanr(kept[row["score"]], kept[row["against"]]).statistic
+        assert row["rho"] == pytest.approx(expected)
+        assert row["num_images"] == len(kept)
+    assert len(record["correlations"]) == 2 * len(uncertainty_report.SCORES)
+    order = table["uncertainty"].argsort().tolist()
+    assert record["posterior_images"] == [*order[:3], *order[::-1][:3]]
+    for name in ("uncertain", "scatter", "posterior"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        (tmp_path / f"{name}.png").unlink()
+    # the pictures come from the record alone
+    monkeypatch.setattr(uncertainty_report, "load_run", None)
+    uncertainty_report.render_uncertainty(tmp_path)
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_a_run_without_uncertainty_is_refused_before_the_work(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(uncertainty_report, "measure_gaps", None)
+    with pytest.raises(ValueError, match="GaussianGuide has no uncertainty"):
+        Uncertainty(run_folder=runs / "vae", out=tmp_path).run()
+
+
+def test_too_few_images_are_refused_before_the_work(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(uncertainty_report, "measure_gaps", None)
+    with pytest.raises(ValueError, match=r"at least 8 images, got 5 \(images = 5, of 9 test"):
+        Uncertainty(run_folder=runs / "gp", images=5, out=tmp_path).run()
+
+
+def test_a_guide_of_the_users_own_is_read_if_trusted(runs, tmp_path, monkeypatch):
+    seen = []
+
+    def load(folder, load=uncertainty_report.load_run, **options):
+        seen.append(options["trust_guide"])
+        return load(folder, **options)
+
+    def measure(folders, out, **options):
+        seen.append(options["trust_guide"])
+        raise ValueError("stop")
+
+    monkeypatch.setattr(uncertainty_report, "load_run", load)
+    monkeypatch.setattr(uncertainty_report, "measure_gaps", measure)
+    for trust in (False, True):
+        with pytest.raises(ValueError, match="stop"):
+            Uncertainty(run_folder=runs / "gp", out=tmp_path, trust_guide=trust).run()
+    assert seen == [False, False, True, True]
+
+
+def test_an_encoder_without_spread_has_no_correlation():
+    table = random_table(12).assign(converged=True, amortisation=1.0 * np.arange(12))
+    table = table.assign(**{name: np.arange(12.0) for name in uncertainty_report.SCORES})
+    table["uncertainty"] = 0.0
+    found = uncertainty_report.correlate(table, 50)
+    assert found[found["score"] == "uncertainty"]["rho"].isna().all()
+    assert found[found["score"] != "uncertainty"]["rho"].notna().all()
+    assert "| Σ v/h² + r | – | – |" in uncertainty_report.correlation_markdown(found)
+
+
+def test_the_evidence_on_the_grid_is_that_of_importance_sampling():
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 6), nn.Unflatten(1, toy.SHAPE))
+    model, x = ImageModel(toy.SHAPE, 2, decoder, sigma=0.3).double(), toy.images(3)
+    grids = posterior_grid(model, x)
+    wide = nn.Module()
+    wide.posterior = lambda x: dist.Normal(torch.zeros(len(x), 2).double(), 1.5).to_event(1)
+    found = log_evidence(model, wide, x, 20_000, seed=0)
+    error = (found.log_evidence - torch.tensor([g.log_evidence for g in grids])) / (
+        found.standard_error
+    )
+    assert float(error.abs().max()) < 4.5

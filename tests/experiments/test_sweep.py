@@ -1,0 +1,338 @@
+"""Sweeps: plans are checked before anything is trained; a sweep survives what kills its parts."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from pyro_gpvae import train_run
+from pyro_gpvae.core._files import InUseError, locked, read_json, write_json
+from pyro_gpvae.runs.costs import seconds
+from pyro_gpvae.runs.plans import parse_where, read_plan
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+import sweep
+
+SWEEP = Path(sweep.__file__)
+PLANS = sorted((SWEEP.parent / "plans").glob("*.toml"))
+
+TINY = """
+title = "Tiny"
+[budget]
+epochs = 2
+seeds = 3
+train_images = 256
+test_images = 10
+num_samples = 5
+[grid]
+data = "mnist5k"
+latent_dim = 2
+decoder = ["conv", "fc"]
+[[methods]]
+guide = "vae"
+[[methods]]
+name = "gp after vae"
+guide = "gp"
+warm_start = "vae"
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path / "tiny.toml"
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_plan_can_be_read(path):
+    plan = read_plan(path)
+    names = [cell.name for cell in plan.cells]
+    assert len(names) == len(set(names))
+    for number, cell in enumerate(plan.cells):
+        start = cell.config.warm_start
+        assert start is None or start in names[:number], "those that others start from come first"
+
+
+def test_the_plans_are_the_papers_tables():
+    """Every row of the supplement's tables is a method, at the paper's budget."""
+    four, five = (read_plan(SWEEP.parent / "plans" / f"table{n}.toml") for n in (4, 5))
+    steps = [f"{name}:{k}" for name in ("sa", "iaf", "hf") for k in (1, 2, 4, 8)]
+    steps += [f"{name}:{k}" for name in ("me", "rme") for k in (2, 3, 4, 5)]
+    grid = {(guide, p) for guide in ["vae", "gp", *steps] for p in (10, 20, 50)}
+    assert {(c.config.guide, c.config.latent_dim) for c in four.cells} == grid
+    steps = [f"{name}:{k}" for name in ("sa", "vlae") for k in (1, 2, 4, 8)]
+    assert {c.config.guide for c in five.cells} == {"vae", "gp", *steps}
+    for plan in (four, five):
+        assert plan.cut == {}
+        gp = [c for c in plan.cells if c.config.guide == "gp"]
+        assert all(c.config.warm_start and c.config.epochs == 2000 for c in gp)
+        controls = [c for c in plan.cells if c.config.guide == "vae" and c.method != "vae"]
+        total = {c.config.epochs * (2 if c.config.warm_start else 1) for c in controls}
+        assert total == {4000}, "as many epochs as GPVAE and its warm start"
+        assert len(controls) == 2 * len(gp)
+
+
+def test_a_cell_is_named_by_its_options(tiny):
+    plan = read_plan(tiny)
+    assert len(plan.cells) == 12
+    cell = plan.cells[0]
+    assert cell.name.startswith("mnist5k-p2-conv-vae-seed0-")
+    gp = next(c for c in plan.cells if c.config.guide == "gp" and c.config.seed == 1)
+    assert gp.config.warm_start in {c.name for c in plan.cells if c.config.seed == 1}
+    cut = read_plan(tiny, epochs=1).cells[0]
+    assert cut.name != cell.name, "another budget is another run"
+    assert cut.name[:-8] == cell.name[:-8]
+
+
+def test_cuts_are_kept_with_the_plan(tiny):
+    plan = read_plan(tiny, epochs=7, seeds=2)
+    assert {c.config.epochs for c in plan.cells} == {7}
+    assert len(plan.cells) == 8
+    about = plan.about(plan.cells[0])
+    assert about["cut"]["epochs"] == {"used": 7, "full": 2000}
+    assert about["cut"]["seeds"] == {"used": 2, "full": 5}
+    assert about["cut"]["train_images"] == {"used": 256, "full": None}
+    assert "batch_size" not in about["cut"]
+    tiny.write_text(TINY + "epochs_factor = 3")
+    epochs = {(c.method, c.config.epochs) for c in read_plan(tiny, epochs=7).cells}
+    assert epochs == {("vae", 7), ("gp after vae", 21)}, "a control's factor is kept"
+
+
+def test_select_takes_what_a_cell_starts_from_along(tiny):
+    plan = read_plan(tiny).select(parse_where(["guide=gp", "decoder=fc", "seed=0,2"]))
+    assert [(c.config.guide, c.config.decoder, c.config.seed) for c in plan.cells] == [
+        ("vae", "fc", 0),
+        ("vae", "fc", 2),
+        ("gp", "fc", 0),
+        ("gp", "fc", 2),
+    ]
+    with pytest.raises(ValueError, match=r"no cell has guide=gq; there are vae, gp"):
+        read_plan(tiny).select({"guide": ["gq"]})
+    with pytest.raises(ValueError, match=r"'guid=gp' is none: expected KEY=VALUE"):
+        parse_where(["guid=gp"])
+    where = parse_where(["guide=sa:4,step_size=0.1,vae"])
+    assert where == {"guide": ["sa:4,step_size=0.1", "vae"]}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title = ", "titel = ", "the plan has the unknown name 'titel'"),
+        ("seeds = 3", "seed = 3", "budget has the unknown name 'seed'"),
+        ("epochs = 2", "epochs = 0", "budget.epochs must be a positive number, got 0"),
+        ("epochs = 2", "epochs = 2.5", "budget.epochs must be a positive number, got 2.5"),
+        ("epochs = 2", "validation = 256", "budget.validation is 256, with 256 training images"),
+        ("latent_dim", "latent_dims", "grid has the unknown name 'latent_dims'"),
+        ("latent_dim = 2", "latent_dim = []", "latent_dim of the method 'vae' is an empty list"),
+        ("latent_dim = 2", "latent_dim = '2'", "latent_dim must be int, got '2'"),
+        ('"conv", "fc"', '"conv", "conv"', "two cells are the same"),
+        ('"conv", "fc"', '"cnv"', "decoder must be one of"),
+        ('data = "mnist5k"', 'data = "mnist6k"', "data of the method 'vae' is 'mnist6k'"),
+        ('guide = "vae"', 'guide = "vea"', "guide of the method 'vea': unknown guide 'vea'"),
+        ('guide = "vae"', 'guide = ["vae", "vae"]', "two cells are the same"),
+        ('guide = "vae"', 'guide = "vae"\nepochs = 3', r"methods\[1\].epochs would mix budgets"),
+        ('guide = "vae"', 'guide = "vae"\nseed = 3', r"methods\[1\].seed would mix budgets"),
+        ('guide = "vae"', 'guide = "vae"\nlearning_rate = [1e-3, 1e-4]', "need names of their own"),
+        ('guide = "gp"', 'guide = "sa:1,stepsize=2"', "does not take these options"),
+        ('guide = "gp"', "guide = 3", r"methods\[2\].guide must be a guide such as 'vae'"),
+        ('guide = "gp"', 'guide = ["gp", "vae"]', r"methods\[2\].name would name 2 guides alike"),
+        ('guide = "gp"', 'guide = "gp"\nepochs_factor = 0', "epochs_factor of the method"),
+        ('warm_start = "vae"', 'warm_start = "vea"', "'vea', which is no method of this plan"),
+        ('warm_start = "vae"', 'warm_start = "gp after vae"', "starts from it in turn"),
+        ('guide = "vae"', 'guide = "vae"\ndecoder = "fc"', "has 0 cells with data=mnist5k"),
+        ("[budget]", "[budget", "is not TOML"),
+        ("[[methods]]", "[[method]]", "unknown name 'method'"),
+    ],
+)
+def test_a_plan_that_would_fail_or_mislead_is_refused(tiny, old, new, message):
+    assert old in TINY
+    tiny.write_text(TINY.replace(old, new))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_plan(tiny)
+    assert str(caught.value).startswith(str(tiny)), "the file is named"
+
+
+def test_dry_run_tells_cells_and_costs(tiny, tmp_path, capsys, monkeypatch):
+    times = pd.DataFrame(
+        {
+            "guide": ["vae", "gp"],
+            "data": "mnist",
+            "latent_dim": [10, 10],
+            "decoder": "conv",
+            "batch_size": 128,
+            "num_samples": 100,
+            "threads": 1,
+            "device": "one",
+            "step_ms": [500.0, 1000.0],
+            "image_ms": [20.0, 20.0],
+        }
+    )
+    times.to_csv(tmp_path / "times.csv", index=False)
+    monkeypatch.setattr(sweep, "STEP_TIMES", tmp_path / "times.csv")
+    options = sweep.Options(plan=tiny, out=tmp_path / "out", dry_run=True)
+    assert sweep.main(options) == 0
+    text = capsys.readouterr().out
+    assert not (tmp_path / "out").exists(), "nothing is written"
+    # 3 seeds, 2 epochs of 2 steps, 10 images with 5 of 100 samples
+    assert "12 cells, 0 done. Left: 0:00:18 in all, one at a time" in text
+    assert "6 without a recorded step time" in text
+    assert "CUT BUDGET: epochs 2 (the paper: 2000), seeds 3 (the paper: 5)" in text
+    cell = read_plan(tiny).cells[0]
+    assert seconds(cell, times) == pytest.approx(2 * 2 * 0.5 + 10 * 0.02 * 0.05)
+
+
+def test_finished_runs_that_do_not_fit_are_refused(tiny, tmp_path):
+    """Another plan's options under a cell's name, a damaged record: file and field are named."""
+    plan = read_plan(tiny, epochs=1, seeds=1)
+    cell, out = plan.cells[0], tmp_path / "out"
+    train_run(cell.config, out / cell.name, progress=False)
+    frame = sweep.finished_runs(plan, out)
+    assert list(frame["run"]) == [cell.name]
+    assert list(frame["method"]) == ["vae"]
+    options = sweep.Options(plan=tiny, root=None)
+    assert list(sweep.load_images_once(plan, frame, out, options, {"mnist5k"})) == ["mnist5k"]
+    other = frame.assign(train_sha256="0" * 64)
+    with pytest.raises(ValueError, match=rf"{cell.name}/record.json: data.train_sha256 is not"):
+        sweep.load_images_once(plan, other, out, options, {"mnist5k"})
+    with pytest.warns(UserWarning, match=rf"commit is 123 in .*{cell.name}/record.json"):
+        sweep.warn_of_commits(frame.assign(commit="123"), out)
+
+    record = out / cell.name / "record.json"
+    content = record.read_text()
+    record.write_text(content.replace("log_evidence", "log_evidenc"))
+    with pytest.raises(ValueError, match=rf"{cell.name}/record.json.*Delete the folder"):
+        sweep.finished_runs(plan, out)
+    write_json(record, read_json(record) | {"config": read_json(record)["config"] | {"epochs": 9}})
+    record.write_text(record.read_text().replace('log_evidenc"', 'log_evidence"'))
+    (out / cell.name / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"record.json: config.epochs is 9, the plan says 1"):
+        sweep.finished_runs(plan, out)
+
+
+def test_two_sweeps_do_not_share_a_folder(tiny, tmp_path):
+    with (
+        locked(tmp_path / ".sweep.lock", "sweeps"),
+        pytest.raises(InUseError, match="runs a sweep"),
+    ):
+        sweep.main(sweep.Options(plan=tiny, out=tmp_path))
+
+
+def test_without_ray_the_error_says_what_to_do(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pyro-gpvae\[sweep\].*pyro-gpvae train"):
+        sweep.main(sweep.Options(plan=tiny, out=tmp_path / "out"))
+
+
+def test_time_left_follows_what_runs_took():
+    left = sweep._time_left
+    costs = {"a": 10.0, "b": 10.0, "c": 30.0}
+    assert left(costs, {"a"}, {"a": 0.0, "b": 20.0}, {"a": 20.0}, now=25.0) == 15 + 60
+    assert left(dict.fromkeys("abc"), {"a"}, {}, {"a": 20.0}, now=25.0) == 40
+    assert left(dict.fromkeys("abc"), set(), {}, {}, now=25.0) is None
+
+
+@pytest.fixture
+def start():
+    """Starts the command; nothing is left of it after the test, however that ends."""
+    processes = []
+    yield lambda *args: processes.append(_start(*args)) or processes[-1]
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _start(*args):
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "PYTHONWARNINGS": "ignore",
+    }
+    return subprocess.Popen(
+        [sys.executable, SWEEP, *map(str, args)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def records(out):
+    """Of finished runs: the record of ``RUN.partial`` is written before the folder is renamed."""
+    paths = sorted(out.glob("*/record.json"))
+    return {path.parent.name: path for path in paths if path.parent.suffix != ".partial"}
+
+
+def wait_for(out, number, process, seconds=900):
+    end = time.monotonic() + seconds
+    while len(records(out)) < number:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, f"{len(records(out))} of {number} records in time"
+        time.sleep(0.02)
+
+
+def scores(out):
+    return {name: read_json(path)["scores"] for name, path in records(out).items()}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two Ray nodes with one core each."""
+    pytest.importorskip("ray", reason="the extra sweep is not installed")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # no token in the home folder
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # a worker that imports torch on a busy machine takes longer than the 60 s that Ray waits
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "600")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    cluster.second = cluster.add_node(**node)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_lost_node_and_a_killed_driver_cost_nothing(cluster, start, tiny, tmp_path, monkeypatch):
+    """Every cell is recorded once, with the scores of a sweep that nothing disturbs: its cells
+    trained one after the other, in one process, without checkpoints and without Ray."""
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    command = ("--plan", tiny, "--address", cluster.address, "--out", out, "--checkpoint-every=2")
+    process = start(*command)
+    wait_for(out, 2, process)
+    cluster.remove_node(cluster.second, allow_graceful=False)
+    wait_for(out, 5, process)
+    process.kill()
+    process.communicate()
+    before = {name: path.stat().st_mtime_ns for name, path in records(out).items()}
+    assert 5 <= len(before) < 12
+
+    process = start(*command)
+    text = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, text
+    assert "12 of 12 cells done" in text
+    assert not list(out.glob("*.partial"))
+    after = {name: path.stat().st_mtime_ns for name, path in records(out).items()}
+    assert before.items() <= after.items(), "no finished cell is repeated"
+
+    undisturbed.mkdir()
+    monkeypatch.chdir(undisturbed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for cell in read_plan(tiny).cells:
+        train_run(cell.config, cell.name, progress=False)
+    torch.set_num_threads(threads)
+    assert scores(out) == scores(undisturbed)
+    assert len(scores(out)) == 12
+    table = (out / "tiny.md").read_text()
+    assert "2 epochs (the paper: 2000)" in table
+    assert "CUT BUDGET" in table
+    start_of = {
+        p["plan"]["method"]: p.get("warm_start") for p in map(read_json, records(out).values())
+    }
+    assert start_of["vae"] is None
+    assert start_of["gp after vae"]["plan"]["cut"]["epochs"] == {"used": 2, "full": 2000}

@@ -1,0 +1,482 @@
+import copy
+import io
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import nn
+from torch.distributions import kl_divergence
+from toy import (
+    SHAPE,
+    exact_evidence,
+    expected_log_likelihood,
+    images,
+    linear_encoder,
+    linear_model,
+)
+
+from guides import GaussianGuide
+from guides.iterative import IterativeGuide
+from guides.semi_amortized import SemiAmortizedGuide
+from pyro_gpvae import ImageModel, fit, log_evidence, log_weights
+from pyro_gpvae.model.elbo import elbo_terms
+
+every_family = pytest.mark.parametrize("family", [SemiAmortizedGuide, IterativeGuide])
+# every way to take a step that is meant to raise the ELBO
+SA_OPTIONS = [
+    {},
+    {"natural": False, "step_size": 0.05},
+    {"line_search": False, "step_size": 0.1},
+    {"natural": False, "line_search": False, "step_size": 0.005, "num_samples": 3},
+]
+
+
+def build(family, model, *args, seed=2, **options):
+    """A guide in float64, whose learned updates do something from the start."""
+    torch.manual_seed(seed)
+    guide = family(model, *args, linear_encoder(), **options).double()
+    if getattr(guide, "update", None) is not None:
+        with torch.no_grad():
+            for parameter in guide.update[-1].parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return guide
+
+
+def curved_model(seed=3):
+    """A decoder that is far from linear, so that curvature varies along a step."""
+    torch.manual_seed(seed)
+    decoder = nn.Sequential(
+        nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, math.prod(SHAPE)), nn.Unflatten(1, SHAPE)
+    )
+    with torch.no_grad():
+        decoder[0].weight *= 3
+        decoder[2].weight *= 3
+    return ImageModel(SHAPE, 2, decoder, sigma=0.1).double()
+
+
+def exact_elbo(model, x, loc, log_scale):
+    """The ELBO (B,) of N(loc, s²) under a linear-Gaussian model, without sampling."""
+    q = dist.Normal(loc, log_scale.exp()).to_event(1)
+    fit = expected_log_likelihood(model, x, loc, (2 * log_scale).exp())
+    return (fit - kl_divergence(q, model.prior())).detach()
+
+
+def posterior(guide, x, seed=0):
+    torch.manual_seed(seed)
+    return guide.posterior(x)
+
+
+# zero steps
+
+
+@every_family
+def test_no_steps_is_the_vae_bit_for_bit(family):
+    pixels = (images(12) * 255).to(torch.uint8)
+    trained = []
+    for cls, args in ((GaussianGuide, ()), (family, (0,))):
+        model = linear_model()
+        guide = build(cls, model, *args)
+        fit(model, guide, pixels, epochs=2, batch_size=5, progress=False, device="cpu")
+        torch.manual_seed(4)
+        z = guide(images(3))
+        evidence = log_evidence(model, guide, images(3), 7, seed=1).log_evidence
+        trained.append({**model.state_dict(), **guide.state_dict(), "z": z, "evidence": evidence})
+    vae, zero = trained
+    assert vae.keys() == zero.keys()
+    assert all(torch.equal(vae[name], zero[name]) for name in vae)
+
+
+def test_learned_updates_start_as_the_vae():
+    model, x = linear_model(), images(4)
+    guide = IterativeGuide(model, 3, linear_encoder()).double()
+    _, loc, log_scale = guide.encode(x)
+    q = guide.posterior(x).base_dist
+    assert torch.equal(q.loc, loc)
+    assert torch.equal(q.scale, log_scale.exp())
+
+
+@every_family
+def test_warm_start_copies_the_encoder(family):
+    model, x = linear_model(), images(4)
+    vae = build(GaussianGuide, model)
+    guide = family(model, 2, warm_start=vae).double()
+    start, _ = guide.path(x)[0][0]
+    assert torch.equal(start, vae.encode(x)[1])
+    assert guide.head.weight is not vae.head.weight
+
+
+# SA ascends
+
+
+@pytest.mark.parametrize("options", SA_OPTIONS)
+def test_every_step_raises_the_elbo_of_every_image(options):
+    model, x = linear_model(), images(20)
+    guide = build(SemiAmortizedGuide, model, 4, **(options | {"num_samples": 2000}))
+    with torch.no_grad():
+        guide.head.weight *= 10  # start away from the optimum
+        torch.manual_seed(0)
+        path, _ = guide.path(x)
+    elbos = torch.stack([exact_elbo(model, x, *at) for at in path])
+    assert (elbos.diff(dim=0) > 0).all()
+    assert (elbos[-1] - elbos[0]).mean() > 0.5
+
+
+def test_plain_step_is_the_gradient_by_hand():
+    model, x = linear_model(), images(5)
+    options = {"natural": False, "line_search": False, "step_size": 1e-3, "log_scale_rate": 0.5}
+    guide = build(SemiAmortizedGuide, model, 1, max_norm=1e9, **options)
+    torch.manual_seed(0)
+    (_, (loc, log_scale)), (elbo,) = guide.path(x)
+    torch.manual_seed(0)
+    noise = torch.randn(1, 5, 2, dtype=torch.float64)
+    m, log_s = (value.detach().requires_grad_() for value in guide.encode(x)[1:])
+    total = 0
+    for e in (noise[0], -noise[0]):
+        total += dist.Normal(model.decoder(m + log_s.exp() * e), model.log_sigma.exp()).log_prob(x)
+    kl = 0.5 * (m**2 + (2 * log_s).exp() - 1 - 2 * log_s).sum(-1)
+    by_hand = total.sum((1, 2, 3)) / 2 - kl
+    by_hand.sum().backward()
+    torch.testing.assert_close(elbo, by_hand, rtol=0, atol=1e-10)
+    torch.testing.assert_close(loc, m + 1e-3 * m.grad, rtol=0, atol=1e-10)
+    torch.testing.assert_close(log_scale, log_s + 5e-4 * log_s.grad, rtol=0, atol=1e-10)
+
+
+def test_natural_step_of_rate_one_is_newtons_for_an_uncorrelated_posterior():
+    model, x = linear_model(sigma=0.5), images(5)
+    with torch.no_grad():  # orthogonal columns: one dimension does not see the other
+        model.decoder[0].weight.copy_(torch.eye(6, 2))
+    guide = build(SemiAmortizedGuide, model, 1, max_norm=1e9, num_samples=2, line_search=False)
+    with torch.no_grad():  # the posterior's own scale: precision 1 + 1/σ²
+        guide.head.weight[2:] = 0
+        precision = 1 + (-2 * model.log_sigma).exp()
+        guide.head.bias[2:] = -0.5 * precision.log()
+    residual = (x.flatten(1) - model.decoder[0].bias)[:, :2]
+    target = residual * (1 - 1 / precision)  # 1/σ² / (1 + 1/σ²)
+    q = posterior(guide, x)
+    torch.testing.assert_close(q.mean, target, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_norm_of_each_images_step_is_clipped(natural):
+    model, x = linear_model(sigma=0.01), images(5)
+    options = {"line_search": False, "log_scale_rate": 1.0, "natural": natural}
+    guide = build(SemiAmortizedGuide, model, 1, max_norm=0.3, **options)
+    (loc, log_scale), (new_loc, new_log_scale) = guide.path(x)[0]
+    d_loc, d_log_scale = new_loc - loc, new_log_scale - log_scale
+    if natural:  # the length in the Fisher metric: diag(1/s²) for the mean, 2 for log s
+        d_loc, d_log_scale = d_loc / log_scale.exp(), d_log_scale * math.sqrt(2)
+    norm = torch.cat([d_loc, d_log_scale], -1).norm(dim=-1)
+    torch.testing.assert_close(norm, torch.full_like(norm, 0.3), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("natural", [True, False])
+@pytest.mark.parametrize("step_size", [1.0, 1e3, 1e30])
+def test_line_search_never_lowers_the_elbo_on_the_noise_of_the_step(step_size, natural):
+    model, x = curved_model(), images(50)
+    options = {"step_size": step_size, "natural": natural, "num_samples": 1}
+    guide = build(SemiAmortizedGuide, model, 1, **options)
+    with torch.no_grad():
+        _, loc, log_scale = guide.encode(x)
+        for seed in range(10):
+            torch.manual_seed(seed)
+            noise = guide.draw_noise(loc)
+            torch.manual_seed(seed)
+            new_loc, new_log_scale, before = guide.step(x, loc, log_scale)
+            after = guide.image_elbo(x, new_loc, new_log_scale, noise)
+            moved = (new_loc != loc).any(-1)
+            assert (after[moved] > before[moved]).all()
+            assert torch.equal(after[~moved], before[~moved])
+            if step_size == 1:
+                assert moved.sum() > 40
+            loc, log_scale = new_loc, new_log_scale
+
+
+@pytest.mark.parametrize("step_size", [0.6, 1.0, 10.0, 1e4])
+def test_many_steps_diverge_without_the_safeguards_only(step_size):
+    model, x = curved_model(), images(50)
+    noise = torch.randn(200, 50, 2, generator=torch.Generator().manual_seed(1)).double()
+
+    def gain(**options):
+        guide = build(SemiAmortizedGuide, model, 20, step_size=step_size, **options)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            path, _ = guide.path(x)
+            first, last = (guide.image_elbo(x, *at, noise) for at in (path[0], path[-1]))
+        return last - first
+
+    safe = gain()
+    assert safe.mean() > 300
+    assert safe.min() > 0
+    assert not gain(line_search=False, max_norm=1e9).min() > -1e3  # or not a number
+
+
+def test_legacy_sign_lowers_the_elbo():
+    model, x = linear_model(), images(20)
+    legacy = build(SemiAmortizedGuide, model, 4, step_size=0.5, legacy_sign=True)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        path, _ = legacy.path(x)
+    elbos = torch.stack([exact_elbo(model, x, *at) for at in path])
+    assert (elbos.mean(1).diff() < 0).all()
+
+
+# an image's result is its own
+
+
+@pytest.mark.parametrize("options", SA_OPTIONS)
+def test_result_of_an_image_does_not_depend_on_its_batch(options):
+    check_own_result(build(SemiAmortizedGuide, curved_model(), 3, **options))
+
+
+def test_result_of_an_image_does_not_depend_on_its_batch_iterative():
+    check_own_result(build(IterativeGuide, curved_model(), 3))
+
+
+def check_own_result(guide):
+    x, other = images(6), images(6, seed=9) * 5
+    other[2] = x[2]
+    q, q_other = posterior(guide, x).base_dist, posterior(guide, other).base_dist
+    assert torch.equal(q.loc[2], q_other.loc[2])
+    assert torch.equal(q.scale[2], q_other.scale[2])
+    assert not torch.equal(q.loc[3], q_other.loc[3])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_only_the_legacy_sign_divides_by_the_size_of_the_batch(legacy, monkeypatch):
+    guide = build(SemiAmortizedGuide, linear_model(), 2, step_size=0.1, legacy_sign=legacy)
+    monkeypatch.setattr(guide, "draw_noise", lambda loc: torch.ones_like(loc)[None])
+    x = images(6)
+    together, alone = guide.posterior(x).mean[:1], guide.posterior(x[:1]).mean
+    assert torch.allclose(together, alone, rtol=0, atol=1e-10) is not legacy
+
+
+def test_noise_is_antithetic_and_new_in_each_step(monkeypatch):
+    guide = build(SemiAmortizedGuide, linear_model(), 2, num_samples=5)
+    draws = []
+    draw = guide.draw_noise
+    monkeypatch.setattr(guide, "draw_noise", lambda loc: draws.append(draw(loc)) or draws[-1])
+    guide.posterior(images(4))
+    first, second = draws
+    assert first.shape == (5, 4, 2)
+    assert torch.equal(first[3:], -first[:2])
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[:, 0], first[:, 1])
+
+
+# training differentiates through the steps
+
+
+def check_outer_gradient(model, guide):
+    x = images(6)
+    modules = nn.ModuleList([model, guide])
+
+    def objective():
+        torch.manual_seed(0)
+        q = guide.posterior(x)
+        z = q.rsample((3,))
+        return (model.log_joint(x, z) - q.log_prob(z)).mean()
+
+    objective().backward()
+    generator = torch.Generator().manual_seed(5)
+    numeric, analytic = [], []
+    for parameter in modules.parameters():
+        gradient = parameter.grad
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        analytic.append(float((gradient * direction).sum()))
+        values = []
+        with torch.no_grad():
+            for sign in (1e-6, -1e-6):
+                parameter += sign * direction
+                values.append(float(objective()))
+                parameter -= sign * direction
+        numeric.append((values[0] - values[1]) / 2e-6)
+    return torch.tensor(analytic), torch.tensor(numeric)
+
+
+@pytest.mark.parametrize("options", [*SA_OPTIONS, {"max_norm": 0.5}])
+def test_outer_gradient_of_sa_equals_finite_differences(options):
+    model = curved_model()
+    analytic, numeric = check_outer_gradient(model, build(SemiAmortizedGuide, model, 3, **options))
+    torch.testing.assert_close(analytic, numeric, rtol=1e-4, atol=1e-4)
+    assert (analytic != 0).all()
+
+
+def test_outer_gradient_of_learned_updates_is_exact_with_second_order_only():
+    model = curved_model()
+    guide = build(IterativeGuide, model, 3, second_order=True)
+    analytic, numeric = check_outer_gradient(model, guide)
+    torch.testing.assert_close(analytic, numeric, rtol=1e-4, atol=1e-4)
+    model = curved_model()
+    analytic, numeric = check_outer_gradient(model, build(IterativeGuide, model, 3))
+    assert (analytic - numeric).abs().max() > 1e-2
+
+
+@every_family
+def test_fit_trains_every_parameter(family):
+    model = curved_model()
+    guide = build(family, model, 2)
+    everything = dict([*model.named_parameters(), *guide.named_parameters()])
+    before = {name: parameter.detach().clone() for name, parameter in everything.items()}
+    pixels = (images(12) * 255).to(torch.uint8)
+    history = fit(model, guide, pixels, epochs=1, batch_size=5, progress=False, device="cpu")
+    assert math.isfinite(history.rows[0]["loss"])
+    for name, parameter in everything.items():
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, before[name]), name
+
+
+@every_family
+def test_decoder_can_be_trained_under_a_frozen_encoder(family):
+    model = curved_model()
+    guide = build(family, model, 2).requires_grad_(False)
+    guide.elbo().differentiable_loss(model, guide, images(4)).backward()
+    assert model.decoder[0].weight.grad.abs().sum() > 0
+
+
+def test_learned_updates_learn_to_infer():
+    model, x = linear_model(), images(64)
+    torch.manual_seed(0)
+    guide = IterativeGuide(model, 2, linear_encoder(), hidden=32).double()
+    for module in (model, guide.encoder, guide.head):
+        module.requires_grad_(False)
+    (start, *_, end) = guide.path(x)[0]
+    before = exact_elbo(model, x, *start).mean()
+    fit(model, guide, (x * 255).to(torch.uint8), epochs=40, learning_rate=1e-2, progress=False)
+    with torch.no_grad():
+        (start, *_, end) = guide.path(x)[0]
+    assert exact_elbo(model, x, *start).mean() == before
+    best = exact_evidence(model, x).mean()
+    assert best - exact_elbo(model, x, *end).mean() < 0.3 * (best - before)
+
+
+def test_sum_objective_adds_the_elbo_before_each_step():
+    model, x = linear_model(), images(4)
+    guide = build(IterativeGuide, model, 3, objective="sum")
+    final = build(IterativeGuide, model, 3)
+    losses = []
+    for g in (guide, final):
+        torch.manual_seed(0)
+        losses.append(g.elbo().differentiable_loss(model, g, x))
+    torch.manual_seed(0)
+    _, elbos = final.path(x)
+    added = losses[1] - torch.stack(elbos).sum()
+    torch.testing.assert_close(losses[0], added, rtol=0, atol=1e-9)
+    losses[0].backward()
+    assert guide.update[0].weight.grad.abs().sum() > 0
+    # what is logged is the ELBO itself
+    terms = []
+    for g in (guide, final):
+        torch.manual_seed(0)
+        terms.append(elbo_terms(model, g, x, 100))
+    assert terms[0] == terms[1]
+
+
+# evaluation
+
+
+@every_family
+def test_evidence_is_unbiased_inside_no_grad(family):
+    model, x = linear_model(sigma=0.7), images(4)
+    guide = build(family, model, 2)
+    with torch.no_grad():
+        q = posterior(guide, x)
+        assert not q.mean.requires_grad
+        _, loc, _ = guide.encode(x)
+        assert (q.mean - loc).abs().min() > 1e-6  # the steps were taken
+        torch.manual_seed(3)
+        ratios = (log_weights(model, guide, x, 20_000) - exact_evidence(model, x)).exp()
+    z = (ratios.mean(0) - 1) / (ratios.std(0) / math.sqrt(len(ratios)))
+    assert (z.abs() < 4).all()
+    assert ratios.std(0).max() < 5
+    assert all(p.grad is None for p in [*model.parameters(), *guide.parameters()])
+
+
+@every_family
+def test_each_image_is_refined_once_however_many_samples(family, monkeypatch):
+    model = linear_model()
+    guide = build(family, model, 2)
+    calls = []
+    step = guide.step
+    monkeypatch.setattr(guide, "step", lambda x, *at: calls.append(len(x)) or step(x, *at))
+    log_evidence(model, guide, images(6), 50, chunk_size=12)
+    assert calls == [6, 6]
+
+
+@every_family
+def test_steps_leave_no_sites(family):
+    model = linear_model()
+    guide = build(family, model, 2)
+    trace = poutine.trace(guide).get_trace(images(3))
+    assert [name for name, site in trace.nodes.items() if site["type"] == "sample"] == ["data", "z"]
+    assert not any("decoder" in name or "log_sigma" in name for name in trace.nodes)
+
+
+# the decoder stays the model's; saving and precision
+
+
+@every_family
+def test_state_dict_has_no_decoder_and_gives_the_same_numbers(family):
+    model, x = linear_model(), images(4)
+    guide = build(family, model, 2)
+    names = {name.split(".")[0] for name in guide.state_dict()}
+    assert names <= {"encoder", "head", "update"}
+    assert not {id(p) for p in guide.parameters()} & {id(p) for p in model.parameters()}
+    buffer = io.BytesIO()
+    torch.save(guide.state_dict(), buffer)
+    buffer.seek(0)
+    again = build(family, model, 2, seed=8)
+    assert not torch.equal(posterior(again, x).mean, posterior(guide, x).mean)
+    again.load_state_dict(torch.load(buffer))
+    assert torch.equal(posterior(again, x).mean, posterior(guide, x).mean)
+
+
+@every_family
+def test_copied_with_its_model_it_refines_by_the_copy(family):
+    model, x = linear_model(), images(4)
+    guide = build(family, model, 2)
+    copied_model, copied = copy.deepcopy((model, guide))
+    before = posterior(guide, x).mean
+    with torch.no_grad():
+        copied_model.decoder[0].bias += 1
+    assert torch.equal(posterior(guide, x).mean, before)
+    assert not torch.equal(posterior(copied, x).mean, before)
+
+
+@every_family
+def test_single_and_double_precision(family):
+    model = linear_model().float()
+    guide = build(family, model, 2).float()
+    assert posterior(guide, images(4).float()).mean.dtype == torch.float32
+    model.double()
+    guide.double()
+    assert posterior(guide, images(4)).mean.dtype == torch.float64
+
+
+# bad input
+
+
+@every_family
+@pytest.mark.parametrize("option", [{"num_steps": -1}, {"num_samples": 0}])
+def test_bad_counts_are_named(family, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        family(linear_model(), encoder=linear_encoder(), **option)
+
+
+@pytest.mark.parametrize("name", ["step_size", "log_scale_rate", "max_norm"])
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan])
+def test_sizes_that_are_not_positive_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be positive"):
+        SemiAmortizedGuide(linear_model(), 2, linear_encoder(), **{name: value})
+
+
+def test_bad_options_of_learned_updates_are_named():
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
+        IterativeGuide(linear_model(), 2, linear_encoder(), hidden=0)
+    with pytest.raises(ValueError, match=r"objective must be one of .*'sum'.*, got 'all'"):
+        IterativeGuide(linear_model(), 2, linear_encoder(), objective="all")
+    guide = IterativeGuide(linear_model(), 0, linear_encoder()).double()
+    guide.num_steps = 1
+    with pytest.raises(ValueError, match="num_steps=0 has no update"):
+        guide.posterior(images(2))

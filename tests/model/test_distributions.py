@@ -1,0 +1,319 @@
+import math
+import pickle
+import warnings
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.distributions.testing.gof import auto_goodness_of_fit
+from scipy.integrate import quad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_gpvae import MarginalPosterior
+from pyro_gpvae.core._memory import PeakMemory
+from pyro_gpvae.model.distributions import _MAX_NODES, GaussianPixels
+
+PARAMETERS = [
+    (0.0, 0.4, -1.0, 0.5),
+    (0.7, 0.0, 0.3, 0.3),
+    (-1.0, 1.0, -2.0, 0.1),
+    (0.0, 10.0, 0.0, 0.5),
+]
+
+
+def marginal(a, sd_f, b, sd_log_h, **options):
+    return MarginalPosterior(
+        *(torch.tensor(p, dtype=torch.float64) for p in (a, sd_f, b, sd_log_h)), **options
+    )
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_integrates_to_one(parameters):
+    q = marginal(*parameters)
+    centre, width = float(q.mean), float(q.stddev)
+    points = [centre + k * width for k in (-5, -2, 0, 2, 5)]
+    total, _ = quad(
+        lambda z: float(q.log_prob(torch.tensor(z, dtype=torch.float64)).exp()),
+        centre - 30 * width,
+        centre + 30 * width,
+        points=points,
+        limit=400,
+        epsabs=1e-9,
+    )
+    assert total == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
+@pytest.mark.parametrize("sigmas", [-5, -4, -1, 0, 0.5, 2, 5])
+def test_density_against_brute_force_integration(parameters, sigmas):
+    a, sd_f, b, sd_log_h = parameters
+    q = marginal(*parameters)
+    z = a + sigmas * float(q.stddev)
+
+    def integrand(t):
+        variance = sd_f**2 + np.exp(2 * (b + sd_log_h * t))
+        conditional = np.exp(-0.5 * (z - a) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
+        return conditional * np.exp(-0.5 * t**2) / np.sqrt(2 * np.pi)
+
+    density, _ = quad(integrand, -12, 12, epsabs=0, epsrel=1e-11, limit=400)
+    value = float(q.log_prob(torch.tensor(z, dtype=torch.float64)))
+    assert value == pytest.approx(np.log(density), abs=1e-6)
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_samples_fit_the_density(parameters):
+    # fails with a probability of 2e-5 for a right sampler
+    torch.manual_seed(0)
+    q = marginal(*parameters)
+    samples = q.sample((20_000,))
+    assert auto_goodness_of_fit(samples, q.log_prob(samples).exp()) > 2e-5
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
+def test_mean_and_variance(parameters):
+    torch.manual_seed(0)
+    q = marginal(*parameters)
+    samples = q.sample((400_000,))
+    error = samples.std() / len(samples) ** 0.5
+    assert abs(samples.mean() - q.mean) < 4 * error
+    square = (samples - q.mean).square()
+    assert abs(square.mean() - q.variance) < 4 * square.std() / len(samples) ** 0.5
+
+
+def test_without_spread_it_is_the_normal_exactly():
+    a, b = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    zero = torch.zeros_like(a)
+    q, normal = MarginalPosterior(a, zero, b, zero), dist.Normal(a, b.exp())
+    z = torch.randn(7, 5, 3).double()
+    torch.testing.assert_close(q.log_prob(z), normal.log_prob(z), rtol=0, atol=1e-12)
+    torch.manual_seed(0)
+    sample = q.sample()
+    torch.manual_seed(0)
+    torch.testing.assert_close(sample, normal.sample(), rtol=0, atol=1e-15)
+    torch.testing.assert_close(q.variance, normal.variance)
+
+
+def test_the_moment_matched_gaussian_would_be_wrong_by_nats():
+    q = MarginalPosterior(*(torch.full((50,), p).double() for p in (0.0, 0.1, -1.0, 0.5)))
+    torch.manual_seed(0)
+    z = q.sample((2000,))
+    gap = (q.log_prob(z) - dist.Normal(q.mean, q.stddev).log_prob(z)).sum(-1).mean()
+    assert gap > 1
+
+
+def test_shapes_and_expand():
+    q = MarginalPosterior(torch.zeros(5, 2), 0.1, -1.0, 0.3).to_event(1)
+    wide = q.expand((7, 5))
+    assert wide.sample((4,)).shape == (4, 7, 5, 2)
+    z = wide.sample()
+    torch.testing.assert_close(wide.log_prob(z), q.log_prob(z))
+    assert q.log_prob(z[:, :1]).shape == (7, 5)
+
+
+def test_gradients_of_samples_and_density():
+    parameters = [torch.tensor(p, dtype=torch.float64, requires_grad=True) for p in PARAMETERS[0]]
+
+    def log_prob(*parameters):
+        return MarginalPosterior(*parameters).log_prob(torch.tensor(0.3).double())
+
+    def sample(*parameters):
+        torch.manual_seed(0)
+        return MarginalPosterior(*parameters).rsample((3,))
+
+    assert torch.autograd.gradcheck(log_prob, parameters)
+    assert torch.autograd.gradcheck(sample, parameters)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="num_nodes must be at least 1, got 0"):
+        marginal(*PARAMETERS[0], num_nodes=0)
+    with pytest.raises(ValueError, match="loc_scale"):
+        marginal(0.0, -0.1, 0.0, 0.1, validate_args=True)
+
+
+def test_validation_is_that_of_the_moment():
+    nan = torch.tensor([math.nan, 0.0])
+    q = MarginalPosterior(torch.zeros(2), 0.1, 0.0, 0.1)
+    with pyro.validation_enabled(False):
+        assert q.log_prob(nan).isnan().tolist() == [True, False]
+    with pytest.raises(ValueError, match="within the support"):
+        q.log_prob(nan)
+    for given in (True, False):
+        q = MarginalPosterior(torch.zeros(2), 0.1, 0.0, 0.1, validate_args=given)
+        assert q._validate_args is given
+
+
+def test_vectorised_by_vmap():
+    a, b = torch.randn(2, 3, 2).double()
+    z = torch.zeros(2).double()
+    found = torch.vmap(lambda a, b: MarginalPosterior(a, 0.1, b, 0.1).log_prob(z))(a, b)
+    torch.testing.assert_close(found, MarginalPosterior(a, 0.1, b, 0.1).log_prob(z))
+
+
+def written_out(q, value):
+    """The density with every node, sample and latent at once, and torch's own logsumexp."""
+    n = q.num_nodes
+    nodes = np.array([np.sqrt(2 * np.pi / n) * (k - (n - 1) / 2) for k in range(n)])
+    masses = np.exp(-(nodes**2) / 2)
+    shape = (-1,) + (1,) * q.loc.dim()
+    ell = q.log_scale + q.log_scale_scale * torch.from_numpy(nodes).reshape(shape)
+    variance = q.loc_scale.square() + (2 * ell).exp()
+    log_mass = torch.from_numpy(np.log(masses / masses.sum())).reshape(shape)
+    square = (value - q.loc).square().unsqueeze(-q.loc.dim() - 1)
+    exponent = log_mass - 0.5 * (square / variance + variance.log() + np.log(2 * np.pi))
+    return exponent.logsumexp(-q.loc.dim() - 1)
+
+
+def random_marginal(*shape, seed=0):
+    torch.manual_seed(seed)
+    a, b = torch.randn(2, *shape).double()
+    sd_f, sd_log_h = torch.rand(2, *shape).double()
+    return MarginalPosterior(a, sd_f, b, sd_log_h)
+
+
+@pytest.mark.parametrize("limit", [1, 700, 10**6])
+@pytest.mark.parametrize("shape", [(7, 5, 3), (2, 4, 5, 3), (3,), (5, 1), (7, 1, 3), ()])
+def test_samples_scored_in_parts_have_the_density_of_all_at_once(limit, shape, monkeypatch):
+    monkeypatch.setattr("pyro_gpvae.model.distributions._MAX_NODES", limit)
+    q = random_marginal(5, 3)
+    value = 10 * torch.randn(shape).double()  # far tails too
+    expected = written_out(q, value)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(q.log_prob(value), expected, **close)
+    wide = q.expand((6, *([1] * (expected.dim() - 2)), 5, 3))
+    torch.testing.assert_close(
+        wide.log_prob(value), expected.expand(wide.log_prob(value).shape), **close
+    )
+
+
+def test_gradients_do_not_depend_on_the_parts(monkeypatch):
+    q = random_marginal(5, 3)
+    value = torch.randn(4, 5, 3).double()
+    parameters = [q.loc, q.loc_scale, q.log_scale, q.log_scale_scale, value]
+    for parameter in parameters:
+        parameter.requires_grad_()
+
+    def log_prob(*parameters):
+        return MarginalPosterior(*parameters[:4], validate_args=False).log_prob(parameters[4])
+
+    expected = torch.autograd.grad(written_out(q, value).sum(), parameters)
+    for limit in (1, 10**6):
+        monkeypatch.setattr("pyro_gpvae.model.distributions._MAX_NODES", limit)
+        found = torch.autograd.grad(log_prob(*parameters).sum(), parameters)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    small = [p.detach()[..., :1, :2].clone().requires_grad_() for p in parameters]
+    assert torch.autograd.gradgradcheck(log_prob, small)
+
+
+def test_the_density_can_be_batched_and_traced():
+    q = random_marginal(4, 5, 3)
+    parameters = [q.loc, q.loc_scale, q.log_scale, q.log_scale_scale]
+
+    def log_prob(*parameters):
+        return MarginalPosterior(*parameters, validate_args=False).log_prob(torch.ones(2, 5, 3))
+
+    expected = torch.stack([log_prob(*(p[i] for p in parameters)) for i in range(4)])
+    torch.testing.assert_close(torch.vmap(log_prob)(*parameters), expected)
+    graph = make_fx(log_prob)(*(p[0] for p in parameters))
+    torch.testing.assert_close(graph(*(p[2] for p in parameters)), expected[2])
+
+
+def test_an_infinite_value_has_no_density():
+    q = random_marginal(2)
+    value = torch.tensor([math.inf, 0.0], dtype=torch.float64)
+    assert q.log_prob(value)[0] == -math.inf
+    assert q.log_prob(value)[1].isfinite()
+
+
+@pytest.mark.parametrize("num_samples", [10, 100, 1000])
+def test_the_nodes_take_no_more_memory_for_more_samples(num_samples):
+    q = random_marginal(8, 50).expand((num_samples, 8, 50))
+    z = q.sample()
+    with torch.no_grad(), PeakMemory() as memory:
+        q.log_prob(z)
+    assert memory.largest <= max(_MAX_NODES, z.numel())
+
+
+def pixels_of(*batch, seed=0):
+    torch.manual_seed(seed)
+    loc = torch.randn(*batch, 2, 3, 4).double().requires_grad_()
+    return loc, torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+
+def test_pixels_are_independent_normals():
+    loc, scale = pixels_of(7, 5)
+    pixels, normal = GaussianPixels(loc, scale), dist.Normal(loc, scale).to_event(3)
+    x = torch.rand(5, 2, 3, 4).double()
+    exact = {"rtol": 1e-12, "atol": 0}
+    torch.testing.assert_close(pixels.log_prob(x), normal.log_prob(x), **exact)
+    with torch.no_grad():  # where it is computed in place
+        before = x.clone(), loc.clone()
+        torch.testing.assert_close(pixels.log_prob(x), normal.log_prob(x), **exact)
+        assert torch.equal(x, before[0])
+        assert torch.equal(loc, before[1])
+    for p, q in ((pixels, normal), (pixels.expand((6, 7, 5)), normal.expand((6, 7, 5)))):
+        assert (p.batch_shape, p.event_shape) == (q.batch_shape, q.event_shape)
+        torch.testing.assert_close(p.log_prob(x), q.log_prob(x), **exact)
+        assert torch.equal(p.mean, q.mean)
+        assert torch.equal(p.stddev, q.base_dist.scale)
+        torch.testing.assert_close(p.entropy(), q.entropy())
+    assert isinstance(pixels.base_dist, dist.Normal)
+    torch.manual_seed(1)
+    sample = pixels.sample((2,))
+    torch.manual_seed(1)
+    assert torch.equal(sample, normal.sample((2,)))
+    gradients = [torch.autograd.grad(p.log_prob(x).sum(), (loc, scale)) for p in (pixels, normal)]
+    torch.testing.assert_close(*gradients, **exact)
+    assert torch.autograd.gradgradcheck(
+        lambda loc, scale: GaussianPixels(loc, scale).log_prob(x[:1]), (loc[:1, :1], scale)
+    )
+
+
+def test_pixels_are_pickled_and_batched():
+    loc, scale = (t.detach() for t in pixels_of(4, 5))
+    x = torch.rand(5, 2, 3, 4).double()
+    pixels = GaussianPixels(loc, scale)
+    again = pickle.loads(pickle.dumps(pixels))
+    assert torch.equal(again.log_prob(x), pixels.log_prob(x))
+
+    def log_prob(loc, scale):
+        return GaussianPixels(loc, scale, validate_args=False).log_prob(x)
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")  # of operators that cannot be batched
+        found = torch.vmap(log_prob)(loc, scale.expand(4))
+    torch.testing.assert_close(found, pixels.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loc, scale, x: (loc * math.nan, scale, x), "Expected parameter loc"),
+        (lambda loc, scale, x: (loc, -scale, x), "Expected parameter scale"),
+        (lambda loc, scale, x: (loc, scale.expand(3), x), r"scale must be a scalar, got .*\(3,\)"),
+        (lambda loc, scale, x: (loc, scale, x * math.nan), "within the support"),
+    ],
+)
+def test_bad_pixels(change, message):
+    loc, scale = pixels_of(5)
+    loc, scale, x = change(loc, scale, torch.rand(5, 2, 3, 4).double())
+    with pytest.raises(ValueError, match=message):
+        GaussianPixels(loc, scale, validate_args=True).log_prob(x)
+
+
+def test_overflown_pixels_are_impossible_not_an_error():
+    loc, scale = pixels_of(2)
+    loc = loc.detach().index_fill(0, torch.tensor(1), math.inf)
+    loc[1, 0] = -math.inf  # whose sum is not a number
+    found = GaussianPixels(loc, scale, validate_args=True).log_prob(torch.zeros(2, 2, 3, 4))
+    assert found[0].isfinite()
+    assert found[1] == -math.inf
+
+
+def test_no_samples_and_no_images():
+    q = MarginalPosterior(torch.zeros(4, 2), 0.1, -1.0, 0.3)
+    assert q.log_prob(torch.zeros(0, 4, 2)).shape == (0, 4, 2)
+    none = MarginalPosterior(torch.zeros(0, 2), 0.1, -1.0, 0.3)
+    assert none.log_prob(torch.zeros(5, 0, 2)).shape == (5, 0, 2)

@@ -1,0 +1,299 @@
+import copy
+import importlib
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev, jvp, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_gpvae import build_decoder, build_encoder
+from pyro_gpvae.core._files import read_json
+from pyro_gpvae.model._convolutions import ConvTranspose2d
+from pyro_gpvae.model.networks import feature_dim
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameter_counts_of_table_1():
+    head = nn.Linear(256, 2 * 10)
+    assert count(build_encoder((1, 28, 28))) + count(head) == 202_644
+    assert count(build_decoder((1, 28, 28), 10)) == 200_577
+
+
+@pytest.mark.parametrize(
+    ("image_shape", "encoder", "decoder", "hidden"),
+    [
+        ((1, 28, 28), [1, 32, 32, 64], [64, 32, 32, 1], 256),
+        ((3, 32, 32), [3, 32, 32, 64], [64, 32, 32, 3], 512),
+        ((3, 64, 64), [3, 32, 32, 64, 64], [64, 64, 32, 32, 3], 512),
+    ],
+    ids=["table 1", "table 2", "table 3"],
+)
+def test_layers_of_the_tables(image_shape, encoder, decoder, hidden):
+    layers = list(build_encoder(image_shape))
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    assert [c.in_channels for c in convolutions] + [64] == encoder
+    assert all(c.kernel_size == (4, 4) and c.stride == (2, 2) for c in convolutions)
+    assert all(a.negative_slope == 0.01 for a in layers if isinstance(a, nn.LeakyReLU))
+    assert [layer.out_features for layer in layers if isinstance(layer, nn.Linear)] == [hidden]
+
+    layers = list(build_decoder(image_shape, 10))
+    convolutions = [layer for layer in layers if isinstance(layer, nn.ConvTranspose2d)]
+    assert [c.in_channels for c in convolutions] + [image_shape[0]] == decoder
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    side = image_shape[1] // 2 ** len(convolutions)
+    assert [layer.out_features for layer in linear] == [hidden, side * side * 64]
+    assert layers[-1] is convolutions[-1], "the output is linear"
+
+
+@pytest.mark.parametrize(
+    "image_shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64), (2, 9, 15), (1, 65, 130), (1, 8, 8)]
+)
+@pytest.mark.parametrize("kind", ["conv", "fc"])
+def test_any_image_shape(image_shape, kind):
+    x = build_decoder(image_shape, 3, kind)(torch.zeros(2, 3))
+    assert x.shape == (2, *image_shape)
+    encoder = build_encoder(image_shape)
+    assert encoder(x).shape == (2, feature_dim(encoder, image_shape))
+
+
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64)])
+@pytest.mark.parametrize("latent_dim", [10, 50])
+def test_fc_decoder_has_the_closest_number_of_parameters(image_shape, latent_dim):
+    target = count(build_decoder(image_shape, latent_dim))
+    decoder = build_decoder(image_shape, latent_dim, "fc")
+    width, pixels = decoder[0].out_features, image_shape[0] * image_shape[1] * image_shape[2]
+    assert decoder[2].out_features == width
+
+    def size(w):
+        return (latent_dim + 1) * w + (w + 1) * w + (w + 1) * pixels
+
+    assert count(decoder) == size(width)
+    assert min(range(1, 2000), key=lambda w: abs(size(w) - target)) == width
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((1, 28, 28), 0), "latent_dim must be at least 1, got 0"),
+        (((1, 7, 28), 2), r"H, W >= 8, got \(1, 7, 28\)"),
+        (((0, 28, 28), 2), "C >= 1"),
+        (((1, 28, 28), 2, "convolutional"), "expected 'conv' or 'fc'"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_decoder(*arguments)
+
+
+def test_an_encoder_must_return_a_matrix():
+    with pytest.raises(ValueError, match=r"features \(B, d\), got \(1, 4, 13, 13\)"):
+        feature_dim(nn.Conv2d(1, 4, 4, 2), (1, 28, 28))
+
+
+PAPER = {"kernel_size": 4, "stride": 2, "padding": 1}
+#: Input channels, rows and columns; output channels; other arguments.
+TRANSPOSED = {
+    "table 1, first": ((64, 3, 3), 32, PAPER | {"output_padding": 1}),
+    "table 1, second": ((32, 7, 7), 32, PAPER),
+    "table 1, last": ((32, 14, 14), 1, PAPER),
+    "table 2, last": ((32, 16, 16), 3, PAPER),
+    "table 3, first": ((64, 4, 4), 64, PAPER),
+    "table 3, last": ((32, 32, 32), 3, PAPER),
+    "9x15, 1 channel": ((32, 4, 7), 1, PAPER | {"output_padding": (1, 1)}),
+    "9x14, 1 channel": ((32, 4, 7), 1, PAPER | {"output_padding": (1, 0)}),
+    "9x14, 2 channels": ((32, 4, 7), 2, PAPER | {"output_padding": (1, 0)}),
+    "8x15, 3 channels": ((32, 4, 7), 3, PAPER | {"output_padding": (0, 1)}),
+    "no bias, 1 channel": ((5, 4, 3), 1, PAPER | {"bias": False}),
+    "no bias, 3 channels": ((5, 4, 3), 3, PAPER | {"bias": False}),
+    "dilated": ((5, 4, 6), 1, {"kernel_size": (3, 2), "stride": (3, 2), "dilation": 2}),
+    "another kernel": ((5, 4, 6), 2, {"kernel_size": 5, "stride": 3, "padding": 2}),
+    "groups": ((6, 4, 6), 2, PAPER | {"groups": 2}),
+}
+
+
+@pytest.fixture(params=TRANSPOSED)
+def transposed(request):
+    """Our layer, torch's with the same weights, and inputs, in float64."""
+    (channels, *size), fan_out, arguments = TRANSPOSED[request.param]
+    torch.manual_seed(0)
+    mine = ConvTranspose2d(channels, fan_out, **arguments).double()
+    theirs = nn.ConvTranspose2d(channels, fan_out, **arguments).double()
+    theirs.load_state_dict(mine.state_dict())
+    return mine, theirs, torch.randn(3, channels, *size, dtype=torch.float64)
+
+
+def agree(mine, theirs):
+    """Equal to 1e-12 of the largest entry, or of 1."""
+    pairs = [(mine, theirs)] if torch.is_tensor(mine) else zip(mine, theirs, strict=True)
+    for one, other in pairs:
+        scale = max([1.0, *other.detach().abs().flatten().tolist()])
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12 * scale)
+
+
+class TestConvTranspose2d:
+    def test_output_padding_that_only_a_dilated_kernel_allows(self):
+        options = {"dilation": 2, "output_padding": (0, 1), "padding": (2, 1)}
+        mine, theirs = ConvTranspose2d(4, 1, 4, **options), nn.ConvTranspose2d(4, 1, 4, **options)
+        theirs.load_state_dict(mine.state_dict())
+        x = torch.randn(3, 4, 2, 6)
+        assert torch.equal(mine(x), theirs(x))
+
+    def test_values(self, transposed):
+        mine, theirs, x = transposed
+        agree(mine(x), theirs(x))
+        agree(mine(x[:0]), theirs(x[:0]))  # no images
+        agree(mine(x[0]), theirs(x[0]))
+        with torch.no_grad():
+            agree(mine(x), theirs(x))
+
+    def test_gradients(self, transposed):
+        mine, theirs, x = transposed
+        first, second = [], []
+        for layer in (mine, theirs):
+            z = x.clone().requires_grad_()
+            inputs = (z, *layer.parameters())
+            first.append(torch.autograd.grad(layer(z).sin().sum(), inputs, create_graph=True))
+            size = sum(g.square().sum() for g in first[-1])
+            second.append(torch.autograd.grad(size, inputs))
+        agree(*first)
+        agree(*second)
+
+    def test_torch_func(self, transposed):
+        mine, theirs, x = transposed
+        direction = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
+        for grad in (True, False):  # the memory format depends on it
+            with torch.set_grad_enabled(grad):
+                agree(jvp(mine, (x,), (direction,)), jvp(theirs, (x,), (direction,)))
+                batches = torch.stack([x, direction])
+                agree(vmap(mine)(batches), torch.stack([theirs(b) for b in batches]))
+
+                # directions are batched, the point is not
+                def along(layer):
+                    return vmap(lambda t: jvp(layer, (x,), (t,))[1])(batches)  # noqa: B023
+
+                agree(along(mine), along(theirs))
+
+    def test_stacked_weights(self, transposed):
+        mine, theirs, x = transposed
+        others = [copy.deepcopy(mine) for _ in range(3)]
+        for scale, layer in enumerate(others):
+            layer.weight.data *= 1 + scale
+        stacked, _ = stack_module_state(others)
+        batches = torch.stack([x, 2 * x, -x])
+
+        def loss(parameters, batch):
+            return functional_call(mine, parameters, (batch,)).sin().sum()
+
+        gradients = vmap(torch.func.grad(loss))(stacked, batches)
+        for i, layer in enumerate(others):
+            theirs.load_state_dict(layer.state_dict())
+            expected = torch.autograd.grad(
+                theirs(batches[i]).sin().sum(), list(theirs.parameters())
+            )
+            agree([g[i] for g in gradients.values()], list(expected))
+
+    def test_traced(self, transposed):
+        mine, theirs, x = transposed
+        traced = make_fx(lambda z: jacrev(lambda z: mine(z).sin().sum())(z))(x)
+        agree(traced(x + 1), jacrev(lambda z: theirs(z).sin().sum())(x + 1))
+
+    def test_output_size(self):
+        layer = ConvTranspose2d(2, 1, **PAPER)
+        assert layer(torch.zeros(1, 2, 4, 4), output_size=[9, 8]).shape == (1, 1, 9, 8)
+
+    @pytest.mark.parametrize("fan_out", [1, 3, 32])
+    def test_float32_and_bf16(self, fan_out):
+        layer = ConvTranspose2d(32, fan_out, **PAPER)
+        theirs = nn.ConvTranspose2d(32, fan_out, **PAPER)
+        theirs.load_state_dict(layer.state_dict())
+        x = torch.randn(4, 32, 7, 7)
+        torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.float().square().sum().backward()
+        torch.testing.assert_close(y.float(), theirs(x), rtol=0.05, atol=0.05)
+        assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64), (1, 9, 11)])
+def test_networks_are_those_of_torchs_own_layers(image_shape):
+    """Names, shapes and initial values of the parameters; images; gradients."""
+    networks = {}
+    for kind in ("ours", "torch"):
+        torch.manual_seed(0)
+        encoder = build_encoder(image_shape)
+        head = nn.Linear(feature_dim(encoder, image_shape), 5)
+        networks[kind] = nn.Sequential(encoder, head, build_decoder(image_shape, 5)).double()
+    layers = [m for m in networks["torch"].modules() if isinstance(m, ConvTranspose2d)]
+    assert layers
+    for layer in networks["torch"].modules():
+        if isinstance(layer, ConvTranspose2d):
+            layer.__class__ = nn.ConvTranspose2d
+    x = torch.rand(2, *image_shape, dtype=torch.float64)
+    images = {kind: network(x) for kind, network in networks.items()}
+    agree(*images.values())
+    states = [network.state_dict() for network in networks.values()]
+    assert list(states[0]) == list(states[1])
+    agree(*(list(state.values()) for state in states))
+    gradients = [
+        torch.autograd.grad(images[kind].sin().sum(), list(network.parameters()))
+        for kind, network in networks.items()
+    ]
+    agree(*gradients)
+    with torch.no_grad():
+        agree(networks["ours"](x), images["torch"].detach())
+
+
+def test_decoders_are_copied_and_pickled():
+    decoder = build_decoder((1, 28, 28), 3)
+    z = torch.randn(2, 3)
+    for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
+        assert torch.equal(other(z), decoder(z))
+
+
+def test_jacobian_of_a_decoder():
+    decoder = build_decoder((1, 28, 28), 3).double()
+    z, direction = torch.randn(2, 2, 3, dtype=torch.float64)
+    product = jvp(decoder, (z,), (direction,))[1]
+    batched = vmap(lambda t: jvp(decoder, (z,), (t,))[1])(torch.stack([direction, -direction]))
+    agree(batched, torch.stack([product, -product]))
+    jacobian = vmap(jacrev(lambda point: decoder(point[None])[0]))(z)
+    agree(torch.einsum("bchwp,bp->bchw", jacobian, direction), product)
+
+
+def test_benchmark_of_formulations(tmp_path, monkeypatch):
+    folder = Path(__file__).parents[2] / "experiments" / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    formulations = importlib.import_module("formulations")
+    monkeypatch.setattr(formulations.Ceilings, "measure", lambda _: formulations.Ceilings(100, 10))
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    options = formulations.FormulationOptions(
+        rounds=2,
+        seconds=1e-4,
+        device="cpu",
+        out=tmp_path,
+        image_shapes=((3, 9, 11),),
+        latent_dim=2,
+        batch_size=2,
+        models=2,
+        latents=2,
+    )
+    formulations.main(options)
+    record = read_json(tmp_path / "formulations_cpu.json")
+    assert len(record["3×9×11, layer 6: 32 to 3 channels, stacked"]["ours"]) == 2
+    page = (tmp_path / "formulations_cpu.md").read_text(encoding="utf-8")
+    assert "## 3×9×11, decoder, evaluation" in page
+
+    # each formula computes the same
+    network = nn.Sequential(build_encoder((1, 9, 11)), nn.Linear(256, 2)).double()
+    network.append(build_decoder((1, 9, 11), 2).double())
+    for layer, x in formulations.convolutions(network, torch.rand(2, 1, 9, 11).double()):
+        formulas = formulations.formulas_of(layer)
+        for formula in formulas.values():
+            agree(formula(layer, x), formulas["torch"](layer, x))

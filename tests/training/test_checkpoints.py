@@ -1,0 +1,786 @@
+import json
+import os
+import shutil
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO
+from torch import nn
+from toy import linear_encoder, linear_model
+
+from guides import GaussianGuide
+from pyro_gpvae import Checkpoints, ImageModel, NonFiniteError, available_guides, fit, make_guide
+from pyro_gpvae.core._files import check_manifest, write_manifest
+from pyro_gpvae.core._signals import Terminated
+from pyro_gpvae.training.checkpoint import NewerFormatError, TrainingState
+
+CHECKPOINT_FILES = ("tensors.safetensors", "state.json")
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+class Kill(BaseException):
+    """The process ends."""
+
+
+class Dying(Checkpoints):
+    """Checkpoints whose process ends right after the one of a given step."""
+
+    dies_after: int
+
+    def save(self, state):
+        super().save(state)
+        if state.step == self.dies_after:
+            raise Kill
+
+
+def dying(folder, step, every=1):
+    checkpoints = Dying(folder, every=every)
+    checkpoints.dies_after = step
+    return checkpoints
+
+
+def uint8(count, shape=(1, 2, 3)):
+    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(3)).to(
+        torch.uint8
+    )
+
+
+def pair(kind=GaussianGuide):
+    torch.manual_seed(0)
+    model = linear_model().float()
+    torch.manual_seed(1)
+    return model, kind(model, linear_encoder())
+
+
+def train(folder=None, build=pair, epochs=2, every=1, resume=False, **options):
+    """The weights, the newest checkpoint and the history of 25 images in batches of 10."""
+    model, guide = build()
+    checkpoints = Checkpoints(folder, every=every) if isinstance(folder, str | Path) else folder
+    options = {"images": uint8(25), "batch_size": 10, "seed": 5} | options
+    history = fit(
+        model, guide, epochs=epochs, progress=False, checkpoints=checkpoints, resume=resume,
+        learning_rate=0.01, **options,
+    )  # fmt: skip
+    weights = [
+        p for m in (model, guide) if isinstance(m, nn.Module) for p in m.state_dict().values()
+    ]
+    return weights, checkpoints, history.frame()
+
+
+def assert_equal(found, wanted):
+    """Parameters, buffers, moments, random states, order and history: bit for bit."""
+    assert len(found[0]) == len(wanted[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], wanted[0], strict=True))
+    a, b = found[1].latest(), wanted[1].latest()
+    assert a.step == b.step
+    assert a.tensors.keys() == b.tensors.keys()
+    for name in a.tensors:
+        assert torch.equal(a.tensors[name], b.tensors[name]), name
+    assert any(name.startswith("moments") for name in a.tensors)
+    timeless = [f.drop(columns="seconds") for f in (found[2], wanted[2])]
+    assert timeless[0].equals(timeless[1])
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 6])
+def test_killed_after_any_step_and_resumed_equals_undisturbed(step, tmp_path):
+    undisturbed = train(tmp_path / "a", validation=uint8(4))
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", step), validation=uint8(4))
+    torch.manual_seed(77)  # whatever the new process drew before
+    assert_equal(train(tmp_path / "b", resume=True, validation=uint8(4)), undisturbed)
+
+
+FAMILIES = [
+    *sorted(available_guides()),
+    *("gp:estimator=weights", "gp:estimator=marginal", "gp:covariance=full", "iaf:2", "vlae:1"),
+]
+
+
+def digits_pair(spec):
+    def build():
+        torch.manual_seed(0)
+        model = ImageModel((1, 8, 8), 2, sigma=0.3)
+        return model, make_guide(spec, model)
+
+    return build
+
+
+@pytest.mark.parametrize("spec", FAMILIES)
+def test_every_guide_family_resumes_in_the_middle_of_an_epoch(spec, tmp_path):
+    options = {"build": digits_pair(spec), "images": uint8(10, (1, 8, 8)), "batch_size": 4}
+    undisturbed = train(tmp_path / "a", every=100, **options)
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 2), **options)
+    assert_equal(train(tmp_path / "b", resume=True, **options), undisturbed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["vae", "gp", "iaf", "me", "sa:1"])
+def test_on_cuda_in_deterministic_mode(spec, tmp_path):
+    options = {"build": digits_pair(spec), "images": uint8(10, (1, 8, 8)), "batch_size": 4}
+    options |= {"device": "cuda"}
+    torch.use_deterministic_algorithms(True)
+    try:
+        undisturbed = train(tmp_path / "a", every=100, **options)
+        with pytest.raises(Kill):
+            train(dying(tmp_path / "b", 2), **options)
+        assert_equal(train(tmp_path / "b", resume=True, **options), undisturbed)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_programs_without_modules(tmp_path):
+    def build():
+        pyro.clear_param_store()
+
+        def guide(x):
+            loc = pyro.param("loc", torch.zeros(2))
+            scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+            with pyro.plate("data", len(x)):
+                # numpy's random numbers are part of the state as well
+                noise = torch.tensor(np.random.rand() * 0.01, dtype=torch.float32)  # noqa: NPY002
+                pyro.sample("z", dist.Normal(loc + noise, scale).to_event(1))
+
+        torch.manual_seed(0)
+        return linear_model().float(), guide
+
+    undisturbed = train(tmp_path / "a", build)
+    wanted = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 4), build)
+    assert_equal(train(tmp_path / "b", build, resume=True), undisturbed)
+    for name, value in pyro.get_param_store().items():
+        assert torch.equal(value, wanted[name])
+
+
+def test_a_finished_training_goes_on_for_more_epochs(tmp_path):
+    undisturbed = train(tmp_path / "a", epochs=4)
+    train(tmp_path / "b", epochs=2)
+    assert_equal(train(tmp_path / "b", epochs=4, resume=True), undisturbed)
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path):
+    assert_equal(train(tmp_path / "b", resume=True), train(tmp_path / "a"))
+
+
+def test_a_finished_training_is_not_repeated(tmp_path):
+    undisturbed = train(tmp_path / "a")
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*"))
+    assert_equal(train(tmp_path / "a", resume=True), undisturbed)
+    assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*")) == before
+
+
+class Awkward(GaussianGuide):
+    """Parameters that are not in the order of memory, and a buffer that is replaced."""
+
+    def __init__(self, model, encoder):
+        super().__init__(model, encoder)
+        self.turned = nn.Parameter(torch.linalg.qr(torch.randn(4, 2)).Q.t())
+        self.wide = nn.Parameter(torch.randn(2, 3).t())
+        self.register_buffer("average", torch.zeros(2))
+
+    def posterior(self, x):
+        q = super().posterior(x)
+        shift = self.turned.sum(1) + self.wide.square().sum(1)[:2]
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * q.mean.mean(0).detach()
+        return dist.Normal(q.mean + shift + self.average, q.stddev).to_event(1)
+
+
+def test_parameters_in_any_order_of_memory_and_replaced_buffers(tmp_path):
+    undisturbed = train(tmp_path / "a", lambda: pair(Awkward))
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 4), lambda: pair(Awkward))
+    assert_equal(train(tmp_path / "b", lambda: pair(Awkward), resume=True), undisturbed)
+
+
+class Averaging(GaussianGuide):
+    """Buffers that are not persistent: a running mean, and one of the size of the batch."""
+
+    def __init__(self, model, encoder):
+        super().__init__(model, encoder)
+        self.register_buffer("average", torch.zeros(2), persistent=False)
+        self.register_buffer("last", torch.zeros(0), persistent=False)
+
+    def posterior(self, x):
+        q = super().posterior(x).base_dist
+        if self.training:
+            self.average.mul_(0.9).add_(0.1 * q.mean.mean(0).detach())
+            self.last = torch.zeros(len(x))
+        return dist.Normal(q.mean + self.average, q.stddev).to_event(1)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_buffers_that_are_not_persistent(step, tmp_path):
+    undisturbed = train(tmp_path / "a", lambda: pair(Averaging))
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", step), lambda: pair(Averaging))
+    assert_equal(train(tmp_path / "b", lambda: pair(Averaging), resume=True), undisturbed)
+
+
+def test_checkpoints_of_older_versions_have_no_such_buffers(tmp_path):
+    train(tmp_path, lambda: pair(Averaging), epochs=1)
+    saving = Checkpoints(tmp_path)
+    state = saving.latest()
+    assert state.tensors.pop("buffers.guide.average").abs().sum() > 0
+    with saving.in_use(resume=True):
+        saving.save(state)
+    assert len(train(tmp_path, lambda: pair(Averaging), resume=True)[2]) == 2
+
+
+def test_an_objective_that_sets_itself_up_at_first_use(tmp_path):
+    """Pyro guesses max_plate_nesting in a first run, which draws random numbers."""
+
+    def options():
+        return {"elbo": Trace_ELBO(num_particles=2, vectorize_particles=True)}
+
+    undisturbed = train(tmp_path / "a", **options())
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 4), **options())
+    assert_equal(train(tmp_path / "b", resume=True, **options()), undisturbed)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_parameters_of_functions_are_known_by_name(turned, tmp_path):
+    def build(turned=False):
+        pyro.clear_param_store()
+
+        def guide(x):
+            names = ("a", "b") if not turned else ("b", "a")
+            value = {name: pyro.param(name, torch.zeros(2)) for name in names}
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(value["a"], value["b"].exp()).to_event(1))
+
+        torch.manual_seed(0)
+        return linear_model().float(), guide
+
+    with pytest.raises(Kill):
+        train(dying(tmp_path, 4), build)
+    saved = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    if turned:
+        with pytest.raises(ValueError, match="its trained is"):
+            train(tmp_path, lambda: build(turned=True), resume=True)
+    else:
+        train(tmp_path, build, resume=True, epochs=2)
+        assert not torch.equal(pyro.param("a"), saved["a"])
+
+
+def test_what_is_frozen_must_be_the_same(tmp_path):
+    def frozen():
+        model, guide = pair()
+        return model.requires_grad_(False), guide
+
+    train(tmp_path)
+    with pytest.raises(ValueError, match="its trained is"):
+        train(tmp_path, frozen, resume=True)
+
+
+def test_another_objective_or_precision_is_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="its objectives is"):
+        train(tmp_path, resume=True, elbo=Trace_ELBO())
+    with pytest.raises(ValueError, match=r"is torch.float32 there, torch.float64 here"):
+        train(tmp_path, lambda: [module.double() for module in pair()], resume=True)
+
+
+def test_other_options_of_the_objective_are_refused(tmp_path):
+    train(tmp_path, epochs=1, elbo=Trace_ELBO(num_particles=2))
+    assert len(train(tmp_path, resume=True, elbo=Trace_ELBO(num_particles=2))[2]) == 2
+    with pytest.raises(ValueError, match="its objective 0's num_particles is 2, not 1"):
+        train(tmp_path, resume=True, elbo=Trace_ELBO())
+
+
+def test_a_state_that_is_no_tensor_is_refused_before_training(tmp_path):
+    class Stateful(GaussianGuide):
+        def get_extra_state(self):
+            return {"temperature": 1.0}
+
+        def set_extra_state(self, state):
+            pass
+
+    programs = pair(Stateful)
+    with pytest.raises(ValueError, match=r"guide\._extra_state is a dict, expected a tensor"):
+        train(tmp_path, lambda: programs)
+    assert torch.equal(programs[1].head.weight, pair()[1].head.weight)
+
+
+def test_a_folder_with_checkpoints_is_not_trained_over(tmp_path):
+    train(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=r"holds checkpoints .* \(resume=True\)"):
+        train(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_checkpoints_ahead_do_not_push_out_good_ones(tmp_path):
+    undisturbed = train(tmp_path / "a")
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 5))
+    truncate(tmp_path / "b" / "step-5" / "state.json")
+    checkpoints = Checkpoints(tmp_path / "b", keep=1)
+    with pytest.warns(UserWarning, match="step-5 is damaged"):
+        state = checkpoints.latest()
+    checkpoints.save(state)
+    assert [path.name for path in (tmp_path / "b").glob("step-*")] == ["step-4"]
+    assert_equal(train(tmp_path / "b", resume=True), undisturbed)
+
+
+def test_nothing_but_checkpoints_is_deleted(tmp_path):
+    for name in (".otherwork.partial", "step-1", "step-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    train(tmp_path, every=2)
+    assert len(list(tmp_path.rglob("thesis.txt"))) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": None}, {"options": None}, {"epoch": "x"}, {"seconds": None}, {"position": -5},
+        {"position": 70}, {"epoch": -3}, {"seen": 1.5}, {"rows": [1, 2]},
+    ],
+)  # fmt: skip
+def test_a_state_that_makes_no_sense_is_refused(changes, tmp_path):
+    train(tmp_path)
+    state = newest(tmp_path) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | changes))
+    write_manifest(state.parent, CHECKPOINT_FILES)
+    with pytest.raises(ValueError, match=r"step 6 (makes no sense|is of another)"):
+        train(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moments.0.1.exp_avg", torch.zeros(())),
+        ("moments.0.0.step", torch.zeros(2)),
+        ("moments.0.0.exp_avg_sq", None),
+        ("moments.0.99.exp_avg", torch.zeros(())),
+        ("moments.7.0.exp_avg", torch.zeros(())),
+        ("order", torch.zeros(60, dtype=torch.long)),
+        ("order", torch.arange(59)),
+        ("order", torch.arange(60).double()),
+    ],
+)
+def test_tensors_that_make_no_sense_are_refused(name, value, tmp_path):
+    train(tmp_path)
+    saving = Checkpoints(tmp_path)
+    state = saving.latest()
+    state.tensors.pop(name, None)
+    if value is not None:
+        state.tensors[name] = value
+    with saving.in_use(resume=True):
+        shutil.rmtree(newest(tmp_path))
+        saving.save(state)
+    with pytest.raises(ValueError, match=r"step 6( makes no sense|: \w+ has shape)"):
+        train(tmp_path, resume=True)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    options = {"batch_size": np.int64(10), "seed": np.int64(5), "epochs": np.int32(2)}
+    assert_equal(train(tmp_path / "a", **options), train(tmp_path / "b"))
+
+
+def test_an_objective_that_fit_cannot_use_is_named():
+    with pytest.raises(ValueError, match="RenyiELBO has not"):
+        train(elbo=RenyiELBO())
+
+
+def test_checkpoints_do_not_change_a_training(tmp_path):
+    model, guide = pair()
+    fit(model, guide, uint8(25), batch_size=10, epochs=2, learning_rate=0.01, seed=5,
+        progress=False)  # fmt: skip
+    weights = [*model.state_dict().values(), *guide.state_dict().values()]
+    for a, b in zip(weights, train(tmp_path)[0], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 6}, "its seed is 5, not 6"),
+        ({"batch_size": 9}, "its batch_size is 10, not 9"),
+        ({"images": uint8(26)}, "its num_images is 25, not 26"),
+        ({"images": 255 - uint8(25)}, "its images is [0-9a-f]{64}, not"),
+        ({"epochs": 1}, "has 2 epochs, more than epochs=1"),
+        ({"build": digits_pair("vae"), "images": uint8(25, (1, 8, 8))}, "of another training"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused(options, message, tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, resume=True, **options)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    def build():
+        model, _ = pair()
+        return model, GaussianGuide(model, linear_encoder(4))
+
+    train(tmp_path)
+    with pytest.raises(ValueError, match=r"guide.head.weight has shape .*, expected"):
+        train(tmp_path, build, resume=True)
+
+
+# --- damaged files ------------------------------------------------------------------------------
+
+
+def newest(folder):
+    return max(folder.glob("step-*"), key=lambda path: int(path.name[5:]))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = {"truncated": truncate, "flipped": flip, "missing": os.remove}
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_falls_back_to_the_checkpoint_before(file, damage, tmp_path):
+    undisturbed = train(tmp_path / "a")
+    with pytest.raises(Kill):
+        train(dying(tmp_path / "b", 5), every=1)
+    assert newest(tmp_path / "b").name == "step-5"
+    DAMAGES[damage](newest(tmp_path / "b") / file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert Checkpoints(tmp_path / "b").latest().step == 4
+        found = train(tmp_path / "b", resume=True)
+    messages = {str(w.message) for w in caught}
+    assert len(messages) == 1, "one clear message"
+    assert "the checkpoint step-5 is damaged: " in messages.pop()
+    assert_equal(found, undisturbed)
+
+
+def test_every_flipped_bit_of_a_manifest_is_harmless_or_found(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"content")
+    write_manifest(folder, ["file"])
+    manifest = folder / "manifest.json"
+    original = manifest.read_bytes()
+    for index in range(len(original)):
+        for bit in range(8):
+            content = bytearray(original)
+            content[index] ^= 1 << bit
+            manifest.write_bytes(bytes(content))
+            try:
+                check_manifest(folder)
+            except ValueError:
+                continue
+            # what passes still says the same of the file
+            wanted = json.loads(original)["files"]["file"]
+            assert list(json.loads(bytes(content))["files"].values()) in ([wanted], [])
+
+
+def test_all_damaged(tmp_path):
+    train(tmp_path)
+    for path in tmp_path.glob("step-*/state.json"):
+        flip(path)
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(ValueError, match=r"all 2 checkpoints in .* are damaged: delete the folder"),
+    ):
+        train(tmp_path, resume=True)
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path):
+    train(tmp_path)
+    state = newest(tmp_path) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 99}))
+    write_manifest(state.parent, CHECKPOINT_FILES)
+    with pytest.raises(NewerFormatError, match="format 99, this version reads up to 1: upgrade"):
+        train(tmp_path, resume=True)
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
+    (tmp_path / ".step-3.0a1b2c3d.partial").mkdir()
+    (tmp_path / ".step-3.0a1b2c3d.partial" / "tensors.safetensors").write_bytes(b"half")
+    assert_equal(train(tmp_path, resume=True), train(tmp_path.parent / "other"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "step-5", "step-6"]
+
+
+# --- a full or read-only disk -------------------------------------------------------------------
+
+
+def full_disk(monkeypatch, after):
+    """The disk is full after so many files."""
+    written = []
+    fsync = os.fsync
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) > after:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(tmp_path, monkeypatch):
+    undisturbed = train(tmp_path / "a")
+    full_disk(monkeypatch, after=12)
+    with pytest.warns(UserWarning, match=r"No space left .* Training goes on; the last one is of"):
+        weights, checkpoints, _ = train(tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(weights, undisturbed[0], strict=True))
+    assert checkpoints.latest() is not None, "what was there is kept"
+    assert not list((tmp_path / "b").glob(".step*")), "nothing half-written stays"
+
+
+def test_or_training_stops(tmp_path, monkeypatch):
+    full_disk(monkeypatch, after=12)
+    checkpoints = Checkpoints(tmp_path, every=1, on_error="stop")
+    with pytest.raises(OSError, match="No space left"):
+        train(checkpoints)
+    assert checkpoints.latest() is not None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(tmp_path / "file" / "checkpoints", every=100)
+    assert [str(w.message).partition(":")[0] for w in caught] == [
+        "no checkpoint at step 0",
+        "no checkpoint at step 6",
+    ]
+    assert "there is no earlier one" in str(caught[0].message)
+
+
+# --- when ---------------------------------------------------------------------------------------
+
+
+def test_checkpoints_by_steps_and_by_minutes(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, every="3")
+    assert [checkpoints.due(step) for step in (1, 2, 3, 4)] == [False, False, True, True]
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    checkpoints = Checkpoints(tmp_path, every="1.5m")
+    now[0] += 89
+    assert not checkpoints.due(10**6)
+    now[0] += 1
+    assert checkpoints.due(1)
+    checkpoints.save(TrainingState(1, {}, {}))
+    assert not checkpoints.due(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be a number of steps"),
+        ({"every": "5 apples"}, "got '5 apples'"),
+        ({"every": "0m"}, "got '0m'"),
+        ({"every": "-3"}, "got '-3'"),
+        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"on_error": "pray"}, "on_error must be one of"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Checkpoints("folder", **options)
+
+
+def test_resume_needs_a_folder():
+    with pytest.raises(ValueError, match="resume=True needs checkpoints"):
+        train(resume=True)
+
+
+# --- signals ------------------------------------------------------------------------------------
+
+
+class Signalling(GaussianGuide):
+    """Gets a signal in its third training step."""
+
+    number: int
+    steps = 0
+
+    def posterior(self, x):
+        self.steps += torch.is_grad_enabled()
+        if self.steps == 4:  # one call sets everything up
+            os.kill(os.getpid(), self.number)
+        return super().posterior(x)
+
+
+@pytest.mark.parametrize(
+    ("number", "stops"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_ends_training_after_its_step_with_a_checkpoint(number, stops, tmp_path):
+    undisturbed = train(tmp_path / "a", every=100)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    def build():
+        model, guide = pair(Signalling)
+        guide.number = number
+        return model, guide
+
+    with pytest.raises(stops, match="stopped after step 3") as caught:
+        train(tmp_path / "b", build, every=100)
+    if number == signal.SIGTERM:
+        assert caught.value.code == 143
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert Checkpoints(tmp_path / "b").latest().step == 3
+    assert_equal(train(tmp_path / "b", every=100, resume=True), undisturbed)
+
+
+def test_a_second_signal_acts_at_once(tmp_path):
+    class Impatient(GaussianGuide):
+        def posterior(self, x):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not reached")
+
+    with pytest.raises(Terminated, match="stopped at once"):
+        train(tmp_path, lambda: pair(Impatient))
+
+
+# --- older formats, other files -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.glob("checkpoints-*")))
+def test_a_checkpoint_of_every_format_still_loads(name, tmp_path):
+    """tests/fixtures/make.py wrote them, with the version of that time."""
+    shutil.copytree(FIXTURES / name, tmp_path / "b")
+    weights, checkpoints, history = train(tmp_path / "b", resume=True)
+    assert len(history) == 2
+    assert checkpoints.latest().step == 6
+    for a, b in zip(weights, train(tmp_path / "a")[0], strict=True):
+        torch.testing.assert_close(a, b)  # not bit for bit: it was another machine
+
+
+def test_a_pickle_in_place_of_the_tensors_runs_nothing(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {canary}",)
+
+    train(tmp_path / "run")
+    for path in (tmp_path / "run").glob("step-*"):
+        torch.save(Evil(), path / "tensors.safetensors")
+        write_manifest(path, CHECKPOINT_FILES)  # the attacker can count bytes, too
+    with (
+        pytest.warns(UserWarning, match="not in the safetensors format"),
+        pytest.raises(ValueError, match="all 2 checkpoints"),
+    ):
+        train(tmp_path / "run", resume=True)
+    assert not canary.exists()
+
+
+# --- not a number -------------------------------------------------------------------------------
+
+
+class Poison(nn.Module):
+    """A guide whose posterior breaks for white images: in its density, or in its gradient only."""
+
+    def __init__(self, model, where):
+        super().__init__()
+        self.where = where
+        self.loc = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        white = (x == 1).all(dim=(1, 2, 3)).float()[:, None]
+        loc = self.loc + x.mean((1, 2, 3))[:, None]
+        if self.where == "density":
+            loc = loc + torch.where(white > 0, torch.inf, 0.0)
+        elif bool(white.any()):  # at zero √ is finite, and its derivative is not
+            loc = loc + white * (self.loc - self.loc.detach()).abs().sqrt()
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0, validate_args=False).to_event(1))
+
+
+def poisoned(where, kind=Poison):
+    def build():
+        torch.manual_seed(0)
+        model = linear_model().float()
+        return model, kind(model, where)
+
+    return build
+
+
+def white_images():
+    images = uint8(25)
+    images[17] = images[3] = 255
+    return images
+
+
+@pytest.mark.parametrize(
+    ("where", "term"),
+    [("density", "log density of site 'z' in the guide"), ("gradient", "gradient of guide.loc")],
+)
+def test_not_a_number_is_found_at_its_step(where, term, tmp_path):
+    options = {"images": white_images(), "batch_size": 1, "epochs": 1}
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(5)).tolist()
+    first = min(order.index(3), order.index(17))
+    with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
+        train(tmp_path, poisoned(where), **options)
+    assert caught.value.step == first + 1
+    assert caught.value.images == (order[first],)
+    message = str(caught.value)
+    assert f"step {first + 1}: " in message
+    assert term in message
+    assert f"The last good checkpoint is of step {first}, in {tmp_path}" in message
+    assert Checkpoints(tmp_path).latest().step == first
+
+
+class Normalised(Poison):
+    """It has no output for a single image while it trains."""
+
+    def __init__(self, model, where):
+        super().__init__(model, where)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        self.norm(x.flatten(1))
+        super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Poison, Normalised])
+@pytest.mark.parametrize("where", ["density", "gradient"])
+def test_the_images_are_told_apart_in_a_batch(where, kind):
+    with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
+        train(None, poisoned(where, kind), images=white_images(), batch_size=25)
+    assert set(caught.value.images) == {3, 17}
+    assert "(2 of the 25 of the minibatch)" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["density", "gradient"])
+def test_skipped_updates_are_counted(where, tmp_path):
+    options = {"images": white_images(), "batch_size": 1, "on_nonfinite": "skip"}
+    with pyro.validation_enabled(False), pytest.warns(UserWarning, match="this update is skipped"):
+        weights, _, history = train(tmp_path, poisoned(where), **options)
+    assert history["skipped"].tolist() == [2, 4]
+    assert np.isfinite(history["loss"]).all()
+    assert all(bool(torch.isfinite(w).all()) for w in weights)
+
+
+def test_too_many_skipped_updates_stop(tmp_path):
+    options = {"images": white_images(), "batch_size": 1, "on_nonfinite": "skip", "max_skipped": 2}
+    with (
+        pyro.validation_enabled(False),
+        pytest.warns(UserWarning, match="this update is skipped"),
+        pytest.raises(NonFiniteError, match="after 2 skipped updates"),
+    ):
+        train(tmp_path, poisoned("density"), **options)
+
+
+def test_an_unknown_way_to_handle_it():
+    with pytest.raises(ValueError, match="on_nonfinite must be one of"):
+        train(on_nonfinite="ignore")

@@ -1,0 +1,466 @@
+import copy
+import inspect
+import typing
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule, PyroParam
+from torch import nn
+from toy import images, linear_encoder, linear_model
+
+from guides import GaussianGuide, GPGuide
+from pyro_gpvae import (
+    Block,
+    ImageModel,
+    NonFiniteError,
+    fit,
+    initial_sigma,
+    load_data,
+    log_evidence,
+)
+from pyro_gpvae.data.images import split_validation
+from pyro_gpvae.evaluation.annealing import annealed_evidence
+from pyro_gpvae.evaluation.generation import reconstruct
+from pyro_gpvae.training.checkpoint import load_weights, save_weights
+
+
+def uint8(count):
+    return (images(count) * 255).to(torch.uint8)
+
+
+def pair(kind=GaussianGuide):
+    torch.manual_seed(0)
+    model = linear_model().float()
+    return model, kind(model, linear_encoder())
+
+
+@pytest.mark.parametrize("kind", [GaussianGuide, GPGuide])
+def test_same_seed_same_run_and_the_global_state_is_untouched(kind):
+    runs = []
+    for seed in (0, 0, 1):
+        model, guide = pair(kind)
+        torch.manual_seed(len(runs))
+        state = torch.random.get_rng_state()
+        history = fit(
+            model, guide, uint8(30), epochs=3, batch_size=8, seed=seed, progress=False
+        ).frame()
+        assert torch.equal(torch.random.get_rng_state(), state)
+        runs.append((history.drop(columns="seconds"), [*model.parameters(), *guide.parameters()]))
+    assert runs[0][0].equals(runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    assert not runs[0][0].equals(runs[2][0])
+
+
+def test_every_epoch_visits_each_image_once_in_a_new_order():
+    seen = []
+
+    class Watching(GaussianGuide):
+        def forward(self, x):
+            if self.training and torch.is_grad_enabled():
+                seen.append(x)
+            return super().forward(x)
+
+    model = linear_model().float()
+    data = uint8(21)
+    fit(model, Watching(model, linear_encoder()), data, epochs=2, batch_size=8, progress=False)
+    del seen[0]  # the call that sets everything up
+    assert [len(batch) for batch in seen] == [8, 8, 5] * 2
+    epochs = [torch.cat(seen[:3]), torch.cat(seen[3:])]
+    assert not torch.equal(*epochs)
+    for epoch in epochs:
+        rows = {tuple(image.flatten().tolist()) for image in epoch}
+        assert rows == {tuple(image.flatten().tolist()) for image in data.float() / 255}
+
+
+def test_learns_and_logs_on_real_digits():
+    data = load_data("mnist5k").take(train=512, test=10)
+    torch.manual_seed(0)
+    model = ImageModel(data.image_shape, 5, sigma=initial_sigma(data.train))
+    guide = GaussianGuide(model)
+    train, validation = split_validation(data.train, 64)
+    frame = fit(
+        model, guide, train, epochs=5, learning_rate=2e-3, validation=validation, progress=False
+    ).frame()
+    assert list(frame["epoch"]) == [1, 2, 3, 4, 5]
+    assert list(frame["step"]) == [4, 8, 12, 16, 20]
+    assert frame["loss"].iloc[-1] < frame["loss"].iloc[0] - 50
+    assert frame["validation_elbo"].iloc[-1] > frame["validation_elbo"].iloc[0]
+    bound = frame["log_likelihood"] - frame["kl_z"] - frame["kl_global"]
+    assert abs(bound.iloc[-1] + frame["loss"].iloc[-1]) < 30
+    assert not guide.training
+    assert not model.training
+
+
+def test_objective_comes_from_the_argument_or_the_guide_or_is_trace_elbo():
+    losses = {}
+    for name, objective in (
+        ("guide's", None),
+        ("trace", Trace_ELBO()),
+        ("mf", TraceMeanField_ELBO()),
+    ):
+        model, guide = pair()
+        frame = fit(model, guide, uint8(10), epochs=1, elbo=objective, progress=False).frame()
+        losses[name] = frame["loss"].iloc[0]
+    assert losses["guide's"] == losses["mf"]
+    assert losses["guide's"] != losses["trace"]
+
+
+def test_diagnostics_do_not_overwrite_the_history():
+    class Named(GaussianGuide):
+        def diagnostics(self, x):
+            return {"loss": torch.tensor(-1.0), "step": torch.tensor(-2.0), "width": 3.0}
+
+    model, guide = pair(Named)
+    (row,) = fit(model, guide, uint8(10), epochs=1, progress=False).rows
+    assert row["loss"] > 0
+    assert row["step"] == 1
+    assert (row["guide_loss"], row["guide_step"], row["width"]) == (-1, -2, 3)
+
+
+def test_blocks_train_their_own_parameters_in_turn():
+    class Blocks(GaussianGuide):
+        def blocks(self, model):
+            return [
+                Block(Trace_ELBO(), list(self.encoder.parameters())),
+                Block(TraceMeanField_ELBO(), list(model.parameters())),
+            ]
+
+    model, guide = pair(Blocks)
+    before = [copy.deepcopy(m.state_dict()) for m in (guide.encoder, guide.head, model)]
+    fit(model, guide, uint8(10), epochs=1, progress=False)
+    changed = [
+        any(not value.equal(old[name]) for name, value in m.state_dict().items())
+        for m, old in zip((guide.encoder, guide.head, model), before, strict=True)
+    ]
+    assert changed == [True, False, True]
+
+
+def test_a_guide_made_of_pyro_params_trains():
+    model = linear_model().float()
+
+    def guide(x):
+        loc = pyro.param("loc", torch.zeros(2))
+        scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+    with pyro.get_param_store().scope():
+        fit(model, guide, uint8(20), epochs=3, batch_size=5, progress=False)
+        assert not torch.equal(pyro.param("loc"), torch.zeros(2))
+        assert not torch.equal(pyro.param("scale"), torch.ones(2))
+
+
+class Scaled(PyroModule):
+    """A guide with parameters that Pyro's global store knows by the names of its attributes."""
+
+    def __init__(self, lazy):
+        super().__init__()
+        self.linear = linear_encoder().float()
+        self.head = nn.Linear(3, 2)
+        if not lazy:
+            self.width = PyroParam(torch.ones(2), constraint=dist.constraints.positive)
+
+    @PyroParam(constraint=dist.constraints.positive)
+    def scale(self):  # exists only after first use
+        return torch.ones(2)
+
+    def forward(self, x):
+        scale = self.scale if "width" not in self._pyro_params else self.width
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.head(self.linear(x)), scale).to_event(1))
+
+
+def scaled(lazy):
+    torch.manual_seed(0)
+    return linear_model().float(), Scaled(lazy)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_guides_of_one_class_have_parameters_of_their_own(lazy, tmp_path):
+    options = {"epochs": 2, "batch_size": 5, "learning_rate": 0.1, "progress": False}
+    x = uint8(6)
+
+    def trained(seed):
+        model, guide = scaled(lazy)
+        history = fit(model, guide, uint8(20), seed=seed, **options).frame()
+        return model, guide, history.drop(columns="seconds")
+
+    def values(run):
+        return {name: value.clone() for name, value in run[1].state_dict().items()}
+
+    with pyro.get_param_store().scope():
+        alone = trained(1)
+    with pyro.get_param_store().scope():
+        first = trained(0)
+        before, score = values(first), log_evidence(*first[:2], x, 5, seed=0).mean
+        second = trained(1)
+        assert second[2].equals(alone[2])
+        assert all(torch.equal(v, alone[1].state_dict()[n]) for n, v in values(second).items())
+        assert log_evidence(*first[:2], x, 5, seed=0).mean == score
+        assert all(torch.equal(v, before[n]) for n, v in values(first).items())
+        save_weights(tmp_path / "weights", *first[:2])
+        fresh = scaled(lazy)
+        with pyro.get_param_store().scope():
+            fresh[1](x.float())
+        load_weights(tmp_path / "weights", *fresh)
+        assert log_evidence(*fresh, x, 5, seed=0).mean == score
+        assert all(torch.equal(v, before[n]) for n, v in values(fresh).items())
+
+
+class Wide(PyroModule):
+    def __init__(self, width):
+        super().__init__()
+        self.width = PyroParam(torch.full((2,), width), constraint=dist.constraints.positive)
+
+    def posterior(self, x):
+        return dist.Normal(x.flatten(1)[:, :2], self.width).to_event(1)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.posterior(x))
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda model, guide, x: log_evidence(model, guide, x, 5, seed=0).log_evidence,
+        lambda model, guide, x: reconstruct(model, guide, x, draw=True, seed=0).z,
+        lambda model, guide, x: (
+            annealed_evidence(model, x, guide, num_chains=2, num_steps=1, seed=0).log_evidence
+        ),
+    ],
+)
+def test_guides_of_one_class_are_evaluated_with_their_own_parameters(evaluate):
+    with pyro.get_param_store().scope():
+        model, x = linear_model().float(), images(3).float()
+        first, second = Wide(0.1), Wide(2.0)
+        found = evaluate(model, first, x)
+        assert not torch.equal(evaluate(model, second, x), found)
+        second(x)  # its own way, through the store
+        assert torch.equal(evaluate(model, first, x), found)
+
+
+def test_what_pyro_param_made_stays_where_it_is():
+    class Mixed(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.scale = PyroParam(torch.ones(2), constraint=dist.constraints.positive)
+
+        def forward(self, x):
+            loc = pyro.param("loc", torch.zeros(2))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(loc, self.scale).to_event(1))
+
+    with pyro.get_param_store().scope():
+        other = nn.Linear(1, 1)
+        pyro.module("other", other)
+        model, guide = linear_model().float(), Mixed()
+        fit(model, guide, uint8(20), epochs=3, batch_size=5, progress=False)
+        assert not torch.equal(pyro.param("loc"), torch.zeros(2))
+        assert pyro.param("other$$$weight") is other.weight
+        trained = pyro.param("loc").tolist()
+        log_evidence(model, guide, uint8(3), 2)
+        assert pyro.param("loc").tolist() == trained
+
+
+def test_what_pyro_module_made_is_trained_beside_a_pyro_module():
+    def model(x):
+        net = pyro.module("decoder", nn.Linear(2, 6), update_module_params=True)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x.flatten(1))
+
+    with pyro.get_param_store().scope():
+        torch.manual_seed(0)
+        guide = Wide(1.0)
+        fit(model, guide, uint8(20), epochs=1, batch_size=5, progress=False)
+        first = pyro.param("decoder$$$weight").tolist()
+        log_evidence(model, guide, uint8(3), 2)
+        assert pyro.param("decoder$$$weight").tolist() == first
+        fit(model, guide, uint8(20), epochs=2, batch_size=5, progress=False)
+        assert pyro.param("decoder$$$weight").tolist() != first
+
+
+def test_float64_and_one_image():
+    model = linear_model()
+    guide = GaussianGuide(model, linear_encoder()).double()
+    frame = fit(model, guide, uint8(1), epochs=2, progress=False).frame()
+    assert len(frame) == 2
+    assert next(guide.parameters()).dtype == torch.float64
+
+
+def test_not_finite_stops_at_the_step_and_names_the_term():
+    class Breaks(GaussianGuide):
+        steps = 0
+
+        def posterior(self, x):
+            q = super().posterior(x)
+            self.steps += torch.is_grad_enabled()
+            if self.steps < 4:  # one call sets everything up
+                return q
+            return dist.Normal(q.mean, q.stddev * float("nan"), validate_args=False).to_event(1)
+
+    model, guide = pair(Breaks)
+    with pyro.validation_enabled(False), pytest.raises(NonFiniteError) as caught:
+        fit(model, guide, uint8(20), epochs=5, batch_size=5, progress=False)
+    assert "step 3" in str(caught.value)
+    assert "'z'" in str(caught.value)
+
+
+def test_broken_parameters_are_named_as_such():
+    model, guide = pair()
+    with torch.no_grad():
+        guide.head.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"step 1: before it, guide.head.weight is not finite"):
+        fit(model, guide, uint8(5), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (images(5), {}, "uint8"),
+        (uint8(5)[0], {}, r"\(1, 2, 3\)"),
+        (uint8(5)[:0], {}, "(?i)empty|at least one|no image"),
+        (torch.zeros(3, 1, 9, 9, dtype=torch.uint8), {}, r"expects images \(B, 1, 2, 3\)"),
+        (uint8(5), {"epochs": 0}, "epochs must be at least 1, got 0"),
+        (uint8(5), {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (uint8(5), {"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+    ],
+)
+def test_bad_input(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(*pair(), data, **({"epochs": 1, "progress": False} | options))
+
+
+def test_nothing_to_train():
+    model = linear_model().float().requires_grad_(False)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="no parameter to train"):
+        fit(model, guide, uint8(5), epochs=1, progress=False)
+
+
+def test_module_without_parameters_of_its_own_dtype():
+    class Prior(nn.Module):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+
+    fit(linear_model(), Prior(), uint8(5), epochs=1, progress=False)
+
+
+class Point(nn.Module):
+    """q(z|x) is a point: nothing is drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = linear_encoder(2).double()
+        self.seen = []
+
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            self.seen.append(len(x))
+        pyro.module("point", self)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(self.encoder(x), event_dim=1))
+
+
+@pytest.mark.parametrize("count", [512, 1100])
+def test_validation_images_are_scored_in_parts_and_all_weigh_the_same(count):
+    torch.manual_seed(0)
+    model, guide, validation = linear_model(), Point(), uint8(count)
+    validation[1024:] = 255  # the last part is unlike the others
+    rows = fit(model, guide, uint8(20), epochs=1, validation=validation, progress=False).rows
+    parts = [512, 512, 76] if count > 512 else [512]
+    assert guide.seen[-len(parts) :] == parts
+    x = validation.double() / 255
+    z = guide.encoder(x)
+    expected = (model.likelihood(z).log_prob(x) + model.prior().log_prob(z)).mean().detach()
+    assert rows[0]["validation_elbo"] == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_a_training_leaves_modules_ready_for_evaluation_and_no_gradients():
+    for epochs, learning_rate in ((1, 5e-4), (4, 1e30)):
+        model, guide = pair()
+        try:
+            fit(
+                model,
+                guide,
+                uint8(20),
+                epochs=epochs,
+                batch_size=5,
+                learning_rate=learning_rate,
+                progress=False,
+            )
+        except NonFiniteError:
+            assert learning_rate > 1
+        for program in (model, guide):
+            assert not any(module.training for module in program.modules())
+            assert all(p.grad is None for p in program.parameters())
+
+
+def test_type_checkers_know_every_option():
+    options = [name for name, p in inspect.signature(fit).parameters.items() if name != "seed"]
+    for overload in typing.get_overloads(fit):
+        names = inspect.signature(overload).parameters
+        assert [name for name in names if name != "seed"] == options
+
+
+class Normalised(GaussianGuide):
+    """An encoder with batch normalisation, whose running statistics must see training only."""
+
+    def __init__(self, model):
+        encoder = linear_encoder()
+        super().__init__(model, nn.Sequential(*encoder, nn.BatchNorm1d(3), nn.Dropout(0.5)))
+
+
+def test_what_is_only_looked_at_leaves_no_trace_in_the_model():
+    results = []
+    for validation in (None, uint8(30)[20:]):
+        torch.manual_seed(0)
+        model = linear_model().float()
+        guide = Normalised(model)
+        data = uint8(30)[:20]
+        fit(model, guide, data, epochs=2, batch_size=10, validation=validation, progress=False)
+        results.append({k: v for k, v in guide.state_dict().items() if "running" in k})
+    assert results[0]
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [(uint8(3)[:0], "validation"), (torch.zeros(3, 1, 9, 9, dtype=torch.uint8), "expects images")],
+)
+def test_bad_validation_images_are_refused_before_training(validation, message):
+    with pytest.raises(ValueError, match=message):
+        fit(*pair(), uint8(5), epochs=1, validation=validation, progress=False)
+
+
+def test_grey_pixels_under_a_bernoulli_likelihood_are_named():
+    model = ImageModel((1, 8, 8), 2, likelihood="bernoulli")
+    grey = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="Bernoulli pixels must be 0 or 1"):
+        fit(model, GaussianGuide(model), grey, epochs=1, progress=False)
+
+
+def test_divergence_in_the_last_step_of_an_epoch_names_the_step():
+    model, guide = pair()
+    with pytest.raises(NonFiniteError, match=r"step [12]"):
+        fit(model, guide, uint8(5), epochs=4, learning_rate=1e30, progress=False)
+
+
+@pytest.mark.parametrize("estimator", ["functions", "marginal"])
+def test_features_that_are_all_zero(estimator):
+    model = linear_model().float()
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.ReLU())
+    with torch.no_grad():
+        encoder[1].bias.fill_(-10.0)
+    guide = GPGuide(model, encoder, bias=False, estimator=estimator)
+    fit(model, guide, uint8(5), epochs=2, progress=False)
+    assert all(bool(p.isfinite().all()) for p in guide.parameters())
