@@ -51,11 +51,15 @@ from pyro_gpvae import (
     resume_run,
     train_run,
 )
-from pyro_gpvae.data import split_validation
-from pyro_gpvae.generation import decode, latent_path, reconstruct, sample_images
-from pyro_gpvae.information import active_units, mutual_information
+from pyro_gpvae.data.images import split_validation
+from pyro_gpvae.evaluation.generation import decode, latent_path, reconstruct, sample_images
+from pyro_gpvae.evaluation.information import active_units, mutual_information
+from pyro_gpvae.evaluation.uncertainty import (
+    rank_correlation,
+    uncertainty_scores,
+    weight_information,
+)
 from pyro_gpvae.testing import linear_gaussian, simulation_based_calibration
-from pyro_gpvae.uncertainty import price_of_spread, rank_correlation, uncertainty_scores
 
 Numbers = dict[str, Any]
 
@@ -383,7 +387,7 @@ def uncertainty(spec: str) -> Numbers:
     model, guide = trained(spec)
     train = pixels(digits()[0])
     scores = uncertainty_scores(model, guide, train)
-    price = price_of_spread(guide, train)
+    price = weight_information(guide, train)
     correlation = rank_correlation(scores["uncertainty"], price.numpy(), num_bootstrap=50, seed=2)
     a, v, b, r = guide.moments(train[:3])
     return {
