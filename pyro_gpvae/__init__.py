@@ -8,7 +8,7 @@ from pyro_gpvae.evaluation.gap import Gap, decompose
 from pyro_gpvae.evaluation.importance import Evidence, evidence_curve, log_evidence, log_weights
 from pyro_gpvae.evaluation.reference import ReferenceEvidence, reference_evidence
 from pyro_gpvae.model.distributions import MarginalPosterior
-from pyro_gpvae.model.elbo import MeanFieldELBO, PerImage, TraceELBO, elbo_terms
+from pyro_gpvae.model.elbo import Block, MeanFieldELBO, PerImage, TraceELBO, elbo_terms
 from pyro_gpvae.model.guide import available_guides, load_guide, make_guide
 from pyro_gpvae.model.image_model import ImageModel, initial_sigma
 from pyro_gpvae.model.networks import build_decoder, build_encoder
@@ -19,7 +19,7 @@ from pyro_gpvae.runs.folder import Run, load_run
 from pyro_gpvae.runs.seeds import resume_seeds, train_seeds
 from pyro_gpvae.runs.train import resume_run, train_run
 from pyro_gpvae.training.checkpoint import Checkpoints
-from pyro_gpvae.training.loop import Block, History, fit
+from pyro_gpvae.training.loop import History, fit
 
 __version__ = "0.1.0"
 

@@ -26,6 +26,7 @@ __all__ = [
     "load_data",
     "memory_mapped",
     "split_validation",
+    "to_batch",
     "to_float",
 ]
 
@@ -99,6 +100,37 @@ def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
             f"or pass them as uint8"
         )
     return images.to(dtype)
+
+
+def to_batch(images: Tensor, *programs: Any) -> Tensor:
+    """Returns images as floats, on the device and in the dtype of the programs' parameters.
+
+    This is the one conversion of images in the library: uint8 values 0 to 255 are divided by 255,
+    and floats are taken as they are.
+
+    Arguments:
+        images: (B, ...), uint8 or floats.
+        programs: Models and guides; the first parameter of a module among them decides. Without
+            one, images stay on their device, in the default dtype.
+
+    Raises:
+        ValueError: If images are neither uint8 nor floats.
+
+    Example:
+        >>> to_batch(torch.tensor([[0, 51, 255]], dtype=torch.uint8))
+        tensor([[0.0000, 0.2000, 1.0000]])
+    """
+    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
+        raise ValueError(
+            f"images must be uint8 values 0 to 255 or floats, got {images.dtype}: convert them "
+            "with .to(torch.uint8)"
+        )
+    modules = (program for program in programs if isinstance(program, torch.nn.Module))
+    like = next((p for module in modules for p in module.parameters()), None)
+    device = images.device if like is None else like.device
+    dtype = torch.get_default_dtype() if like is None else like.dtype
+    floats = images.to(device, non_blocking=True).to(dtype)
+    return floats / 255 if images.dtype == torch.uint8 else floats
 
 
 @dataclass(frozen=True, eq=False, repr=False)

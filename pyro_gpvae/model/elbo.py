@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_gpvae.core._plates import DATA_PLATE, data_frame, in_data_plate
-from pyro_gpvae.core._programs import Program, with_own_parameters
+from pyro_gpvae.core._programs import Program, PyroProgram, with_own_parameters
 
 __all__ = [
+    "Block",
     "MeanFieldELBO",
     "Objective",
     "PerImage",
@@ -40,6 +42,23 @@ class Objective(Protocol):
 
     def differentiable_loss(self, model: Any, guide: Any, x: Tensor, /) -> Tensor:
         """Returns minus the ELBO of a batch of images, with its gradient."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """An objective and the parameters that it trains, with an Adam optimiser of their own.
+
+    Attributes:
+        elbo: The objective.
+        parameters: What it trains; all other parameters stay as they are in this block.
+        model: The model of the objective, by default the one that is trained.
+        guide: The guide of the objective, by default the one that is trained.
+    """
+
+    elbo: Objective
+    parameters: Sequence[Tensor]
+    model: PyroProgram | None = None
+    guide: PyroProgram | None = None
 
 
 class TraceELBO(Trace_ELBO):

@@ -15,7 +15,7 @@ A guide is any Pyro callable ``guide(x)`` that samples the site ``"z"`` inside
     ``Trace_ELBO`` is not it.
 ``blocks(model) -> list[Block]``
     Objectives that are optimised in turn on every minibatch, each over its own parameters, if
-    one objective over all parameters is not it. See :class:`pyro_gpvae.training.loop.Block`.
+    one objective over all parameters is not it. See :class:`pyro_gpvae.model.elbo.Block`.
 ``diagnostics(x) -> dict[str, Tensor]``
     Scalars that :func:`pyro_gpvae.fit` logs after each epoch.
 ``uncertainty(x) -> Tensor``
@@ -41,13 +41,92 @@ import ast
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["available_guides", "load_guide", "make_guide"]
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+
+__all__ = [
+    "HasBlocks",
+    "HasDiagnostics",
+    "HasElbo",
+    "HasGlobalPrior",
+    "HasMoments",
+    "HasPosterior",
+    "HasUncertainty",
+    "available_guides",
+    "load_guide",
+    "make_guide",
+    "posterior_of",
+]
 
 _GROUP = "pyro_gpvae.guides"
+
+
+@runtime_checkable
+class HasPosterior(Protocol):
+    """A guide that knows its density."""
+
+    def posterior(self, x: Tensor, /) -> TorchDistribution:
+        """Returns q(z|x), batch shape (B,), event shape (p,), normalised and exact."""
+
+
+@runtime_checkable
+class HasGlobalPrior(Protocol):
+    """A guide with global random weights, which it samples outside the data plate."""
+
+    def global_prior(self) -> Mapping[str, TorchDistribution]:
+        """Returns the priors of the global sites by name."""
+
+
+@runtime_checkable
+class HasElbo(Protocol):
+    """A guide that asks for an objective other than ``Trace_ELBO``."""
+
+    def elbo(self) -> Any:
+        """Returns the objective, such as a :class:`pyro.infer.ELBO`."""
+
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """A guide whose parameters are trained in blocks, one after the other on each minibatch."""
+
+    def blocks(self, model: Any, /) -> Sequence[Any]:
+        """Returns the blocks, a list of :class:`pyro_gpvae.model.elbo.Block`."""
+
+
+@runtime_checkable
+class HasDiagnostics(Protocol):
+    """A guide that reports scalars to the training log."""
+
+    def diagnostics(self, x: Tensor, /) -> Mapping[str, Tensor]:
+        """Returns scalars by name, for images x (B, C, H, W)."""
+
+
+@runtime_checkable
+class HasUncertainty(Protocol):
+    """A guide that scores how uncertain its own inference is."""
+
+    def uncertainty(self, x: Tensor, /) -> Tensor:
+        """Returns one score for each image, (B,): the higher, the less certain."""
+
+
+@runtime_checkable
+class HasMoments(Protocol):
+    """A random encoder whose f and log h are Gaussian."""
+
+    def moments(self, x: Tensor, /) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns mean and variance of f(x), then of log h(x), each (B, p)."""
+
+    def kl_weights(self) -> Tensor:
+        """Returns KL(q(W, U) || p(W, U)) in nats, shape ()."""
+
+
+def posterior_of(guide: Any, x: Tensor) -> TorchDistribution | None:
+    """Returns q(z|x) of a guide, or None if the guide has no ``posterior``."""
+    return guide.posterior(x) if isinstance(guide, HasPosterior) else None
 
 
 def available_guides() -> dict[str, EntryPoint]:

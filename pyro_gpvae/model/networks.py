@@ -3,6 +3,9 @@ r"""Encoders and decoders of the paper's Tables 1-3, for any image shape."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Literal
 
@@ -11,10 +14,55 @@ from torch import Tensor, nn
 
 from pyro_gpvae.model._convolutions import ConvTranspose2d
 
-__all__ = ["DecoderKind", "ImageShape", "build_decoder", "build_encoder", "feature_dim"]
+__all__ = [
+    "DecoderKind",
+    "ImageShape",
+    "autocast_networks",
+    "build_decoder",
+    "build_encoder",
+    "call_network",
+    "feature_dim",
+]
 
 ImageShape = tuple[int, int, int]
 DecoderKind = Literal["conv", "fc"]
+
+
+_autocast_dtype: ContextVar[torch.dtype | None] = ContextVar("autocast_dtype", default=None)
+
+
+@contextmanager
+def autocast_networks(dtype: torch.dtype) -> Iterator[None]:
+    """Runs the networks of models and guides under ``torch.autocast`` inside the block.
+
+    Densities and parameters keep their own precision: only :func:`call_network` is affected.
+
+    Arguments:
+        dtype: The dtype of matrix products and convolutions, such as ``torch.bfloat16``.
+    """
+    token = _autocast_dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _autocast_dtype.reset(token)
+
+
+def call_network(network: nn.Module, x: Tensor) -> Tensor:
+    """Returns ``network(x)`` in the dtype of x, computed as :func:`autocast_networks` asks.
+
+    Example:
+        >>> with autocast_networks(torch.bfloat16):
+        ...     call_network(nn.Linear(3, 2), torch.ones(5, 3)).dtype
+        torch.float32
+    """
+    dtype = _autocast_dtype.get()
+    if dtype is None:
+        output: Tensor = network(x)
+        return output
+    # cached casts of the weights would not see the optimiser's updates
+    with torch.autocast(x.device.type, dtype, cache_enabled=False):
+        output = network(x)
+    return output.to(x.dtype)
 
 
 def build_encoder(image_shape: ImageShape) -> nn.Sequential:

@@ -13,8 +13,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_gpvae.model.elbo import PerImage
-from pyro_gpvae.training.loop import Block
+from pyro_gpvae.model.elbo import Block, PerImage
 
 __all__ = [
     "FAILURE_RATE",

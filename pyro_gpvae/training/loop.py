@@ -32,9 +32,9 @@ from pyro_gpvae.training._lockstep import Lockstep
 from pyro_gpvae.training._state import Progress
 from pyro_gpvae.training._streaming import Gathering, stays_on_host
 from pyro_gpvae.training.checkpoint import Checkpoints
-from pyro_gpvae.training.step import Backend, Block, TrainingStep
+from pyro_gpvae.training.step import Backend, TrainingStep
 
-__all__ = ["Block", "History", "NonFiniteError", "fit"]
+__all__ = ["History", "NonFiniteError", "fit"]
 
 OnNonFinite = Literal["stop", "skip"]
 

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +27,7 @@ from pyro_gpvae.core._precision import Precision, autocast, lowered
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import preserve_rng
 from pyro_gpvae.data.images import to_float
-from pyro_gpvae.model.elbo import Objective, PerImage, without_host_sync
+from pyro_gpvae.model.elbo import Block, Objective, PerImage, without_host_sync
 from pyro_gpvae.training._counters import Tally
 from pyro_gpvae.training._cuda_graph import CudaGraph
 from pyro_gpvae.training._distributed import World, shared_draws
@@ -36,7 +35,6 @@ from pyro_gpvae.training._tracing import PureLoss, pure_loss, snapshot
 
 __all__ = [
     "Backend",
-    "Block",
     "TrainingStep",
     "log_fallback",
     "loss_and_norm",
@@ -49,23 +47,6 @@ _log = logging.getLogger(__name__)
 
 Backend = Literal["eager", "compiled", "captured"]
 Evaluate = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-
-
-@dataclass(frozen=True)
-class Block:
-    """An objective and the parameters that it trains, with an Adam optimiser of their own.
-
-    Attributes:
-        elbo: The objective.
-        parameters: What it trains; all other parameters stay as they are in this block.
-        model: The model of the objective, by default the one that is trained.
-        guide: The guide of the objective, by default the one that is trained.
-    """
-
-    elbo: Objective
-    parameters: Sequence[Tensor]
-    model: PyroProgram | None = None
-    guide: PyroProgram | None = None
 
 
 class TrainingStep:

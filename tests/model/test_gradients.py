@@ -19,7 +19,7 @@ from toy import SHAPE, images, linear_encoder
 from pyro_gpvae import ImageModel, PerImage, available_guides, make_guide
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
-from pyro_gpvae.training.loop import Block
+from pyro_gpvae.model.elbo import Block
 
 P, NUM_IMAGES = 2, 50
 

@@ -17,9 +17,8 @@ from guides import GaussianGuide
 from pyro_gpvae import PerImage
 from pyro_gpvae.core._errors import UnsupportedError, unvalidated
 from pyro_gpvae.core._seeds import random_state
-from pyro_gpvae.model.elbo import without_host_sync
+from pyro_gpvae.model.elbo import Block, without_host_sync
 from pyro_gpvae.training._tracing import pure_loss
-from pyro_gpvae.training.step import Block
 
 N = 50
 B = 8
