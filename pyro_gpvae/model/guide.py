@@ -39,14 +39,20 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, Protocol, runtime_checkable
 
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+
+from pyro_gpvae.core._registry import (
+    available_guides,
+    distribution_name,
+    import_named,
+    registered_guides,
+)
 
 __all__ = [
     "HasBlocks",
@@ -61,8 +67,6 @@ __all__ = [
     "make_guide",
     "posterior_of",
 ]
-
-_GROUP = "pyro_gpvae.guides"
 
 
 @runtime_checkable
@@ -129,52 +133,62 @@ def posterior_of(guide: Any, x: Tensor) -> TorchDistribution | None:
     return guide.posterior(x) if isinstance(guide, HasPosterior) else None
 
 
-def available_guides() -> dict[str, EntryPoint]:
-    """Returns the registered guides by name, sorted."""
-    return dict(sorted((point.name, point) for point in entry_points(group=_GROUP)))
-
-
 def load_guide(name: str) -> Callable[..., Any]:
     """Returns the guide class of a registered name, or of ``module:Class``.
 
+    A registered name comes first. Any other module is imported from ``sys.path``, or else from
+    the working directory.
+
     Raises:
-        ValueError: If there is no such guide; the message suggests the nearest name.
+        ValueError: If there is no such guide; the message suggests the nearest name. Or if two
+            distributions register the name.
 
     Example:
         >>> load_guide("gp").__name__
         'GPGuide'
     """
-    registered = available_guides()
+    registered = registered_guides()
     if name in registered:
-        try:
-            guide: Callable[..., Any] = registered[name].load()
-        except Exception as error:
-            module = registered[name].value.partition(":")[0]
-            raise ValueError(
-                f"cannot load the guide {name!r} from {registered[name].value!r}: {error}. Does a "
-                f"file or folder {module!r} in the current directory hide the installed package?"
-            ) from error
-        return guide
+        return _load_registered(name, registered[name])
     module, _, attribute = name.partition(":")
     near = difflib.get_close_matches(module, registered, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     if not attribute:
         raise ValueError(
             f"unknown guide {name!r}: {hint}Registered guides are {', '.join(registered)}; "
-            "a guide of your own is named 'module:Class'."
+            "name your own guide as 'module:Class'."
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        found = getattr(import_named(module), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ValueError(
             f"cannot load the guide {name!r}: {type(error).__name__}: {error}. "
             f"{hint.capitalize()}"
-            "Expected 'module:Class' where the module can be imported from the current directory "
-            "or is installed."
+            "Expected 'module:Class', where the module is installed or lies in the working "
+            "directory."
         ) from error
     if not callable(found):
         raise ValueError(f"the guide {name!r} is {found!r}, expected a class or a function")
     return found
+
+
+def _load_registered(name: str, points: Sequence[EntryPoint]) -> Callable[..., Any]:
+    """Imports a registered guide, unless several distributions register its name."""
+    if len(points) > 1:
+        by = " and ".join(distribution_name(point) for point in points)
+        raise ValueError(
+            f"the distributions {by} both register the guide {name!r}: uninstall one of them, or "
+            f"name the guide as {' or '.join(repr(point.value) for point in points)}"
+        )
+    try:
+        guide: Callable[..., Any] = points[0].load()
+    except Exception as error:
+        module = points[0].value.partition(":")[0]
+        raise ValueError(
+            f"cannot load the guide {name!r} from {points[0].value!r}: {error}. Does another file "
+            f"or folder named {module!r} hide the installed package?"
+        ) from error
+    return guide
 
 
 def make_guide(spec: str, model: Any, **defaults: Any) -> Any:

@@ -11,7 +11,6 @@ from toy import exact_evidence, exact_posterior, images, linear_encoder, linear_
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import (
-    Evidence,
     ImageModel,
     NonFiniteError,
     PerImage,
@@ -22,7 +21,13 @@ from pyro_gpvae import (
     make_guide,
 )
 from pyro_gpvae.core._memory import PeakMemory
-from pyro_gpvae.evaluation.importance import ParetoWarning, as_pixels, bytes_per_latent, pareto_k
+from pyro_gpvae.evaluation.importance import (
+    Evidence,
+    ParetoWarning,
+    as_pixels,
+    bytes_per_latent,
+    pareto_k,
+)
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
 
 

@@ -29,11 +29,9 @@ from pyro_gpvae import (
     Checkpoints,
     ImageModel,
     MarginalPosterior,
-    MeanFieldELBO,
     PerImage,
     RunConfig,
     StratifiedELBO,
-    TraceELBO,
     annealed_evidence,
     bidirectional,
     build_decoder,
@@ -59,6 +57,7 @@ from pyro_gpvae.evaluation.uncertainty import (
     uncertainty_scores,
     weight_information,
 )
+from pyro_gpvae.model.elbo import MeanFieldELBO, TraceELBO
 from pyro_gpvae.testing import linear_gaussian, simulation_based_calibration
 
 Numbers = dict[str, Any]

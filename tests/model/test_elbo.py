@@ -25,8 +25,8 @@ from torch import nn
 from toy import expected_log_likelihood, images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import Block, PerImage, elbo_terms, fit, log_weights
-from pyro_gpvae.model.elbo import MeanFieldELBO, TraceELBO, without_host_sync
+from pyro_gpvae import PerImage, elbo_terms, fit, log_weights
+from pyro_gpvae.model.elbo import Block, MeanFieldELBO, TraceELBO, without_host_sync
 from pyro_gpvae.model.stratified import StratifiedELBO
 
 N = 50

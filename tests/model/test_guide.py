@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import (
-    ImageModel,
-    PerImage,
-    available_guides,
-    fit,
-    load_guide,
-    log_evidence,
-    make_guide,
-)
+from pyro_gpvae import ImageModel, PerImage, available_guides, fit, log_evidence, make_guide
+from pyro_gpvae.model.guide import load_guide
 
 SHAPE = (1, 8, 8)
 

@@ -15,7 +15,9 @@ import toy
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 
-from pyro_gpvae import Block, ImageModel, available_guides, load_guide, log_evidence, make_guide
+from pyro_gpvae import ImageModel, available_guides, log_evidence, make_guide
+from pyro_gpvae.model.elbo import Block
+from pyro_gpvae.model.guide import load_guide
 from pyro_gpvae.testing import GuideError, check_guide, linear_gaussian
 
 SHAPE = (1, 4, 4)

@@ -16,7 +16,6 @@ from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide
 from pyro_gpvae import (
-    Block,
     Checkpoints,
     ImageModel,
     NonFiniteError,
@@ -25,12 +24,12 @@ from pyro_gpvae import (
     fit,
     load_run,
     make_guide,
-    resume_seeds,
     train_run,
-    train_seeds,
     training,
 )
 from pyro_gpvae.cli.main import main
+from pyro_gpvae.model.elbo import Block
+from pyro_gpvae.runs.seeds import resume_seeds, train_seeds
 from pyro_gpvae.runs.train import Begun
 
 SEEDS = (3, 5, 8)

@@ -17,16 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import (
-    Block,
-    Checkpoints,
-    ImageModel,
-    MeanFieldELBO,
-    NonFiniteError,
-    fit,
-    training,
-)
+from pyro_gpvae import Checkpoints, ImageModel, NonFiniteError, fit, training
 from pyro_gpvae.core._errors import UnsupportedError
+from pyro_gpvae.model.elbo import Block, MeanFieldELBO
 from pyro_gpvae.training._state import Progress
 from pyro_gpvae.training.step import TrainingStep
 

@@ -12,18 +12,11 @@ from torch import nn
 from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import (
-    Block,
-    ImageModel,
-    NonFiniteError,
-    fit,
-    initial_sigma,
-    load_data,
-    log_evidence,
-)
+from pyro_gpvae import ImageModel, NonFiniteError, fit, initial_sigma, load_data, log_evidence
 from pyro_gpvae.data.images import split_validation
 from pyro_gpvae.evaluation.annealing import annealed_evidence
 from pyro_gpvae.evaluation.generation import reconstruct
+from pyro_gpvae.model.elbo import Block
 from pyro_gpvae.training.checkpoint import load_weights, save_weights
 
 
