@@ -48,7 +48,7 @@ class GPGuide(GaussianGuide):
     * ``"weights"``: f and log h from the one draw of W, U in the minibatch; plain Pyro.
     * ``"functions"``: f and log h drawn for each image from the normals above. The same
       objective, eq. (2); for the standard deviations of W and U, the variance of the gradient is
-      100 to 700 times smaller (``experiments/gradient_variance.py``).
+      100 to 700 times smaller (``experiments/studies/gradient_variance.py``).
     * ``"marginal"``: z from the marginal q(z|x) of eq. (7), scored by its own density. Not
       eq. (2) but a tighter bound for the same q, without the price
       :math:`I(z; (W, U) | x)` of a spread in W and U.

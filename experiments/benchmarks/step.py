@@ -7,7 +7,7 @@ overhead: a VAE written in plain PyTorch with fused Adam (on CUDA also as a capt
 same networks under ``pyro.infer.SVI`` with ``pyro.optim.Adam``, and as fast as that goes
 (ClippedAdam, validation off); and ``pyro_gpvae`` with each of its backends, for VAE and GPVAE. All
 train on random images, the same batches of uint8. Then inference, q(z|x) and one draw, of GPVAE and
-VAE; Table 6 (``experiments/table6.py``) has that for all guides. JSON and Markdown are written to
+VAE; ``experiments/tables/table6.py`` does that for all guides. JSON and Markdown are written to
 --out.
 """
 

@@ -31,8 +31,13 @@ class Results:
 
     def run(self) -> None:
         from pyro_gpvae.core._files import write_text
-        from pyro_gpvae.runs.plans import parse_where
-        from pyro_gpvae.runs.results import differences, read_results, score_table, select
+        from pyro_gpvae.runs.results import (
+            differences,
+            parse_where,
+            read_results,
+            score_table,
+            select,
+        )
 
         where = parse_where(self.where)
         frame, skipped = read_results(self.folder)

@@ -29,7 +29,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     Other layers keep torch's own, in channels-last memory when no gradients are recorded (with
     them it gains nothing). All are sums of the same products: values and derivatives of every
     order are equal up to rounding. On other devices than the CPU nothing changes.
-    ``experiments/benchmarks/formulations.py`` measures it.
+    ``docs/performance.md`` says how much it saves.
 
     Example:
         >>> layer = ConvTranspose2d(8, 1, 4, stride=2, padding=1)

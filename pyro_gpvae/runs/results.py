@@ -3,7 +3,8 @@ r"""Folders of runs, read back as one table, with what makes their scores incomp
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,37 @@ import pandas as pd
 
 from pyro_gpvae.core._files import MANIFEST, check_manifest, read_json
 from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.runs.plans import FULL, matches
 
 __all__ = [
     "COLUMNS",
+    "FULL",
     "caption",
     "check_budget",
     "check_cells",
     "differences",
+    "matches",
+    "parse_where",
     "read_results",
     "score_table",
     "seeds_text",
     "select",
 ]
+
+#: The budget of the paper's supplement, sections 2 and 4; its number of seeds is not known.
+#: None is all images. A run with less says so in its record, and in the caption of every table.
+FULL: dict[str, int | None] = {
+    "epochs": 2000,
+    "seeds": 5,
+    "train_images": None,
+    "test_images": None,
+    "num_samples": 100,
+    "batch_size": 128,
+    "validation": 0,
+}
+
+#: What conditions can be about.
+KEYS = ("method", "guide", "data", "latent_dim", "decoder", "seed")
+
 
 #: The options that a budget is made of, and that one table may not mix.
 BUDGET = tuple(name for name in FULL if name != "seeds")
@@ -142,8 +161,43 @@ def _row(record: dict[str, Any], source: Path) -> dict[str, Any]:
     return values
 
 
+def matches(found: Any, wanted: str, key: str) -> bool:
+    """Whether a value is the one asked for; of a guide, its name without options will do.
+
+    Example:
+        >>> matches("sa:4", "sa", "guide"), matches("sa:4", "sa:8", "guide"), matches(10, "10", "p")
+        (True, False, True)
+    """
+    return str(found) == wanted or (key == "guide" and str(found).partition(":")[0] == wanted)
+
+
+def parse_where(conditions: Sequence[str]) -> dict[str, list[str]]:
+    """Reads conditions such as ``guide=gp,vae``.
+
+    Raises:
+        ValueError: If one is not KEY=VALUE,..., or the key is unknown or given twice.
+
+    Example:
+        >>> parse_where(["guide=gp,vae", "data=mnist"])
+        {'guide': ['gp', 'vae'], 'data': ['mnist']}
+    """
+    where: dict[str, list[str]] = {}
+    for condition in conditions:
+        key, _, values = condition.partition("=")
+        if not values or key not in KEYS:
+            raise ValueError(
+                f"the condition {condition!r} is none: expected KEY=VALUE,VALUE with a key of "
+                f"{', '.join(KEYS)}"
+            )
+        if key in where:
+            raise ValueError(f"{key} is given twice: separate its values by commas")
+        # a comma within a guide's options is followed by KEY=
+        where[key] = re.split(r",(?!\w+=)", values)
+    return where
+
+
 def select(frame: pd.DataFrame, where: Mapping[str, Collection[str]]) -> pd.DataFrame:
-    """The rows that fit; see :func:`pyro_gpvae.runs.plans.parse_where`."""
+    """The rows that fit; see :func:`parse_where`."""
     keep = pd.Series(True, index=frame.index)
     for key, values in where.items():
         keep &= frame[key].map(

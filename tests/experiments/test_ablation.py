@@ -1,9 +1,5 @@
 """The table of the options: its budget and its seeds are those of the rows."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import ablation
 
 

@@ -1,36 +1,26 @@
 """The benchmarks run, with tiny settings, and their arithmetic is right."""
 
-import contextlib
-import io
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
+import _bench
+import _handwritten
+import evaluation
+import peer
 import pyro
 import pytest
+import step
 import torch
-import tyro
+from _bench import Ceilings, Options, Quartiles, Timings, Work, interleave, short
+from _report import Report, Target, profile
+from _worker import Worker
 from pyro.infer import TraceMeanField_ELBO
 
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel, PerImage
 from pyro_gpvae.core._files import read_json
 from pyro_gpvae.model.networks import build_decoder, build_encoder
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
-import _bench
-import _handwritten
-import allocator
-import evaluation
-import growth
-import peer
-import seeds
-import step
-import streaming
-from _bench import Ceilings, Options, Quartiles, Timings, Work, interleave, short
-from _report import Report, Target, profile
-from _worker import Worker
 
 FOLDER = Path(step.__file__).parent
 CPU = torch.device("cpu")
@@ -269,68 +259,6 @@ def test_batches_come_from_a_permutation():
     assert torch.equal(seen[0], seen[2])
 
 
-class TestGrowth:
-    def test_runs(self, tmp_path):
-        growth.main(
-            growth.GrowthOptions(
-                **TINY,
-                guides=("gp",),
-                images=(256, 300),
-                latent_dims=(2, 3),
-                samples=(1, 2),
-                batch_sizes=(2, 4),
-                test_batch_sizes=(1, 2),
-                image_shapes=((1, 28, 28), (3, 32, 32)),
-                out=tmp_path,
-            )
-        )
-        record = read_json(tmp_path / "growth_cpu.json")
-        assert set(record["an evaluation, gp, D"]["seconds"]) == {"784", "3,072"}
-        assert [t["name"] for t in record["targets"]] == [
-            "a step, gp: N = 300 / N = 256",
-            "an evaluation, gp: slope of log time on log K",
-            "an evaluation, gp: slope of log time on log B",
-        ]
-
-    def test_slope(self):
-        assert growth.log_slope([1, 10, 100], [3, 30, 300]) == pytest.approx(1)
-        assert growth.log_slope([1, 10, 100], [3, 3, 3]) == pytest.approx(0)
-        assert growth.log_slope([2, 4], [5, 20]) == pytest.approx(2)
-
-    def test_only_the_letter_changes(self):
-        base = growth.Size(7)
-        assert growth.replace(base, **{growth.FIELDS["D"]: (3, 32, 32)}) == growth.Size(
-            7, image_shape=(3, 32, 32)
-        )
-        assert list(growth.FIELDS) == ["N", "p", "K", "B", "D"]
-
-
-def test_seeds(tmp_path):
-    seeds.main(
-        seeds.SeedsOptions(
-            **TINY,
-            seeds=3,
-            latent_dims=(2,),
-            guides=("gp",),
-            images=64,
-            batch_size=4,
-            backend="eager",
-            out=tmp_path,
-        )
-    )
-    record = read_json(tmp_path / "seeds_cpu.json")
-    found = record["gp, conv, p = 2"]
-    one, stacked, loop = names = ["one seed", "3 seeds, stacked", "3 seeds, one by one"]
-    assert list(found["step_seconds"]) == names
-    assert found["limit_seconds"][stacked] == found["limit_seconds"][loop]
-    assert found["limit_seconds"][loop] == pytest.approx(3 * found["limit_seconds"][one])
-    target, tiny = record["targets"]
-    assert target["name"] == "gp, conv, p = 2: 3 seeds, stacked / one seed"
-    assert tiny["name"] == "gp, tiny, p = 5: 3 seeds, stacked / one seed"
-    assert target["measured"] == Timings(found["step_seconds"]).ratio(stacked, one).median
-    assert target["limit"] == 4
-
-
 def test_evaluation(tmp_path):
     options = evaluation.EvaluationOptions(
         **TINY,
@@ -370,45 +298,6 @@ def test_evaluation(tmp_path):
     assert record["precisions"]["tf32"]["largest_difference"] == 0
     assert 0 < record["precisions"]["bf16"]["largest_difference"] < 10
     assert "## p = 2: profile of vlae:1" in (tmp_path / "evaluation_cpu.md").read_text()
-
-
-def test_streaming(tmp_path):
-    streaming.main(
-        streaming.StreamingOptions(
-            **TINY,
-            gigabytes=1e-4,
-            resident=64,
-            batch_size=8,
-            backend="eager",
-            cold=True,
-            out=tmp_path,
-        )
-    )
-    record = read_json(tmp_path / "streaming_cpu.json")
-    (target,) = record["targets"]
-    assert target["name"] == "file, next minibatch in a thread / in memory"
-    names = ["in memory", "file, next minibatch in a thread", "file, without a thread"]
-    assert list(record["seconds"]) == names
-    assert target["measured"] == Timings(record["seconds"]).ratio(names[1], names[0]).median
-
-
-def test_allocator(tmp_path, monkeypatch):
-    def in_this_process(command, **options):
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text):
-            allocator.main(tyro.cli(allocator.Settings, args=command[2:]))
-        return SimpleNamespace(stdout=text.getvalue())
-
-    monkeypatch.setattr(allocator, "subprocess", SimpleNamespace(run=in_this_process))
-    allocator.main(allocator.Settings(**TINY, net="tiny", images=64, out=tmp_path))
-    record = read_json(tmp_path / "allocator_cpu.json")
-    variants = [allocator.HAND, allocator.KEPT, allocator.OURS]
-    for found in (record["step_seconds"], record["minor_page_faults_per_step"]):
-        assert list(found) == variants
-        assert [len(values) for values in found.values()] == [2] * 3
-    assert all(value > 0 for value in record["step_seconds"][allocator.HAND])
-    page = (tmp_path / "allocator_cpu.md").read_text()
-    assert "## Minor page faults of a step" in page
 
 
 def test_page_faults():

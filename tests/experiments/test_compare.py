@@ -1,17 +1,12 @@
 """The comparison's arithmetic and its files, on known numbers and on a tiny run."""
 
-import sys
-from pathlib import Path
-
+import compare
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
 from pyro_gpvae.core._files import read_json
 from pyro_gpvae.plots import gap_against_time
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import compare
 
 
 def record():

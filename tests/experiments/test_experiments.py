@@ -5,14 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gradient_variance
 import pytest
+import rme_ablation
 
 from pyro_gpvae import load_data
 from pyro_gpvae.core._files import read_json
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import gradient_variance
-import rme_ablation
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +42,7 @@ def test_rme_ablation(tmp_path, monkeypatch):
 
 def test_twenty_kills_lose_nothing(tmp_path):
     # in a process of its own: it forks, which torch survives only before its threads have run
-    script = Path(__file__).parents[2] / "experiments" / "crash_campaign.py"
+    script = Path(__file__).parents[2] / "experiments" / "reliability" / "crash_campaign.py"
     done = subprocess.run(
         [sys.executable, script, "--kills=20", f"--out={tmp_path}"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from _significance import compare_methods, holm, order_change
 from scipy import integrate
 from scipy.special import gammaln
-
-from pyro_gpvae.runs.statistics import compare_methods, holm, order_change
 
 
 def two_sided(t, df):

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import sweep
 import torch
+from _costs import seconds
+from _plans import read_plan
 
 from pyro_gpvae import train_run
 from pyro_gpvae.core._files import InUseError, locked, read_json, write_json
-from pyro_gpvae.runs.costs import seconds
-from pyro_gpvae.runs.plans import parse_where, read_plan
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import sweep
+from pyro_gpvae.runs.results import parse_where
 
 SWEEP = Path(sweep.__file__)
-PLANS = sorted((SWEEP.parent / "plans").glob("*.toml"))
+PLANS = sorted((SWEEP.parents[1] / "plans").glob("*.toml"))
 
 TINY = """
 title = "Tiny"
@@ -60,7 +59,7 @@ def test_every_plan_can_be_read(path):
 
 def test_the_plans_are_the_papers_tables():
     """Every row of the supplement's tables is a method, at the paper's budget."""
-    four, five = (read_plan(SWEEP.parent / "plans" / f"table{n}.toml") for n in (4, 5))
+    four, five = (read_plan(SWEEP.parents[1] / "plans" / f"table{n}.toml") for n in (4, 5))
     steps = [f"{name}:{k}" for name in ("sa", "iaf", "hf") for k in (1, 2, 4, 8)]
     steps += [f"{name}:{k}" for name in ("me", "rme") for k in (2, 3, 4, 5)]
     grid = {(guide, p) for guide in ["vae", "gp", *steps] for p in (10, 20, 50)}

@@ -4,14 +4,19 @@ import copy
 import json
 import math
 import re
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
+import _frames
+import _records
+import main_table
 import numpy as np
 import pandas as pd
 import pytest
+import table4
+import table5
+import table6
 import torch
+from _tables import Options, main
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
@@ -20,15 +25,6 @@ from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.plots.tables import companion_dots, score_dots, time_dots
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.training.step import TrainingStep
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import _frames
-import _records
-import main_table
-import table4
-import table5
-import table6
-from _tables import Options, main
 
 SMALL = _records.Table(
     "small", "Small", {"": (_records.Column("mnist", 10),)}, ("vae", "sa:4", "me:2", "gp")

@@ -1,6 +1,6 @@
 """Table 5: fully-connected against convolutional decoders, MNIST and OMNIGLOT, p = 10, 50.
 
-    python experiments/table5.py runs/mnist runs/omniglot --out docs/results
+    python experiments/tables/table5.py runs/mnist runs/omniglot --out docs/results
 
 The folders hold runs of ``pyro-gpvae train`` and evaluations of ``pyro-gpvae evaluate RUN
 --companion N --out FOLDER``. Writes table5 and table5_companion as Markdown, LaTeX, CSV and PNG.

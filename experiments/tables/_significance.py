@@ -13,8 +13,6 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-__all__ = ["LEVEL", "Mark", "OrderChange", "compare_methods", "holm", "order_change"]
-
 #: A p-value above it is little evidence of a difference (caption of the paper's Table 4).
 LEVEL = 0.01
 

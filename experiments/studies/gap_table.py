@@ -1,9 +1,9 @@
 """Where the inference gap of every guide family comes from, on the embedded digits.
 
-    python experiments/gap_table.py --epochs 20 --seeds 1
+    python experiments/studies/gap_table.py --epochs 20 --seeds 1
 
 Trains each family end to end (finished runs of the same configuration are used again, also those
-of ``experiments/compare.py`` with ``--runs runs/compare``), decomposes the gap of the first test
+of ``compare.py`` with ``--runs runs/compare``), decomposes the gap of the first test
 images into approximation, amortisation and, for the GPVAE, the prices of its spread, and scores
 every decoder by its own guide, by one common refined proposal, and by annealed importance
 sampling. For random encoders it adds the rank correlation of their uncertainty with the gap.
@@ -43,7 +43,7 @@ from pyro_gpvae.runs.gap_report import (
 from pyro_gpvae.runs.train import complete_run
 from pyro_gpvae.runs.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 
-#: Names, options and folders as in experiments/compare.py, whose runs can be used again.
+#: Names, options and folders as in experiments/studies/compare.py, whose runs can be used again.
 GUIDES = (
     "vae", "gp", "full", "lowrank:4", "iaf:2", "hf:4", "me:2", "rme:2", "iterative:3", "sa:1",
     "vlae:1",

@@ -25,8 +25,8 @@ A plan is a title, a budget that all its runs share, a grid, and methods::
     guide = "vae"
     epochs_factor = 2    # times the budget's epochs, for controls
 
-Each cell is one run, a :class:`pyro_gpvae.runs.config.RunConfig`, with a folder name that tells what it
-is and ends in a hash of all its options, the budget among them.
+Each cell is one run, a :class:`~pyro_gpvae.RunConfig`. The name of its folder tells what it is
+and ends in a hash of all its options, including the budget.
 """
 
 from __future__ import annotations
@@ -46,20 +46,7 @@ from pyro_gpvae.data.images import available_data
 from pyro_gpvae.model.guide import make_guide
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.runs.config import RunConfig
-
-__all__ = ["FULL", "Cell", "Plan", "matches", "parse_where", "read_plan"]
-
-#: The budget of the paper's supplement, sections 2 and 4; its number of seeds is not known.
-#: None is all images. A run with less says so in its record, and in the caption of every table.
-FULL: dict[str, int | None] = {
-    "epochs": 2000,
-    "seeds": 5,
-    "train_images": None,
-    "test_images": None,
-    "num_samples": 100,
-    "batch_size": 128,
-    "validation": 0,
-}
+from pyro_gpvae.runs.results import FULL, matches
 
 #: Options that say where a run is computed, not what.
 WHERE_IT_RUNS = ("root", "download", "device", "chunk_size")
@@ -67,9 +54,6 @@ WHERE_IT_RUNS = ("root", "download", "device", "chunk_size")
 _OPTIONS = {f.name for f in fields(RunConfig)}
 _GRID = _OPTIONS - set(FULL) - {*WHERE_IT_RUNS, "guide", "warm_start", "seed"}
 _METHOD = _GRID | {"name", "guide", "warm_start", "epochs_factor"}
-
-#: What conditions can be about.
-KEYS = ("method", "guide", "data", "latent_dim", "decoder", "seed")
 
 
 @dataclass(frozen=True)
@@ -184,41 +168,6 @@ class Plan:
             if cell.name in wanted and cell.config.warm_start is not None:
                 wanted.add(cell.config.warm_start)
         return replace(self, cells=tuple(cell for cell in self.cells if cell.name in wanted))
-
-
-def matches(found: Any, wanted: str, key: str) -> bool:
-    """Whether a value is the one asked for; of a guide, its name without options will do.
-
-    Example:
-        >>> matches("sa:4", "sa", "guide"), matches("sa:4", "sa:8", "guide"), matches(10, "10", "p")
-        (True, False, True)
-    """
-    return str(found) == wanted or (key == "guide" and str(found).partition(":")[0] == wanted)
-
-
-def parse_where(conditions: Sequence[str]) -> dict[str, list[str]]:
-    """Reads conditions such as ``guide=gp,vae``.
-
-    Raises:
-        ValueError: If one is not KEY=VALUE,..., or the key is unknown or given twice.
-
-    Example:
-        >>> parse_where(["guide=gp,vae", "data=mnist"])
-        {'guide': ['gp', 'vae'], 'data': ['mnist']}
-    """
-    where: dict[str, list[str]] = {}
-    for condition in conditions:
-        key, _, values = condition.partition("=")
-        if not values or key not in KEYS:
-            raise ValueError(
-                f"the condition {condition!r} is none: expected KEY=VALUE,VALUE with a key of "
-                f"{', '.join(KEYS)}"
-            )
-        if key in where:
-            raise ValueError(f"{key} is given twice: separate its values by commas")
-        # a comma within a guide's options is followed by KEY=
-        where[key] = re.split(r",(?!\w+=)", values)
-    return where
 
 
 def read_plan(source: str | Path, **cuts: int | None) -> Plan:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 from _records import Collected, Column, Record, Table
-
-from pyro_gpvae.runs.statistics import compare_methods, order_change
+from _significance import compare_methods, order_change
 
 PUBLISHED = Path(__file__).parent / "published"
 #: Scores of a companion, by the entry of its record: better and better proposals.

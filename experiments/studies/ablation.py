@@ -1,7 +1,8 @@
-"""What the options are worth: evidence of held-out training images, for the runs of a plan.
+r"""What the options are worth: evidence of held-out training images, for the runs of a plan.
 
-    python experiments/sweep.py --plan experiments/plans/evidence_ablation.toml --out runs/ablation
-    python experiments/ablation.py runs/ablation --out experiments/results
+    python experiments/sweep/sweep.py --plan experiments/plans/evidence_ablation.toml \
+        --out runs/ablation
+    python experiments/studies/ablation.py runs/ablation --out experiments/results
 
 The images that a run held out (``validation``) decide nothing but this table: log p(x) by K
 importance samples with the guide's own q, and the ELBO. The test images are not looked at.

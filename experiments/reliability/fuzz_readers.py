@@ -1,6 +1,6 @@
 """Do the readers of files survive damaged and malicious ones? Mutations of small valid files.
 
-    python experiments/fuzz_readers.py --inputs 100000 --seed 0
+    python experiments/reliability/fuzz_readers.py --inputs 100000 --seed 0
 
 Every reader gets its share of the inputs and must either accept one or refuse it with the error
 that it documents, within the memory and the time of the options. Checksums are switched off for

@@ -1,6 +1,6 @@
 """Every guide on the same images: how much of the amortisation gap it closes, at what cost.
 
-    python experiments/compare.py --data mnist5k --epochs 20
+    python experiments/studies/compare.py --data mnist5k --epochs 20
 
 For each seed this trains a VAE, then every family twice: end to end from scratch, and over the
 VAE's decoder, which stays as it is. Families that need no training of their own (SA, VLAE) are put

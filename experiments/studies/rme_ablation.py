@@ -1,6 +1,6 @@
 """How much do the options of the recursive mixture matter? Scored on held-out training images.
 
-    python experiments/rme_ablation.py --epochs 10
+    python experiments/studies/rme_ablation.py --epochs 10
 
 Trains RME(2) on the embedded digits for several strengths η of the repulsion and bounds C of the
 divergence, beside the VAE and the plain mixture, and writes ELBO and IWAE on validation images to

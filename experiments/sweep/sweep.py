@@ -1,9 +1,9 @@
 r"""Runs a plan, or a part of it: any cells of the paper's grid, on one machine or on a cluster.
 
-    python experiments/sweep.py --plan experiments/plans/table4.toml --dry-run
-    python experiments/sweep.py --plan experiments/plans/table4.toml --epochs 20 --seeds 2 \
+    python experiments/sweep/sweep.py --plan experiments/plans/table4.toml --dry-run
+    python experiments/sweep/sweep.py --plan experiments/plans/table4.toml --epochs 20 --seeds 2 \
         --where guide=gp,vae latent_dim=10 --out runs/table4
-    python experiments/sweep.py --plan experiments/plans/table4.toml --gpus 0.25 \
+    python experiments/sweep/sweep.py --plan experiments/plans/table4.toml --gpus 0.25 \
         --address auto --out /shared/table4                 # on a cluster that Ray runs on
 
 Every cell is one run folder in --out, which all machines must see under the same path, with file
@@ -36,18 +36,18 @@ from typing import Any
 import pandas as pd
 import torch
 import tyro
+from _costs import duration, seconds, step_times
+from _plans import WHERE_IT_RUNS, Cell, Plan, read_plan
 
 from pyro_gpvae.core._environment import environment, sha256
 from pyro_gpvae.core._files import InUseError, locked, partial_folder, read_json, write_text
 from pyro_gpvae.data.images import ImageData, load_data
 from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.runs.costs import duration, seconds, step_times
 from pyro_gpvae.runs.folder import load_images
-from pyro_gpvae.runs.plans import WHERE_IT_RUNS, Cell, Plan, parse_where, read_plan
-from pyro_gpvae.runs.results import COLUMNS, read_results, score_table
+from pyro_gpvae.runs.results import COLUMNS, parse_where, read_results, score_table
 from pyro_gpvae.runs.train import complete_run
 
-STEP_TIMES = Path(__file__).parent / "plans" / "step_times.csv"
+STEP_TIMES = Path(__file__).parents[1] / "plans" / "step_times.csv"
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
 """How noisy is the gradient of eq. (2) under each estimator?
 
-    python experiments/gradient_variance.py --epochs 10 --draws 100
+    python experiments/studies/gradient_variance.py --epochs 10 --draws 100
 
 A GPVAE is trained on the embedded digits, and the gradient of one minibatch is then drawn many
 times under every estimator. The variance, summed over the parameters of a group, is printed

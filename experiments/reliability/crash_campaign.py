@@ -1,6 +1,6 @@
 r"""Kills a training over and over, with SIGKILL, and checks that nothing is lost.
 
-    OMP_NUM_THREADS=1 python experiments/crash_campaign.py --kills 100
+    OMP_NUM_THREADS=1 python experiments/reliability/crash_campaign.py --kills 100
 
 A GPVAE is trained on the embedded digits with a checkpoint every few steps. Its process is killed
 at random moments, every second time as soon as it is seen writing a checkpoint, and is then

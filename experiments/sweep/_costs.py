@@ -7,12 +7,10 @@ from datetime import timedelta
 from functools import cache
 
 import pandas as pd
+from _plans import Cell
 
 from pyro_gpvae.data.images import load_data
 from pyro_gpvae.data.readers import SOURCES
-from pyro_gpvae.runs.plans import Cell
-
-__all__ = ["duration", "seconds", "step_times"]
 
 
 def step_times(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """Convolutional decoders on MNIST, OMNIGLOT, SVHN and CelebA, p = 10, 20, 50.
 
-    python experiments/main_table.py runs/mnist runs/omniglot runs/svhn runs/celeba
+    python experiments/tables/main_table.py runs/mnist runs/omniglot runs/svhn runs/celeba
 
 These are the results of the main paper that its supplement refers to. Published scores are those
 that the supplement repeats in its Table 5; the others are not given there. The folders hold runs

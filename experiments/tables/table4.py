@@ -1,6 +1,6 @@
 """Table 4: every method on CIFAR10, convolutional decoders, p = 10, 20, 50.
 
-    python experiments/table4.py runs/cifar10 --out docs/results
+    python experiments/tables/table4.py runs/cifar10 --out docs/results
 
 The folders hold runs of ``pyro-gpvae train`` and evaluations of ``pyro-gpvae evaluate RUN
 --companion N --out FOLDER``. Writes table4 and table4_companion as Markdown, LaTeX, CSV and PNG.

@@ -1,6 +1,6 @@
 """Table 6: how long inference takes, per batch of 128 images.
 
-    OMP_NUM_THREADS=1 python experiments/table6.py --root ~/.cache/pyro-gpvae
+    OMP_NUM_THREADS=1 python experiments/tables/table6.py --root ~/.cache/pyro-gpvae
 
 A benchmark, not a test. For each data set, dimension and decoder a VAE is trained for one epoch on
 a few images, and every other guide is put on its decoder, from its encoder where it can. Inference
