@@ -9,8 +9,7 @@ from functools import cache
 import pandas as pd
 from _plans import Cell
 
-from pyro_gpvae.data.images import load_data
-from pyro_gpvae.data.readers import SOURCES
+from pyro_gpvae.data.images import PUBLISHED, load_data
 
 
 def step_times(frame: pd.DataFrame) -> pd.DataFrame:
@@ -74,8 +73,8 @@ def _shape(data: str) -> str:
 
 @cache
 def _sizes(name: str) -> tuple[int, int]:
-    if name in SOURCES:
-        return SOURCES[name].sizes
+    if name in PUBLISHED:
+        return PUBLISHED[name].sizes
     data = load_data(name)  # the embedded digits, or the user's own file
     return len(data.train), len(data.test)
 

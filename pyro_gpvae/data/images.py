@@ -1,24 +1,25 @@
-r"""Image data sets, their splits, and the checks between a file and a tensor."""
+"""Image data sets: :class:`ImageData`, :func:`load_data`, and the one conversion of images."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_gpvae.data.integrity import fetch
-from pyro_gpvae.data.readers import NPZ_FORMAT, SOURCES, Parts, read_npz
+from pyro_gpvae.data._files import NPZ_FORMAT, Parts, open_regular, read_npz, read_omniglot
+from pyro_gpvae.data._torchvision import read_published
 
 __all__ = [
+    "PUBLISHED",
     "ImageData",
     "available_data",
     "check_images",
@@ -32,18 +33,10 @@ __all__ = [
 
 
 def check_images(images: Tensor, name: str = "images") -> None:
-    r"""Checks that images are a non-empty uint8 tensor of shape (B, C, H, W).
-
-    Arguments:
-        images: what should be images.
-        name: what error messages call them.
+    """Checks that images are a non-empty uint8 tensor of shape (B, C, H, W).
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: another dtype or shape, or no image at all.
-
-    Example:
-        >>> check_images(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+        TypeError, ValueError: If they are not; the message begins with ``name``.
     """
     if not isinstance(images, Tensor):
         kind = type(images).__name__
@@ -59,47 +52,11 @@ def check_images(images: Tensor, name: str = "images") -> None:
         raise ValueError(f"{name}: expected shape (B, C, H, W), got {shape}{hint}")
     if images.numel() == 0:
         raise ValueError(f"{name}: expected at least one image, got shape {shape}")
-    # A network would be built for 32 channels without a word of protest.
     if shape[1] > 4 >= shape[3]:
         raise ValueError(
             f"{name}: expected shape (B, C, H, W), got {shape}, which looks like (B, H, W, C); "
             f"move the channels with images.movedim(-1, 1)"
         )
-
-
-def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    r"""Returns images as floats in [0, 1], \( x / 255 \) for uint8 values \( x \).
-
-    Arguments:
-        images: (B, C, H, W), uint8, or floats that are in [0, 1] already.
-        dtype: the floating-point type to return.
-
-    Raises:
-        ValueError: another rank or dtype, or a float that is NaN or outside [0, 1].
-
-    Example:
-        >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)).flatten()
-        tensor([0.0000, 0.2000, 1.0000])
-    """
-    if images.ndim != 4:
-        raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
-    if images.dtype == torch.uint8:
-        return images.to(dtype) / 255
-    if not images.dtype.is_floating_point:
-        raise ValueError(
-            f"images: expected uint8 values or floats in [0, 1], got {images.dtype}; "
-            f"values 0 to 255 of another type need .to(torch.uint8)"
-        )
-    inside = (images >= 0) & (images <= 1)  # False for NaN
-    if not inside.all():
-        value = images[~inside][0].item()
-        raise ValueError(
-            f"images: expected floats in [0, 1], found {value}; divide values 0 to 255 by 255, "
-            f"or pass them as uint8"
-        )
-    return images.to(dtype)
 
 
 def to_batch(images: Tensor, *programs: Any) -> Tensor:
@@ -135,19 +92,19 @@ def to_batch(images: Tensor, *programs: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
-    r"""Training and test images.
+    """Training and test images.
 
-    Arguments:
-        name: what to call the data in tables.
-        train: training images, (N, C, H, W), uint8.
-        test: test images, (M, C, H, W), uint8.
-        train_labels: classes of the training images, (N,), int64, if known.
-        test_labels: classes of the test images, (M,), int64, if known.
-        note: how far scores on these images compare with published ones.
+    Attributes:
+        name: What tables call the data.
+        train: Training images, (N, C, H, W), uint8.
+        test: Test images, (M, C, H, W), uint8.
+        train_labels: Classes of the training images, (N,), int64, if they are known.
+        test_labels: Classes of the test images, (M,), int64, if they are known.
+        note: How far scores on these images compare with published ones.
 
     Raises:
-        TypeError: images or labels that are not tensors.
-        ValueError: a wrong dtype or shape, or training and test images of different shapes.
+        TypeError: If images or labels are not tensors.
+        ValueError: If a dtype or shape is wrong, or training and test images differ in shape.
 
     Example:
         >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
@@ -179,19 +136,19 @@ class ImageData:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        r"""The shape (C, H, W) of one image."""
+        """The shape (C, H, W) of one image."""
         channels, height, width = self.train.shape[1:]
         return channels, height, width
 
     @property
     def num_train(self) -> int:
-        r"""The number N of training images."""
+        """The number N of training images."""
         return len(self.train)
 
     def binarized(self, seed: int = 0) -> ImageData:
-        r"""Returns the images with each pixel drawn once: 255 with probability \( x / 255 \), or 0.
+        """Returns images whose pixels are drawn once: 255 with probability x / 255, else 0.
 
-        The draw is fixed by `seed`, and the first images are drawn alike however many follow.
+        The draw is fixed by ``seed``. An image does not change with the number of images after it.
 
         References:
             R. Salakhutdinov and I. Murray. On the quantitative analysis of deep belief networks.
@@ -207,17 +164,16 @@ class ImageData:
         )
 
     def take(self, train: int | None = None, test: int | None = None) -> ImageData:
-        r"""Returns the first `train` training and the first `test` test images (None: all).
+        """Returns the first ``train`` training and the first ``test`` test images (None: all).
 
         Raises:
-            ValueError: fewer than 1 image, or more than there are.
+            ValueError: If a number is less than 1, or greater than the number of images.
         """
-        counts: list[int] = []
-        for part, count, images in (("train", train, self.train), ("test", test, self.test)):
-            counts.append(len(images) if count is None else count)
-            if not 1 <= counts[-1] <= len(images):
-                raise ValueError(f"{part}: expected 1 to {len(images)} images, got {count}")
-        n, m = counts
+        n, m = len(self.train), len(self.test)
+        for part, count, size in (("train", train, n), ("test", test, m)):
+            if count is not None and not 1 <= count <= size:
+                raise ValueError(f"{part}: expected 1 to {size} images, got {count}")
+        n, m = train or n, test or m
         if (n, m) == (len(self.train), len(self.test)):
             return self
         return replace(
@@ -244,21 +200,21 @@ def _check_labels(labels: Tensor | None, count: int, name: str) -> None:
 
 
 def _binarize(images: Tensor, seed: list[int]) -> Tensor:
-    # Exact: a uniform integer in 0..254 is below x with probability x / 255.
+    # This is exact: a uniform integer in 0..254 is below x with probability x / 255.
     uniform = np.random.default_rng(seed).integers(255, size=images.shape, dtype=np.uint8)
     return (images > torch.from_numpy(uniform).to(images.device)).to(torch.uint8) * 255
 
 
 def split_validation(images: Tensor, num_validation: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    r"""Splits images at random into (train, validation), without overlap and fixed by `seed`.
+    """Splits images at random into (train, validation), without overlap.
 
     Arguments:
         images: (N, ...).
-        num_validation: how many to hold out, at least 1 and fewer than N.
-        seed: seed of a generator of its own; the global random state is neither read nor changed.
+        num_validation: The number of images to hold out, at least 1 and less than N.
+        seed: The seed of the split. The global random state is neither read nor changed.
 
     Raises:
-        ValueError: nothing would be held out, or nothing left to train on.
+        ValueError: If one of the two parts would be empty.
 
     Example:
         >>> train, validation = split_validation(load_data("mnist5k").train, 500)
@@ -270,9 +226,207 @@ def split_validation(images: Tensor, num_validation: int, seed: int = 0) -> tupl
             f"num_validation: expected between 1 and {len(images) - 1} of the {len(images)} "
             f"images, got {num_validation}"
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    order = order.to(images.device)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator, device="cpu").to(images.device)
     return images[order[num_validation:]], images[order[:num_validation]]
+
+
+class Published(NamedTuple):
+    """What is known about a published data set."""
+
+    path: str  # where its files are expected below the root
+    sizes: tuple[int, int]  # of the training and test sets
+    note: str = "The official training and test sets, complete."
+
+
+PUBLISHED = {
+    "mnist": Published("MNIST/raw", (60_000, 10_000)),
+    "fashion_mnist": Published("FashionMNIST/raw", (60_000, 10_000)),
+    "omniglot": Published(
+        "chardata.mat",
+        (24_345, 8_070),
+        "Omniglot, 28x28, in the split of Burda et al. (2016), complete.",
+    ),
+    "cifar10": Published("cifar-10-batches-py", (50_000, 10_000)),
+    "svhn": Published(
+        "train_32x32.mat",
+        (73_257, 26_032),
+        "The official training and test sets without the extra images, complete.",
+    ),
+    "celeba": Published(
+        "celeba/img_align_celeba",
+        (162_770, 19_962),
+        "The official training and test sets, complete: central 148x148 pixels, resized to 64x64.",
+    ),
+}
+
+
+def available_data() -> tuple[str, ...]:
+    """Returns the names that :func:`load_data` knows.
+
+    Example:
+        >>> available_data()
+        ('mnist5k', 'mnist', 'fashion_mnist', 'omniglot', 'cifar10', 'svhn', 'celeba')
+    """
+    return ("mnist5k", *PUBLISHED)
+
+
+def load_data(
+    name_or_path: str | Path, root: str | Path | None = None, download: bool = False
+) -> ImageData:
+    """Loads a data set by name, or your own images from an ``.npz`` file.
+
+    ``mnist5k`` ships with the package. Any other name is looked up below ``root``: first as
+    ``<name>.npz``, which is read fastest, then as the published files in the folders where
+    torchvision keeps them (``chardata.mat`` of Burda et al. for ``omniglot``).
+
+    Nothing in an ``.npz`` file is unpickled; it holds uint8 arrays ``train`` and ``test`` of shape
+    (N, H, W) or (N, H, W, C) and, if they are known, integer arrays ``train_labels`` and
+    ``test_labels``. The published files are read by :mod:`torchvision.datasets`. The batches of
+    CIFAR-10 are pickles: torchvision unpickles them after it has compared them with their MD5
+    sums. Reading all faces of ``celeba`` takes minutes; ``numpy.savez(root / "celeba.npz",
+    train=data.train.movedim(1, -1), test=data.test.movedim(1, -1))`` keeps them for the next time.
+
+    Arguments:
+        name_or_path: One of :func:`available_data`, or the path of an ``.npz`` file.
+        root: The folder of the files; by default the environment variable ``PYRO_GPVAE_DATA``, or
+            ``~/.cache/pyro-gpvae``.
+        download: Whether to download missing files. ``celeba`` needs the package ``gdown``.
+
+    Returns:
+        The images (N, C, H, W); ``note`` says how far scores compare with published ones.
+
+    Raises:
+        FileNotFoundError: If a file is missing; the message says where it was expected.
+        ValueError: If the name is unknown, or a file is damaged, holds something else, or is not
+            a regular file.
+
+    References:
+        MNIST: Y. LeCun et al. Gradient-based learning applied to document recognition. 1998.
+        Fashion-MNIST: H. Xiao et al. 2017. https://arxiv.org/abs/1708.07747
+        Omniglot: B. Lake et al. 2015. https://doi.org/10.1126/science.aab3050
+        its split: Y. Burda et al. 2016. https://arxiv.org/abs/1509.00519
+        CIFAR-10: A. Krizhevsky. Learning multiple layers of features from tiny images. 2009.
+        SVHN: Y. Netzer et al. 2011. http://ufldl.stanford.edu/housenumbers
+        CelebA: Z. Liu et al. 2015. https://arxiv.org/abs/1411.7766
+
+    Example:
+        >>> load_data("mnist5k")
+        ImageData('mnist5k', train=(4000, 1, 28, 28), test=(1000, 1, 28, 28))
+    """
+    name = str(name_or_path)
+    if isinstance(name_or_path, Path) or name.endswith(".npz") or Path(name).name != name:
+        return _load_npz(Path(name_or_path).expanduser())
+    if name == "mnist5k":
+        note = (
+            "4,000 training and 1,000 test digits, all of them from MNIST's official training set: "
+            "scores do not compare with published MNIST scores."
+        )
+        with (resources.files("pyro_gpvae.data") / "mnist5k.npz").open("rb") as stream:
+            return ImageData(name, *read_npz(stream), note=note)
+    if name not in PUBLISHED:
+        near = difflib.get_close_matches(name.lower(), available_data(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown data set {name!r}.{hint} Expected one of {', '.join(available_data())}, "
+            f"or the path of an .npz file."
+        )
+    folder = Path(root or os.environ.get("PYRO_GPVAE_DATA") or "~/.cache/pyro-gpvae").expanduser()
+    if (folder / f"{name}.npz").exists():
+        return _load_npz(folder / f"{name}.npz")
+    return _load_published(name, folder, download)
+
+
+def _load_npz(path: Path) -> ImageData:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist. {NPZ_FORMAT}")
+    try:
+        with open_regular(path) as stream:
+            parts = read_npz(stream)
+        return ImageData(path.stem, *parts, note=_note(path.stem, parts, path.name))
+    except Exception as error:  # zipfile, zlib, lzma and numpy each have their own
+        raise ValueError(f"{path} could not be read: {_cause(error)}. {NPZ_FORMAT}") from error
+
+
+def _load_published(name: str, root: Path, download: bool) -> ImageData:
+    path = root / PUBLISHED[name].path
+    if not path.exists() and not download:
+        raise FileNotFoundError(
+            f"{name}: found neither {root / name}.npz nor {path}. Download it with download=True "
+            f"(--download), or name the folder that has it with root or the environment variable "
+            f"PYRO_GPVAE_DATA. {NPZ_FORMAT}"
+        )
+    try:
+        read = read_omniglot if name == "omniglot" else partial(read_published, name)
+        parts = read(root, download)
+        return ImageData(name, *parts, note=_note(name, parts))
+    except ImportError:
+        raise
+    except Exception as error:  # torchvision, scipy, Pillow and the network each have their own
+        raise ValueError(
+            f"{name} could not be read from {root}: {_cause(error)}. Expected the published files "
+            f"in {path}. Delete what is damaged or incomplete, then download it with "
+            f"download=True (--download)."
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    text, kind = str(error).rstrip("."), type(error).__name__
+    return f"{kind}: {text}" if text and type(error) is not ValueError else text or kind
+
+
+def _note(name: str, parts: Parts, file: str | None = None) -> str:
+    if name not in PUBLISHED:
+        return f"Images from {file}: scores compare only among methods run on them."
+    _, sizes, note = PUBLISHED[name]
+    found = len(parts[0]), len(parts[1])
+    if found != sizes:
+        return (
+            f"{found[0]:,} training and {found[1]:,} test images, published are "
+            f"{sizes[0]:,} and {sizes[1]:,}: not the published split, so scores "
+            f"compare among methods run on these images, and with published ones at most roughly."
+        )
+    if file is None:
+        return note
+    return (
+        f"Images from {file}, as many as published: scores compare with published ones if the "
+        f"file holds the published images in the published split."
+    )
+
+
+def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    r"""Returns images as floats in [0, 1], \( x / 255 \) for uint8 values \( x \).
+
+    Arguments:
+        images: (B, C, H, W), uint8, or floats that are in [0, 1] already.
+        dtype: the floating-point type to return.
+
+    Raises:
+        ValueError: another rank or dtype, or a float that is NaN or outside [0, 1].
+
+    Example:
+        >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)).flatten()
+        tensor([0.0000, 0.2000, 1.0000])
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+    if images.dtype == torch.uint8:
+        return images.to(dtype) / 255
+    if not images.dtype.is_floating_point:
+        raise ValueError(
+            f"images: expected uint8 values or floats in [0, 1], got {images.dtype}; "
+            f"values 0 to 255 of another type need .to(torch.uint8)"
+        )
+    inside = (images >= 0) & (images <= 1)  # False for NaN
+    if not inside.all():
+        value = images[~inside][0].item()
+        raise ValueError(
+            f"images: expected floats in [0, 1], found {value}; divide values 0 to 255 by 255, "
+            f"or pass them as uint8"
+        )
+    return images.to(dtype)
 
 
 #: Arrays whose pixels are in a file, by the address of the first.
@@ -325,153 +479,3 @@ def memory_mapped(path: str | Path) -> Tensor:
 def is_memory_mapped(images: Tensor) -> bool:
     """Whether pixels are those of :func:`memory_mapped`, or of a slice of them."""
     return images.device.type == "cpu" and images.untyped_storage().data_ptr() in _MAPS
-
-
-_MNIST5K_NOTE = (
-    "4,000 training and 1,000 test digits, all of them from MNIST's official training set: "
-    "scores do not compare with published MNIST scores."
-)
-
-
-def available_data() -> tuple[str, ...]:
-    r"""Returns the names that `load_data` knows.
-
-    Example:
-        >>> available_data()
-        ('mnist5k', 'mnist', 'fashion_mnist', 'omniglot', 'cifar10', 'svhn', 'celeba')
-    """
-    return ("mnist5k", *SOURCES)
-
-
-def load_data(
-    name_or_path: str | Path, root: str | Path | None = None, download: bool = False
-) -> ImageData:
-    r"""Loads a data set by name, or your own images from an `.npz` file.
-
-    `mnist5k` ships with the package. Any other name is looked up below `root`: first as
-    `<name>.npz`, the quickest way, then as the files that its authors publish, in the folders
-    where torchvision keeps them (`chardata.mat` of Burda et al. for `omniglot`).
-
-    Files from strangers are not trusted. A published file is compared with the size and SHA-256
-    of the original before it is parsed, packed or not, and nothing is unpacked to disk. Two kinds
-    have no published checksums, and are parsed within limits instead: `chardata.mat`, and the
-    faces of `celeba` where only the unpacked pictures are there. Nothing is ever unpickled: the
-    images of CIFAR-10 are found by listing the instructions of its files without running them.
-
-    An `.npz` file holds uint8 arrays `train` and `test` of shape (N, H, W) or (N, H, W, C) and,
-    if known, integer arrays `train_labels` and `test_labels`; it may unpack to 200 times its size
-    (or 64 MiB), and to 16 GiB. All faces of `celeba` take minutes to read;
-    `numpy.savez(root / "celeba.npz", train=data.train.movedim(1, -1),
-    test=data.test.movedim(1, -1))` keeps them for next time.
-
-    Arguments:
-        name_or_path: one of `available_data()`, or the path of an `.npz` file.
-        root: the folder of the files; by default the environment variable `PYRO_GPVAE_DATA`, or
-            `~/.cache/pyro-gpvae`.
-        download: fetch missing files. Without it, no network is used. `celeba` needs `gdown`.
-
-    Returns:
-        The images (N, C, H, W); `note` says how far scores compare with published ones.
-
-    Raises:
-        FileNotFoundError: a file is missing; the message says where it was looked for.
-        ValueError: an unknown name, or a file that is damaged or holds something else.
-
-    References:
-        MNIST: Y. LeCun et al. Gradient-based learning applied to document recognition. 1998.
-        Fashion-MNIST: H. Xiao et al. 2017. https://arxiv.org/abs/1708.07747
-        Omniglot: B. Lake et al. 2015. https://doi.org/10.1126/science.aab3050
-        its split: Y. Burda et al. 2016. https://arxiv.org/abs/1509.00519
-        CIFAR-10: A. Krizhevsky. Learning multiple layers of features from tiny images. 2009.
-        SVHN: Y. Netzer et al. 2011. http://ufldl.stanford.edu/housenumbers
-        CelebA: Z. Liu et al. 2015. https://arxiv.org/abs/1411.7766
-
-    Example:
-        >>> load_data("mnist5k")
-        ImageData('mnist5k', train=(4000, 1, 28, 28), test=(1000, 1, 28, 28))
-    """
-    name = str(name_or_path)
-    if isinstance(name_or_path, Path) or name.endswith(".npz") or Path(name).name != name:
-        return _load_npz(Path(name_or_path).expanduser())
-    if name == "mnist5k":
-        file = resources.files("pyro_gpvae.data") / "mnist5k.npz"
-        with file.open("rb") as stream:
-            return ImageData(name, *read_npz(stream), note=_MNIST5K_NOTE)
-    if name not in SOURCES:
-        near = difflib.get_close_matches(name.lower(), available_data(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown data set {name!r}.{hint} Expected one of {', '.join(available_data())}, "
-            f"or the path of an .npz file."
-        )
-    folder = Path(root or os.environ.get("PYRO_GPVAE_DATA") or "~/.cache/pyro-gpvae").expanduser()
-    if (folder / f"{name}.npz").exists():
-        return _load_npz(folder / f"{name}.npz")
-    return _load_published(name, folder, download)
-
-
-def _load_npz(path: Path) -> ImageData:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist. {NPZ_FORMAT}")
-    try:
-        with path.open("rb") as stream:
-            parts = read_npz(stream)
-        return ImageData(path.stem, *parts, note=_note(path.stem, parts, path.name))
-    except Exception as error:  # zipfile, zlib, lzma and numpy each have their own
-        raise ValueError(f"{path} could not be read: {_cause(error)}. {NPZ_FORMAT}") from error
-
-
-def _load_published(name: str, root: Path, download: bool) -> ImageData:
-    source = SOURCES[name]
-    missing = [names for names in source.files if not any((root / file).exists() for file in names)]
-    if missing and not download:
-        raise FileNotFoundError(
-            f"{name}: found neither {root / name}.npz nor, below {root}, {_listing(missing)}. "
-            f"Fetch it with download=True (--download), or name the folder that has it with root "
-            f"or the environment variable PYRO_GPVAE_DATA. {NPZ_FORMAT}"
-        )
-    try:
-        for file in dict.fromkeys(names[-1] for names in missing):
-            fetch(root, file)
-        parts = source.read(root)
-        return ImageData(name, *parts, note=_note(name, parts))
-    except ImportError:
-        raise
-    except Exception as error:  # zipfile, tarfile, zlib, Pillow and the network have their own
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(
-            f"{name} could not be read from {root}: {_cause(error)}. Expected the published files "
-            f"{_listing(source.files)}. Delete what is damaged or incomplete, then fetch it "
-            f"with download=True (--download)."
-        ) from error
-
-
-def _listing(files: Sequence[tuple[str, ...]]) -> str:
-    plain = ", ".join(names[0] for names in files)
-    packed = ", ".join(dict.fromkeys(names[-1] for names in files if len(names) > 1))
-    return f"{plain} (or packed: {packed})" if packed else plain
-
-
-def _cause(error: Exception) -> str:
-    text, kind = str(error).rstrip("."), type(error).__name__
-    if not text:
-        return kind
-    return text if type(error) is ValueError else f"{kind}: {text}"
-
-
-def _note(name: str, parts: Parts, file: str | None = None) -> str:
-    source, sizes = SOURCES.get(name), (len(parts[0]), len(parts[1]))
-    if source is None:
-        return f"Images from {file}: scores compare only among methods run on them."
-    if sizes != source.sizes:
-        return (
-            f"{sizes[0]:,} training and {sizes[1]:,} test images, published are "
-            f"{source.sizes[0]:,} and {source.sizes[1]:,}: not the published split, so scores "
-            f"compare among methods run on these images, and with published ones at most roughly."
-        )
-    if file is None:
-        return source.note
-    return (
-        f"Images from {file}, as many as published: scores compare with published ones if the "
-        f"file holds the published images in the published split."
-    )

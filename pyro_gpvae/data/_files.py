@@ -1,0 +1,153 @@
+"""Image files that need no torchvision: ``.npz`` archives and Omniglot's ``chardata.mat``."""
+
+from __future__ import annotations
+
+import io
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pyro_gpvae.core._files import write_bytes
+
+__all__ = [
+    "NPZ_FORMAT",
+    "Parts",
+    "open_regular",
+    "read_npz",
+    "read_omniglot",
+    "to_images",
+    "to_labels",
+]
+
+Array = npt.NDArray[Any]
+
+#: Training and test images (N, C, H, W), and their labels (N,) where they are known.
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+NPZ_FORMAT = (
+    "Expected an .npz file with uint8 arrays 'train' and 'test' of shape (N, H, W) or (N, H, W, C) "
+    "and, if known, integer arrays 'train_labels' and 'test_labels', as written by "
+    "numpy.savez_compressed(file, train=..., test=...)."
+)
+
+_OMNIGLOT = "https://raw.githubusercontent.com/yburda/iwae/master/datasets/OMNIGLOT/chardata.mat"
+_OMNIGLOT_LIMIT = 100 * 2**20  # the largest file that its host keeps
+_NPZ_LIMIT = 16 * 2**30
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file for reading; ValueError for a folder, and for a FIFO, which would block."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    return path.open("rb")
+
+
+def to_images(array: Array, name: str) -> Tensor:
+    """Converts uint8 pixels (N, H, W) or (N, H, W, C) to a tensor (N, C, H, W).
+
+    Raises:
+        ValueError: If the array has another dtype or shape.
+    """
+    if array.dtype != np.uint8:
+        raise ValueError(f"{name} has dtype {array.dtype} instead of uint8 (values 0 to 255)")
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim != 4 or not 1 <= array.shape[3] <= 4:
+        raise ValueError(f"{name} has shape {array.shape} instead of (N, H, W) or (N, H, W, C)")
+    pixels = np.ascontiguousarray(np.moveaxis(array, 3, 1))
+    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+
+
+def to_labels(array: Array | None, name: str) -> Tensor | None:
+    """Converts integer labels (N,) to an int64 tensor; ValueError for anything else."""
+    if array is None:
+        return None
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"{name} has dtype {array.dtype} and shape {array.shape} instead of (N,)")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def read_npz(file: IO[bytes]) -> Parts:
+    """Reads an ``.npz`` file as :data:`NPZ_FORMAT` describes it. Nothing is unpickled.
+
+    The arrays may unpack to 200 times the size of the file (or 64 MiB), and to 16 GiB: images
+    compress 2 to 30 times, so a file that claims more is taken for a decompression bomb.
+
+    Raises:
+        ValueError: If the file holds something else.
+        Exception: Whatever zipfile, zlib, lzma and numpy raise for a damaged file.
+    """
+    start = file.read(4)
+    if start[:2] != b"PK":
+        raise ValueError(f"it begins with {start!r}, so it is not an .npz file")
+    limit = min(_NPZ_LIMIT, max(64 * 2**20, 200 * file.seek(0, 2)))
+    with zipfile.ZipFile(file) as archive:
+        known = ("train", "test", "train_labels", "test_labels")
+        keys = [key for key in known if f"{key}.npy" in archive.namelist()]
+        size = sum(archive.getinfo(f"{key}.npy").file_size for key in keys)
+        if size > limit:
+            raise ValueError(f"its arrays unpack to {size:,} bytes, more than {limit:,}")
+        arrays = {key: _read_array(archive, f"{key}.npy") for key in keys}
+    for key in ("train", "test"):
+        if key not in arrays:
+            raise ValueError(f"it has no array {key!r}")
+    return (
+        to_images(arrays["train"], "train"),
+        to_images(arrays["test"], "test"),
+        to_labels(arrays.get("train_labels"), "train_labels"),
+        to_labels(arrays.get("test_labels"), "test_labels"),
+    )
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> Array:
+    content = bytearray()
+    left = archive.getinfo(name).file_size
+    with archive.open(name) as stream:
+        # The output of lzma and bzip2 is not limited by the size that is asked for, but by the
+        # size of the packed piece: 4 KiB cannot unpack to more than a few MiB.
+        while left > 0 and (piece := stream.read(min(left, 4096))):
+            content += piece
+            left -= len(piece)
+    array: Array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    return array
+
+
+def read_omniglot(root: Path, download: bool) -> Parts:
+    """Reads ``chardata.mat`` of Burda et al. with :func:`scipy.io.loadmat`.
+
+    No checksum of this file has been published, so it is as trustworthy as the place it comes from.
+
+    Raises:
+        ValueError: If the file holds something else.
+        Exception: Whatever scipy raises for a damaged file.
+    """
+    from scipy.io import loadmat
+
+    path = root / "chardata.mat"
+    if download and not path.exists():
+        with urllib.request.urlopen(_OMNIGLOT, timeout=60) as answer:
+            content = answer.read(_OMNIGLOT_LIMIT)
+        root.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content)
+    with open_regular(path) as file:
+        arrays = loadmat(file, variable_names=("data", "testdata"))
+    parts = []
+    for key in ("data", "testdata"):
+        array = arrays.get(key)
+        if array is None:
+            raise ValueError(f"it has no array {key!r}")
+        if array.ndim != 2 or array.shape[0] != 784:
+            raise ValueError(f"{key!r} has shape {array.shape} instead of (784, N)")
+        floats = array.dtype.kind == "f" and array.size > 0
+        if not (floats and array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"{key!r} does not hold floats in [0, 1]")
+        # MATLAB stores the pixels of a column one after the other: (N, W, H).
+        pixels = np.rint(255 * array.T).astype(np.uint8).reshape(-1, 28, 28)
+        parts.append(to_images(pixels.transpose(0, 2, 1), key))
+    return parts[0], parts[1], None, None
