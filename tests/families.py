@@ -39,5 +39,4 @@ def make(spec: str, dtype: torch.dtype = torch.float64) -> tuple[ImageModel, Any
     torch.manual_seed(0)
     model = linear_model().to(dtype)
     guide = make_guide(spec, model, encoder=linear_encoder()).to(dtype)
-    model.pair(guide)
     return model.train(), guide.train()

@@ -155,9 +155,7 @@ def pair(net: Net, guide: str) -> tuple[ImageModel, Any]:
     """Model and guide with the library's own networks, or with tiny ones."""
     tiny = net.kind == "fc"
     model = ImageModel(net.image_shape, net.latent_dim, decoder(net) if tiny else None)
-    made = make_guide(guide, model, **({"encoder": features(net)} if tiny else {}))
-    model.pair(made)
-    return model, made
+    return model, make_guide(guide, model, **({"encoder": features(net)} if tiny else {}))
 
 
 def svi(vae: VAE, images: Tensor, name: str, tuned: bool) -> Step:

@@ -20,7 +20,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from guides import GPGuide
 from guides.gp import Estimator
-from pyro_gpvae import ImageModel, PerImage, fit, initial_sigma, load_data
+from pyro_gpvae import ImageModel, PerImage, fit, initial_sigma, load_data, pair
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import write_json, write_text
 
@@ -70,11 +70,11 @@ def main(options: Options) -> None:
         "means of U": [guide.U.loc],
         "log sd of U": [p for name, p in guide.U.named_parameters() if name == "log_scale"],
     }
-    pair = PerImage(model, num_images), PerImage(guide, num_images)
+    programs = PerImage(pair(model, guide), num_images), PerImage(guide, num_images)
     variances = {}
     for name, (estimator, objective) in ESTIMATORS.items():
         guide.estimator = estimator
-        variances[name] = _variances(objective(), pair, x, groups, options)
+        variances[name] = _variances(objective(), programs, x, groups, options)
         print(name, variances[name], flush=True)
     table = pd.DataFrame(variances).T
     ratios = table / table.loc["functions, analytic KL"]
@@ -96,7 +96,7 @@ def main(options: Options) -> None:
 
 def _variances(
     objective: Trace_ELBO,
-    pair: tuple[PerImage, PerImage],
+    programs: tuple[PerImage, PerImage],
     x: torch.Tensor,
     groups: dict[str, list[torch.Tensor]],
     options: Options,
@@ -107,7 +107,7 @@ def _variances(
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     square = [0.0] * len(parameters)
     for count in range(1, options.draws + 1):
-        loss = objective.differentiable_loss(*pair, x)
+        loss = objective.differentiable_loss(*programs, x)
         gradients = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
         for i, gradient in enumerate(gradients):
             step = gradient.double() - mean[i]

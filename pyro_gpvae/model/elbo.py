@@ -24,6 +24,7 @@ from torch.distributions import kl_divergence
 
 from pyro_gpvae.core._plates import DATA_PLATE, data_frame, in_data_plate
 from pyro_gpvae.core._programs import Program, PyroProgram, with_own_parameters
+from pyro_gpvae.model._pairing import pair
 
 __all__ = [
     "Block",
@@ -255,12 +256,12 @@ class PerImage(Program):
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
         >>> from pyro.optim import Adam
-        >>> from pyro_gpvae import ImageModel
+        >>> from pyro_gpvae import ImageModel, pair
         >>> from guides import GPGuide
         >>> model = ImageModel((1, 28, 28), latent_dim=2)
         >>> guide = GPGuide(model)
-        >>> pair = PerImage(model.pair(guide), 60_000), PerImage(guide, 60_000)
-        >>> loss = SVI(*pair, Adam({"lr": 5e-4}), Trace_ELBO()).step(torch.rand(8, 1, 28, 28))
+        >>> programs = PerImage(pair(model, guide), 60_000), PerImage(guide, 60_000)
+        >>> loss = SVI(*programs, Adam({"lr": 5e-4}), Trace_ELBO()).step(torch.rand(8, 1, 28, 28))
     """
 
     def __init__(self, program: Callable[..., Any], num_images: int) -> None:
@@ -309,9 +310,8 @@ def elbo_terms(
         ``log_likelihood`` (expected log p(x|z)), ``kl_z``, and ``kl_global`` (KL(q(W,U)‖p)/N);
         their signed sum is the ELBO. Sites under a mask count as the mask says.
     """
-    model_trace, guide_trace = get_importance_trace(
-        "flat", math.inf, PerImage(model, num_images), PerImage(guide, num_images), (x,), {}
-    )
+    programs = PerImage(pair(model, guide), num_images), PerImage(guide, num_images)
+    model_trace, guide_trace = get_importance_trace("flat", math.inf, *programs, (x,), {})
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
     for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
         for site in trace.nodes.values():

@@ -3,8 +3,7 @@ r"""The generative model: a decoder, a likelihood and N(0, I) priors, as a Pyro 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -18,17 +17,13 @@ from pyro_gpvae.core._programs import Program
 from pyro_gpvae.model.distributions import GaussianPixels, bounded
 from pyro_gpvae.model.networks import ImageShape, build_decoder
 
-__all__ = ["GlobalPrior", "ImageModel", "initial_sigma"]
-
-
-GlobalPrior = Callable[[], Mapping[str, TorchDistribution]]
+__all__ = ["ImageModel", "initial_sigma"]
 
 
 class ImageModel(Program):
     r"""Pyro model of images with one latent vector each.
 
     .. math::
-        W, U \sim N(0, I) \ \text{(if the guide has them)}, \qquad
         z_n \sim N(0, I_p), \qquad
         x_n \sim N(g_\theta(z_n), \sigma^2 I)
 
@@ -37,7 +32,8 @@ class ImageModel(Program):
     Scores are log densities in nats on pixels in [0, 1].
 
     Calling the model with images x (B, C, H, W) runs the program; its sites are ``"z"`` and the
-    observed ``"x"`` inside ``plate("data", B)``, and the guide's global weights outside it.
+    observed ``"x"`` inside ``plate("data", B)``. :func:`pyro_gpvae.pair` adds the priors of a
+    guide's global weights.
 
     Arguments:
         image_shape: The shape (C, H, W) of an image.
@@ -82,13 +78,6 @@ class ImageModel(Program):
         # a buffer, so that the prior follows the model to its device and dtype
         self._zero: Tensor
         self.register_buffer("_zero", torch.zeros(latent_dim), persistent=False)
-        #: The priors of the guide's global weights, when it has any: ``guide.global_prior``.
-        self.global_prior: GlobalPrior | None = None
-
-    def pair(self, guide: Any) -> ImageModel:
-        """Declares the priors of the guide's global weights, or none; returns the model."""
-        self.global_prior = getattr(guide, "global_prior", None)
-        return self
 
     def prior(self) -> TorchDistribution:
         """The prior N(0, I) of one image's z: batch shape (), event shape (p,)."""
@@ -136,9 +125,6 @@ class ImageModel(Program):
         self.check_shape(x)
         if is_validation_enabled():
             self.check_pixels(x)
-        if self.global_prior is not None:
-            for name, prior in self.global_prior().items():
-                pyro.sample(name, prior)
         with pyro.plate(DATA_PLATE, len(x), dim=-1):
             z: Tensor = pyro.sample("z", self.prior())
             pyro.sample("x", self.likelihood(z), obs=x)

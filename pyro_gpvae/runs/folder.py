@@ -159,7 +159,7 @@ def load_run(
         with own_parameters(model, guide):
             guide(torch.zeros(1, *model.image_shape))  # Pyro makes some parameters at first use
     load_weights(folder / "weights.safetensors", model, guide)
-    model.to(target).pair(guide).eval()
+    model.to(target).eval()
     guide.to(target)
     return Run(folder, config, record, model, guide)
 

@@ -17,7 +17,6 @@ from pyro_gpvae.testing.tools import (
     Make,
     disturb,
     largest_gap,
-    paired,
     within,
     z_site,
 )
@@ -59,8 +58,7 @@ class Kit:
 
     def fresh(self) -> tuple[Any, Any]:
         """Model and guide as they were before any call."""
-        model, guide = copy.deepcopy(self.pristine)
-        return paired(model, guide), guide
+        return copy.deepcopy(self.pristine)
 
     def make(self, model: Any, seed: int = 1) -> Any:
         """A new guide for another model, in evaluation mode and in the precision of x."""

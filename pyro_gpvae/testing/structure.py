@@ -17,6 +17,7 @@ from torch.distributions import kl_divergence
 from pyro_gpvae.core._errors import NonFiniteError
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.evaluation.importance import log_weights
+from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.testing.kit import Kit, all_equal, log_density
 from pyro_gpvae.testing.tools import (
     ConstantNoise,
@@ -24,7 +25,6 @@ from pyro_gpvae.testing.tools import (
     disturb,
     guide_losses,
     largest_gap,
-    paired,
     raises_error,
     within,
     z_site,
@@ -66,7 +66,7 @@ def check_copy(kit: Kit) -> Finding:
 def check_sites(kit: Kit) -> Finding:
     problems: list[str] = []
     model, guide = copy.deepcopy(kit.given)
-    model = paired(model, guide)
+    model = pair(model, guide)
     for x in (kit.given_x, kit.given_x[:1]):
         with pyro.validation_enabled(False):  # which would say less
             problems += _site_problems(model, guide, x) or _posterior_problems(guide, x)
@@ -144,7 +144,7 @@ def check_finite(kit: Kit) -> Finding:
     )
     try:
         with pyro.validation_enabled(False):  # which stops at the first
-            weights = log_weights(paired(model, guide), guide, kit.given_x, 4)
+            weights = log_weights(model, guide, kit.given_x, 4)
     except NonFiniteError as error:
         return Finding("not finite", "0", False, f"{error}.{cause}")
     count = int((~weights.isfinite()).sum())  # -∞ is left

@@ -13,6 +13,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model.elbo import Block, PerImage
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "guide_losses",
     "guide_traces",
     "largest_gap",
-    "paired",
     "raises_error",
     "sample_moments",
     "uses_cuda",
@@ -155,16 +155,11 @@ def guide_losses(model: Any, guide: Any, x: Tensor, num_images: int) -> tuple[Te
         blocks = list(guide.blocks(model))
     else:
         blocks = [Block(guide.elbo() if hasattr(guide, "elbo") else Trace_ELBO(), ())]
-    losses = [
-        torch.as_tensor(
-            block.elbo.differentiable_loss(
-                PerImage(block.model or model, num_images),
-                PerImage(block.guide or guide, num_images),
-                x,
-            )
-        )
-        for block in blocks
-    ]
+    losses = []
+    for block in blocks:
+        program, q = block.model or model, block.guide or guide
+        programs = PerImage(pair(program, q), num_images), PerImage(q, num_images)
+        losses.append(torch.as_tensor(block.elbo.differentiable_loss(*programs, x)))
     return torch.stack(losses), blocks
 
 
@@ -174,11 +169,6 @@ def raises_error(guide: Guide, x: Tensor) -> bool:
     except Exception:
         return True
     return False
-
-
-def paired(model: Any, guide: Any) -> Any:
-    """The model, with the priors of the guide's global sites if it can declare them."""
-    return model.pair(guide) if hasattr(model, "pair") else model
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from pyro_gpvae.core._precision import Precision, autocast, lowered
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import preserve_rng
 from pyro_gpvae.data.images import to_float
+from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model.elbo import Block, Objective, PerImage, without_host_sync
 from pyro_gpvae.training._counters import Tally
 from pyro_gpvae.training._cuda_graph import CudaGraph
@@ -123,8 +124,6 @@ class TrainingStep:
         if precision is not None and precision not in get_args(Precision):
             names = ", ".join(map(repr, get_args(Precision)))
             raise ValueError(f"precision must be one of {names}, or None, got {precision!r}")
-        if hasattr(model, "pair"):
-            model.pair(guide)
         self.model, self.guide = model, guide
         named = {"model": model, "guide": guide}
         self.modules = {n: m for n, m in named.items() if isinstance(m, torch.nn.Module)}
@@ -150,9 +149,9 @@ class TrainingStep:
         else:
             objective = elbo or (guide.elbo() if hasattr(guide, "elbo") else Trace_ELBO())
             self.blocks = [Block(objective, trained)]
+        pairs = [(b.model or model, b.guide or guide) for b in self.blocks]
         self.programs = [
-            (PerImage(b.model or model, len(images)), PerImage(b.guide or guide, len(images)))
-            for b in self.blocks
+            (PerImage(pair(m, g), len(images)), PerImage(g, len(images))) for m, g in pairs
         ]
         self.optimizers = [
             torch.optim.Adam(

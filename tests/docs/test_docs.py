@@ -151,7 +151,8 @@ def test_short_names_link_to_where_an_object_is_documented(monkeypatch):
     exec(compile(ast.Module([function], []), "conf.py", "exec"), namespace)
     public_name = namespace["public_name"]
     assert (
-        public_name("pyro_gpvae.ImageModel.pair") == "pyro_gpvae.model.image_model.ImageModel.pair"
+        public_name("pyro_gpvae.ImageModel.prior")
+        == "pyro_gpvae.model.image_model.ImageModel.prior"
     )
     assert public_name("pyro_gpvae.fit") == "pyro_gpvae.training.loop.fit"
     assert public_name("guides.GPGuide") == "guides.gp.GPGuide"

@@ -49,6 +49,7 @@ from pyro_gpvae import (
     resume_run,
     train_run,
 )
+from pyro_gpvae import pair as with_global_prior
 from pyro_gpvae.data.images import split_validation
 from pyro_gpvae.evaluation.generation import decode, latent_path, reconstruct, sample_images
 from pyro_gpvae.evaluation.information import active_units, mutual_information
@@ -101,7 +102,6 @@ def pair(
     if not spec.startswith("instance"):
         options["encoder"] = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 7), nn.Tanh())
     guide = make_guide(spec, model, **options)
-    model.pair(guide)
     return model, guide
 
 
@@ -293,7 +293,6 @@ def warm_started(spec: str) -> Numbers:
     """A guide that begins with a trained encoder."""
     model, vae = trained("vae")
     guide = make_guide(spec, model, warm_start=vae)
-    model.pair(guide)
     history = TRAIN(model, guide, digits()[0], epochs=3, **EAGER)
     return of_training(history, model, guide)
 
@@ -374,7 +373,7 @@ def objective(spec: str, elbo: Callable[[], Any]) -> Numbers:
     for program in (model, guide):
         program.requires_grad_(True)
     torch.manual_seed(6)
-    programs = PerImage(model, 15), PerImage(guide, 15)
+    programs = PerImage(with_global_prior(model, guide), 15), PerImage(guide, 15)
     loss = elbo().differentiable_loss(*programs, pixels(digits()[0]))
     loss.backward()
     parameters = [p for program in (model, guide) for _, p in program.named_parameters()]

@@ -9,7 +9,7 @@ from torch.distributions import kl_divergence
 from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import ImageModel, PerImage, fit, log_evidence
+from pyro_gpvae import ImageModel, PerImage, fit, log_evidence, pair
 from pyro_gpvae.model.distributions import MarginalPosterior
 
 
@@ -86,9 +86,9 @@ def test_a_point_mass_at_zero_is_the_vae_bit_for_bit(estimator, objective):
     guide = GPGuide(model, covariance="point", estimator=estimator)
     results = []
     for g in (vae, guide):
-        pair = PerImage(model.pair(g), 100), PerImage(g, 100)
+        programs = PerImage(pair(model, g), 100), PerImage(g, 100)
         torch.manual_seed(1)
-        loss = objective().differentiable_loss(*pair, x)
+        loss = objective().differentiable_loss(*programs, x)
         gradient = torch.autograd.grad(loss, [*g.encoder.parameters(), *g.head.parameters()])
         evidence = log_evidence(model, g, x, 10, seed=0)
         results.append([loss, *gradient, evidence.log_evidence, evidence.elbo])

@@ -25,7 +25,7 @@ from torch import nn
 from toy import expected_log_likelihood, images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import PerImage, elbo_terms, fit, log_weights
+from pyro_gpvae import PerImage, elbo_terms, fit, log_weights, make_guide, pair
 from pyro_gpvae.model.elbo import Block, MeanFieldELBO, TraceELBO, without_host_sync
 from pyro_gpvae.model.stratified import StratifiedELBO
 
@@ -39,7 +39,6 @@ def gp(model, seed=0, **options):
     for parameter in guide.parameters():
         with torch.no_grad():
             parameter += 0.2 * torch.randn_like(parameter)
-    model.pair(guide)
     return guide
 
 
@@ -55,11 +54,11 @@ def estimates(objective, model, guide, x, repeats, particles=1000, gradient=Fals
     """Independent estimates of the bound, and of its gradient if asked, one a row."""
     elbo = objective(num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
     parameters = [*model.parameters(), *guide.parameters()]
-    pair = PerImage(model, N), PerImage(guide, N)
+    programs = PerImage(pair(model, guide), N), PerImage(guide, N)
     rows = []
     for _ in range(repeats):
         with torch.set_grad_enabled(gradient):
-            bound = -elbo.differentiable_loss(*pair, x)
+            bound = -elbo.differentiable_loss(*programs, x)
         parts = [bound.detach().reshape(1)]
         if gradient:
             parts += torch.autograd.grad(
@@ -145,12 +144,12 @@ def test_per_image_is_pyros_subsampled_plate_under_a_scale():
             pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
     scaled = [poutine.scale(p, scale=1 / N) for p in (literal_model, literal_guide)]
-    ours = [PerImage(model, N), PerImage(guide, N)]
+    ours = [PerImage(pair(model, guide), N), PerImage(guide, N)]
     for objective in (Trace_ELBO(), TraceMeanField_ELBO()):
         losses = []
-        for pair in (scaled, ours):
+        for programs in (scaled, ours):
             torch.manual_seed(3)
-            losses.append(objective.differentiable_loss(*pair, x))
+            losses.append(objective.differentiable_loss(*programs, x))
         torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
 
 
@@ -158,8 +157,8 @@ def test_svi_trains_every_parameter_without_the_global_store():
     model, x = linear_model(), images(20)
     guide = gp(model)
     before = [p.detach().clone() for p in (*model.parameters(), *guide.parameters())]
-    pair = PerImage(model, 20), PerImage(guide, 20)
-    svi = SVI(*pair, Adam({"lr": 1e-2}), Trace_ELBO())
+    programs = PerImage(pair(model, guide), 20), PerImage(guide, 20)
+    svi = SVI(*programs, Adam({"lr": 1e-2}), Trace_ELBO())
     start = exact_bound(model, guide, x).detach()
     for _ in range(200):
         svi.step(x)
@@ -172,7 +171,7 @@ def test_svi_trains_every_parameter_without_the_global_store():
 def test_elbo_module_has_the_parameters_of_both_programs():
     model = linear_model()
     guide = gp(model)
-    module = Trace_ELBO()(PerImage(model, N), PerImage(guide, N))
+    module = Trace_ELBO()(PerImage(pair(model, guide), N), PerImage(guide, N))
     assert len(list(module.parameters())) == len([*model.parameters(), *guide.parameters()])
     assert torch.isfinite(module(images(4)))
 
@@ -193,6 +192,15 @@ def test_terms_add_up_to_the_bound():
     total = terms["log_likelihood"] - terms["kl_z"] - terms["kl_global"]
     error = total.std() / len(rows) ** 0.5
     assert abs(total.mean() - float(exact_bound(model, guide, x))) < 4 * error
+
+
+@pytest.mark.parametrize("spec", ["gp", "gp:estimator=weights"])
+def test_training_one_guide_does_not_change_the_terms_of_another(spec):
+    model = linear_model()
+    data = (images(6) * 255).to(torch.uint8)
+    fit(model, make_guide(spec, model, encoder=linear_encoder()).double(), data, epochs=1)
+    vae = GaussianGuide(model, linear_encoder()).double()
+    assert elbo_terms(model, vae, images(6), N)["kl_global"] == 0
 
 
 @torch.no_grad()
@@ -651,9 +659,9 @@ def test_deterministic_values_in_a_global_plate():
 
 def test_a_site_that_may_be_an_images_is_named():
     model, guide = linear_model(), GaussianGuide(linear_model(), linear_encoder()).double()
-    pair = Components(model, "images", None), Components(guide, "images", None)
+    programs = Components(model, "images", None), Components(guide, "images", None)
     with pytest.warns(UserWarning, match=r"'a' lies in plate\('images', 5\), as many as there are"):
-        elbo_terms(*pair, images(5), N)
+        elbo_terms(*programs, images(5), N)
 
 
 class Pixels(nn.Module):

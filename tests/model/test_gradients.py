@@ -16,7 +16,7 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 from toy import SHAPE, images, linear_encoder
 
-from pyro_gpvae import ImageModel, PerImage, available_guides, make_guide
+from pyro_gpvae import ImageModel, PerImage, available_guides, make_guide, pair
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
 from pyro_gpvae.model.elbo import Block
@@ -54,7 +54,7 @@ GUIDES = [
 ]
 
 
-def pair(spec, likelihood="gaussian"):
+def model_and_guide(spec, likelihood="gaussian"):
     """Model and guide in float64 with small smooth networks, away from their initial values."""
     torch.manual_seed(0)
     decoder = nn.Sequential(
@@ -70,7 +70,7 @@ def pair(spec, likelihood="gaussian"):
     with torch.no_grad():
         for parameter in itertools.chain(model.parameters(), guide.parameters()):
             parameter += 0.2 * torch.randn_like(parameter)
-    return model.pair(guide), guide
+    return model, guide
 
 
 def frozen_inner_gradients(guide):
@@ -121,7 +121,7 @@ def directions(parameters, count, seed):
 
 
 def check(objective, model, guide, parameters, x, seed=0):
-    programs = PerImage(model, NUM_IMAGES), PerImage(guide, NUM_IMAGES)
+    programs = PerImage(pair(model, guide), NUM_IMAGES), PerImage(guide, NUM_IMAGES)
 
     def loss():
         with seeded(seed, x.device):
@@ -149,7 +149,7 @@ def blocks_of(spec, model, guide, x):
 
 @pytest.mark.parametrize("spec", GUIDES)
 def test_gradients_are_the_slopes_of_the_loss(spec):
-    model, guide = pair(spec)
+    model, guide = model_and_guide(spec)
     x = images(3)
     if spec.startswith("iterative") and not guide.second_order:
         frozen_inner_gradients(guide)
@@ -162,7 +162,7 @@ def test_gradients_are_the_slopes_of_the_loss(spec):
 
 @pytest.mark.parametrize("spec", ["vae", "me:2", "sa:1", "iterative:1,second_order=True", "vlae:1"])
 def test_binary_pixels(spec):
-    model, guide = pair(spec, "bernoulli")
+    model, guide = model_and_guide(spec, "bernoulli")
     x = images(3).round()
     for block in blocks_of(spec, model, guide, x):
         check(block.elbo, model, guide, list(block.parameters), x)
@@ -170,7 +170,7 @@ def test_binary_pixels(spec):
 
 def test_first_order_gradients_are_not_the_slopes():
     # which is why the guide's own are compared with the inner gradients held fixed
-    model, guide = pair("iterative:2")
+    model, guide = model_and_guide("iterative:2")
     everything = [*model.parameters(), *guide.parameters()]
     with pytest.raises(AssertionError, match="abs"):
         check(guide.elbo(), model, guide, everything, images(3))
@@ -181,7 +181,7 @@ def test_every_registered_guide_is_here():
 
 
 def test_a_wrong_gradient_is_found():
-    class Biased(type(pair("vae")[1])):
+    class Biased(type(model_and_guide("vae")[1])):
         def posterior(self, x):
             q = super().posterior(x)
             scale = q.stddev
@@ -189,7 +189,7 @@ def test_a_wrong_gradient_is_found():
             scale = scale + 1e-4 * (scale.detach() - scale)
             return dist.Normal(q.mean, scale).to_event(1)
 
-    model, guide = pair("vae")
+    model, guide = model_and_guide("vae")
     guide.__class__ = Biased
     everything = [*model.parameters(), *guide.parameters()]
     with pytest.raises(AssertionError, match="abs"):

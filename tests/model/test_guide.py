@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import ImageModel, PerImage, available_guides, fit, log_evidence, make_guide
+from pyro_gpvae import ImageModel, PerImage, available_guides, fit, log_evidence, make_guide, pair
 from pyro_gpvae.model.guide import load_guide
 
 SHAPE = (1, 8, 8)
@@ -144,7 +144,8 @@ def test_works_under_plain_svi(spec):
     m = model()
     guide = make_guide(spec, m)
     before = [p.detach().clone() for p in (*m.parameters(), *guide.parameters())]
-    svi = SVI(PerImage(m.pair(guide), 20), PerImage(guide, 20), Adam({"lr": 1e-2}), Trace_ELBO())
+    programs = PerImage(pair(m, guide), 20), PerImage(guide, 20)
+    svi = SVI(*programs, Adam({"lr": 1e-2}), Trace_ELBO())
     for _ in range(2):
         svi.step(torch.rand(5, *SHAPE))
     after = [*m.parameters(), *guide.parameters()]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import ImageModel, initial_sigma
+from pyro_gpvae import ImageModel, initial_sigma, pair
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
@@ -56,11 +56,9 @@ def test_priors_of_global_weights_appear_exactly_when_the_guide_has_them():
         (GPGuide(model, covariance="point"), set()),
         (GaussianGuide(model), set()),
     ):
-        model.pair(guide)
-        assert sites(model) - {"z", "data"} == expected
+        assert sites(pair(model, guide)) - {"z", "data"} == expected
         assert sites(guide) - {"z", "data", "f", "log_h"} == expected
-    model.pair(GPGuide(model))
-    priors = poutine.trace(model).get_trace(x)
+    priors = poutine.trace(pair(model, GPGuide(model))).get_trace(x)
     for name in "WU":
         prior = priors.nodes[name]["fn"]
         assert prior.event_shape == (2, 257)

@@ -14,7 +14,7 @@ from torch import nn
 from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide
-from pyro_gpvae import PerImage
+from pyro_gpvae import PerImage, pair
 from pyro_gpvae.core._errors import UnsupportedError, unvalidated
 from pyro_gpvae.core._seeds import random_state
 from pyro_gpvae.model.elbo import Block, without_host_sync
@@ -35,7 +35,8 @@ class Objective:
         block = block or Block(objective, trained)
         self.parameters = list(block.parameters)
         self.objective = without_host_sync(block.elbo)
-        self.programs = PerImage(block.model or model, N), PerImage(block.guide or guide, N)
+        model, guide = block.model or model, block.guide or guide
+        self.programs = PerImage(pair(model, guide), N), PerImage(guide, N)
 
     def __call__(self, x):
         return self.objective.differentiable_loss(*self.programs, x)
@@ -416,7 +417,6 @@ def test_a_guide_of_ones_own_with_several_sites(elbo, options):
     guide = Several(model).double()
     if options.get("vectorize_particles"):  # f is (2, B, p) then, and the global draw (2, 1, p)
         guide = Several(model).double()
-    model.pair(guide)
     with poutine.scale(scale=0.5):
         objective = Objective(model, guide, elbo=elbo(**options))
         pure = objective.pure(images(B))
