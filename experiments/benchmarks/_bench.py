@@ -1,18 +1,19 @@
-"""What the benchmarks share: timing in turns, ratios, the machine's ceilings and a step's limit."""
+"""Helpers of the benchmarks: variants timed in turns, ratios within a round, records and pages."""
 
 from __future__ import annotations
 
 import random
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+
+from pyro_gpvae.core._environment import environment
+from pyro_gpvae.core._files import read_json, write_json, write_text
 
 Program = Callable[[], object]
 
@@ -23,10 +24,11 @@ class Options:
 
     Attributes:
         rounds: How often each variant is timed.
-        seconds: How long one timing takes, about: fast variants are called many times in it.
-        device: "cpu" or "cuda"; None is CUDA if there is one.
+        seconds: Approximate duration of one timing. Fast variants are called many times in it.
+        device: "cpu" or "cuda"; None is CUDA if it is available.
         seed: Seed of networks, images and of the order of variants.
-        out: Folder of the results.
+        out: Folder of the record and its page.
+        render: Only make the page again from the record in --out.
     """
 
     rounds: int = 30
@@ -34,9 +36,10 @@ class Options:
     device: str | None = None
     seed: int = 0
     out: Path = Path("docs/results")
+    render: bool = False
 
     def on(self) -> torch.device:
-        """The device to measure on."""
+        """Returns the device to measure on."""
         return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -58,46 +61,42 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one call of each variant: one number a round."""
+    """Seconds of one call of each variant, one number per round."""
 
     seconds: dict[str, list[float]]
 
     def of(self, name: str) -> Quartiles:
-        """Seconds of a call."""
+        """Returns the seconds of a call."""
         return Quartiles.of(self.seconds[name])
 
     def ratio(self, name: str, baseline: str) -> Quartiles:
-        """Time over the baseline's in the same round: what slows a round slows both."""
+        """Returns the time over that of the baseline in the same round.
+
+        Load that slows down a round slows down both.
+        """
         pairs = zip(self.seconds[name], self.seconds[baseline], strict=True)
         return Quartiles.of([mine / other for mine, other in pairs])
 
-    def fastest(self, names: Iterable[str]) -> str:
-        return min(names, key=lambda name: self.of(name).median)
-
-    def table(self, baseline: str, limits: Mapping[str, float] | None = None) -> str:
-        """Markdown, ratios first. ``limits`` are the least seconds that calls can take."""
+    def table(self, baseline: str) -> str:
+        """Returns a Markdown table of ratios and milliseconds."""
         lines = [f"| | ratio to {baseline} | ms |", "|---|--:|--:|"]
-        if limits is not None:
-            lines = [f"{lines[0]} times the limit |", f"{lines[1]}--:|"]
         for name, seconds in self.seconds.items():
             milliseconds = Quartiles.of([1000 * s for s in seconds])
-            cells = [name, str(self.ratio(name, baseline)), str(milliseconds)]
-            cells += [] if limits is None else [short(self.of(name).median / limits[name])]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {name} | {self.ratio(name, baseline)} | {milliseconds} |")
         return "\n".join(lines)
 
 
 def short(value: float) -> str:
-    """Three digits, or all of the integer part."""
+    """Formats a number with three digits, or with its whole integer part."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def interleave(
     programs: Mapping[str, Program], device: torch.device, options: Options, warm_up: int = 3
 ) -> Timings:
-    """Times programs in turns, every round in another order, each for ``options.seconds``."""
+    """Times programs in turns, in another order in every round."""
     calls = {}
-    for name, program in programs.items():  # what is compiled or captured is so here
+    for name, program in programs.items():  # includes the time of compilation
         for _ in range(warm_up):
             program()
         calls[name] = max(1, round(options.seconds / seconds_of(program, device)))
@@ -111,7 +110,7 @@ def interleave(
 
 
 def seconds_of(program: Program, device: torch.device, calls: int = 1) -> float:
-    """Seconds of one call, the mean of some in a row; the last waits for the device."""
+    """Returns the mean time of some calls in a row, including the work of the device."""
     wait(device)
     start = time.perf_counter()
     for _ in range(calls):
@@ -120,61 +119,40 @@ def seconds_of(program: Program, device: torch.device, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def page_faults() -> int:
-    """Minor page faults of this process so far: pages that the kernel gave it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
 def wait(device: torch.device) -> None:
+    """Waits until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device reaches at most: matrix products, and copies (read and written bytes)."""
+def publish(
+    name: str,
+    options: Options,
+    measure: Callable[[], dict[str, Any]],
+    page: Callable[[dict[str, Any]], Iterable[str]],
+) -> None:
+    """Writes the record NAME_DEVICE.json, unless it is only rendered, and its page.
 
-    gflops: float
-    gb_per_second: float
-
-    @staticmethod
-    def measure(device: torch.device) -> Ceilings:
-        cuda = device.type == "cuda"
-        a = torch.randn(*(2 * [8192 if cuda else 1024]), device=device)
-        source = torch.zeros((1 << 30) if cuda else (1 << 28), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")  # TF32, which CUDA's convolutions use anyway
-        try:
-            programs = {"matmul": lambda: a @ a, "copy": lambda: target.copy_(source)}
-            timings = interleave(programs, device, Options(rounds=40, seconds=0.01))
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        flops, copied = 2 * len(a) ** 3, 2 * len(source)
-        best = {name: min(seconds) for name, seconds in timings.seconds.items()}
-        return Ceilings(flops / best["matmul"] / 1e9, copied / best["copy"] / 1e9)
-
-    def limit(self, work: Work) -> float:
-        """The least number of seconds for some work, if arithmetic and copies overlap."""
-        return max(work.flops / self.gflops, work.bytes / self.gb_per_second) / 1e9
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations, and the bytes that no implementation can keep in a cache."""
-
-    flops: float
-    bytes: float
-
-    @staticmethod
-    def of(program: Program, parameters: Iterable[Tensor], batch: Tensor) -> Work:
-        """The work of an eager step of Adam, or without a gradient of a forward pass.
-
-        Bytes: parameter, gradient and two moments of Adam are read, and all but the gradient
-        written; the batch is read. Activations are taken to stay in the cache.
-        """
-        with FlopCounterMode(display=False) as counter:
-            program()
-        tensors = [(p, 7 if p.requires_grad else 1) for p in parameters] + [(batch, 1)]
-        moved = sum(times * t.numel() * t.element_size() for t, times in tensors)
-        return Work(counter.get_total_flops(), moved)
+    Arguments:
+        name: Name of the benchmark.
+        options: Its options, which become part of the record.
+        measure: Returns the measured part of the record.
+        page: Makes the parts of the Markdown page from a record.
+    """
+    file = options.out / f"{name}_{options.on().type}.json"
+    if not options.render:
+        # names instead of paths, which differ between machines
+        chosen = {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items()}
+        chosen = {k: v for k, v in chosen.items() if k not in ("out", "render")}
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_json(file, chosen | environment(options.on()) | measure())
+    record = read_json(file)
+    threads = f"{record['threads']} thread{'s' if record['threads'] != 1 else ''}"
+    caption = (
+        f"Median (quartiles) of {record['rounds']} rounds, in which all variants take turns in "
+        f"random order; ratios are taken within a round. {record['device']}, {threads}, torch "
+        f"{record['versions']['torch']}."
+    )
+    text = "\n\n".join([*page(record), caption]) + "\n"
+    write_text(file.with_suffix(".md"), text)
+    print(text)

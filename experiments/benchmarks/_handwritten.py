@@ -1,4 +1,4 @@
-"""A VAE as one writes it in plain PyTorch: the yardstick. Nothing but torch is imported."""
+"""A VAE in plain PyTorch, the baseline of the benchmarks. Only torch is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Step = Callable[[Tensor], object]
 
 @dataclass(frozen=True)
 class Net:
-    """Which networks: shape of an image, dimension p of z, images per step."""
+    """Sizes of the networks: shape of an image, dimension p of z, images per step."""
 
     kind: str
     image_shape: tuple[int, int, int]
@@ -21,7 +21,7 @@ class Net:
     batch_size: int
 
 
-#: Table 1 of the paper's supplement, bound by arithmetic; a tiny net, bound by overhead.
+#: Table 1 of the paper's supplement, limited by arithmetic; a tiny network, limited by overhead.
 NETS = {"conv": Net("conv", (1, 28, 28), 50, 128), "tiny": Net("fc", (1, 8, 8), 5, 32)}
 
 
@@ -73,7 +73,7 @@ def decoder(net: Net) -> nn.Sequential:
 
 
 class VAE(nn.Module):
-    """Encoder, decoder and one log σ."""
+    """An encoder, a decoder and one log σ."""
 
     def __init__(self, net: Net) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class VAE(nn.Module):
         self.log_sigma = nn.Parameter(torch.zeros(()))
 
     def loss(self, x: Tensor) -> Tensor:
-        """Minus the ELBO with the analytic KL, in nats per image, but for a constant."""
+        """Returns minus the ELBO with the analytic KL, in nats per image, up to a constant."""
         loc, log_scale = self.encoder(x).chunk(2, dim=1)
         scale = log_scale.exp()
         z = loc + scale * torch.randn_like(loc)
@@ -93,7 +93,7 @@ class VAE(nn.Module):
 
 
 def eager(vae: VAE, images: Tensor, learning_rate: float = 5e-4) -> Step:
-    """A step on some of the uint8 images: gather, loss, gradients, fused Adam."""
+    """Returns a step on some of the uint8 images: gather, loss, gradients, fused Adam."""
     optimizer = torch.optim.Adam(vae.parameters(), learning_rate, fused=True)
 
     def step(index: Tensor) -> Tensor:
@@ -104,35 +104,3 @@ def eager(vae: VAE, images: Tensor, learning_rate: float = 5e-4) -> Step:
         return loss.detach()
 
     return step
-
-
-def captured(vae: VAE, images: Tensor, batch_size: int, learning_rate: float = 5e-4) -> Step:
-    """The same step as one CUDA graph, replayed: a launch instead of hundreds."""
-    optimizer = torch.optim.Adam(vae.parameters(), learning_rate, fused=True, capturable=True)
-    chosen = torch.zeros(batch_size, dtype=torch.long, device=images.device)
-
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = vae.loss(images[chosen].float() / 255)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    with torch.cuda.device(images.device):
-        aside = torch.cuda.Stream()  # PyTorch wants some steps on a stream of their own before
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph, stream=aside):
-            loss = step()
-
-    def replay(index: Tensor) -> Tensor:
-        chosen.copy_(index)
-        graph.replay()
-        return loss.detach()
-
-    return replay

@@ -1,4 +1,4 @@
-"""What peer.py times of pythae, in an environment that has pythae and not this package."""
+"""Answers the requests of peer.py with pythae, in an environment without this package."""
 
 # mypy: disable-error-code="import-not-found,misc"
 # pythae is not installed where types are checked
@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from _bench import page_faults
 from _handwritten import NETS, Net, decoder, encoder
 from _worker import serve
 from pythae.data.datasets import BaseDataset
@@ -44,21 +43,19 @@ class Decoder(BaseDecoder):
 
 
 class Clock(TrainingCallback):
-    """Notes when epochs end, and page faults until then."""
+    """Records when epochs end."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.faults: list[int] = []
 
     def on_epoch_end(self, training_config: Any, **others: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
-        self.faults.append(page_faults())
 
 
 class Trainer(BaseTrainer):
-    """pythae's own, without a progress bar, without messages, and without files."""
+    """pythae's trainer without progress bar, messages and files."""
 
     def _setup_callbacks(self) -> None:
         self.callback_handler = CallbackHandler(callbacks=self.callbacks, model=self.model)
@@ -68,7 +65,7 @@ class Trainer(BaseTrainer):
 
 
 class Pythae:
-    """The peer: pythae's models and trainer on the networks of Table 1."""
+    """pythae's models and trainer on the networks of Table 1."""
 
     def setup(
         self, guide: str, latent_dim: int, batch_size: int, device: str, images: str, seed: int
@@ -91,8 +88,7 @@ class Pythae:
         return {"torch": torch.__version__}
 
     def train(self, epochs: int, fused: bool = False) -> dict[str, float]:
-        """Seconds of the first epoch with all that comes before it, and of another; its page
-        faults."""
+        """Returns the seconds of an epoch, without the first one."""
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
             config = BaseTrainerConfig(
@@ -103,17 +99,11 @@ class Pythae:
                 optimizer_params={"fused": True} if fused else None,
                 no_cuda=self.device == "cpu",
             )
-            start = time.perf_counter()
             Trainer(self.model, self.train_data, None, config, [clock]).train()
-        times, faults = clock.times, clock.faults
-        return {
-            "first": times[0] - start,
-            "epoch": (times[-1] - times[0]) / epochs,
-            "page_faults": (faults[-1] - faults[0]) / epochs,
-        }
+        return {"epoch": (clock.times[-1] - clock.times[0]) / epochs}
 
     def nll(self, num_images: int, num_samples: int, batch_size: int) -> dict[str, float]:
-        """Seconds of an image's log p(x) by K importance samples, and its mean over images."""
+        """Returns the seconds of an image's log p(x), and its mean over images."""
         self.model.eval()
         x = self.test[:num_images]
         start = time.perf_counter()
@@ -124,7 +114,7 @@ class Pythae:
         return {"seconds": (time.perf_counter() - start) / len(x), "mean": float(mean)}
 
     def load(self, path: str) -> None:
-        """Takes over our encoder and decoder."""
+        """Copies the parameters of our encoder and decoder."""
         parameters = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
         arrays = np.load(path)
         with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Two programs, each in an environment of its own, that take turns: requests as lines of JSON.
+"""Programs in environments of their own that answer requests, sent as lines of JSON.
 
 A request is {"do": NAME, ...}, answered by what the worker's method NAME returns for the rest.
-Nothing but the standard library is imported: the other environment has its own packages.
+Only the standard library is imported, because the other environment has its own packages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Worker:
-    """A program that waits for requests. Used as a context, it is ended with it.
+    """A program that waits for requests; it ends with the context in which it is used.
 
     Arguments:
         python: The Python of the environment that the program needs.
@@ -24,7 +24,7 @@ class Worker:
         arguments: Its arguments.
 
     Raises:
-        RuntimeError: From :meth:`ask`, if the program has ended; it has said why on stderr.
+        RuntimeError: From :meth:`ask`, if the program has ended. Its message is on stderr.
     """
 
     def __init__(self, python: str | Path, script: Path, arguments: Sequence[str] = ()) -> None:
@@ -64,7 +64,7 @@ class Worker:
 
 
 def serve(worker: object) -> None:
-    """Answers requests with the worker's methods until there are no more."""
+    """Answers requests with the worker's methods until the input ends."""
     # what libraries print must not end up between the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

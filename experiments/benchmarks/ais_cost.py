@@ -1,12 +1,13 @@
-"""What does an image's log p(x) cost, by annealing and by importance sampling, at equal error?
+"""The cost of an image's log p(x) by annealing and by importance sampling, at equal error.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/ais_cost.py
 
-A VAE is trained on the embedded digits. Test digits are then evaluated by importance sampling,
-from the encoder's q(z|x) and from the instance-wise optimum, and by annealing from the prior, from
-the encoder and from the optimum. Settings are interleaved, and repeated with other seeds: times are
-medians. Images simulated from the model give upper bounds as well, so that a looseness that no
-standard error shows can be seen. JSON and Markdown are written to --out.
+A VAE is trained on the embedded digits. Test digits are then evaluated by importance sampling from
+the encoder's q(z|x) and from the optimal Gaussian of each image, and by annealing from the prior,
+the encoder and the optimum. Settings take turns and are repeated with other seeds; times are
+medians. Images that are simulated from the model also give upper bounds, which show a looseness
+that no standard error shows. Writes ais_cost.json and ais_cost.md; ``--render`` makes the latter
+again from the former.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from pyro_gpvae import RunConfig, load_run, log_evidence, make_guide, train_run
 from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import write_json, write_text
+from pyro_gpvae.core._files import read_json, write_json, write_text
+from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.evaluation.annealing import annealed_evidence, bidirectional
-from pyro_gpvae.evaluation.importance import ParetoWarning, as_pixels
+from pyro_gpvae.evaluation.importance import ParetoWarning
 
 Setting = tuple[str, str, int]
 
-# the error at which costs are compared, in nats
+#: The error at which costs are compared, in nats.
 TARGET = 0.05
 
 
@@ -42,13 +44,14 @@ class Options:
     Attributes:
         epochs: Passes over the training images before the measurement.
         latent_dim: Dimension p of z.
-        images: Test images, and as many simulated ones.
+        images: Number of test images, and of simulated ones.
         samples: Importance samples K.
         steps: Steps of annealing.
         chains: Chains of annealing.
         repeats: How often each setting is timed.
-        seed: Seed of everything.
+        seed: Seed of all random numbers.
         out: Folder of the results.
+        render: Only make the page again from the record in --out.
     """
 
     epochs: int = 20
@@ -60,24 +63,14 @@ class Options:
     repeats: int = 3
     seed: int = 0
     out: Path = Path("docs/results")
+    render: bool = False
 
 
-def main(options: Options) -> None:
-    with TemporaryDirectory() as folder:
-        config = RunConfig(
-            guide="vae",
-            latent_dim=options.latent_dim,
-            epochs=options.epochs,
-            test_images=options.images,
-            seed=options.seed,
-            device="cpu",
-        )
-        train_run(config, folder, overwrite=True)
-        run = load_run(folder)
-    model = run.model.requires_grad_(False)
-    x = run.data.test[: options.images]
-    optimum = make_guide("instance:full", model, warm_start=run.guide)
-    guides: dict[str, Any] = {"prior": None, "encoder": run.guide, "optimum": optimum}
+def measure(options: Options) -> dict[str, Any]:
+    """Returns a row for each setting, and the bounds on simulated images."""
+    model, encoder, x = train(options)
+    optimum = make_guide("instance:full", model, warm_start=encoder)
+    guides: dict[str, Any] = {"prior": None, "encoder": encoder, "optimum": optimum}
     settings = [("IWAE", start, k) for start in ("encoder", "optimum") for k in options.samples]
     settings += [("AIS", start, t) for start in guides for t in options.steps]
 
@@ -90,7 +83,7 @@ def main(options: Options) -> None:
         for start, guide in guides.items():
             begin = time.perf_counter()
             if guide is not None:
-                guide.posterior(as_pixels(model, x))
+                guide.posterior(to_batch(x, model))
             fixed[start].append((time.perf_counter() - begin) / len(x))
         for setting in settings:
             method, start, size = setting
@@ -110,17 +103,19 @@ def main(options: Options) -> None:
             values[setting].append(found.log_evidence)
             print(*setting, f"{seconds[setting][-1]:.3f} s", flush=True)
 
-    sandwiches: dict[tuple[str, int], Any] = {}
-    for start, guide in guides.items():
-        for size in options.steps:
-            sandwiches[start, size] = bidirectional(
-                model,
-                guide,
-                num_images=options.images,
-                num_chains=options.chains,
-                num_steps=size,
-                seed=options.seed,
-            )
+    sandwiches = {
+        (start, size): bidirectional(
+            model,
+            guide,
+            num_images=options.images,
+            num_chains=options.chains,
+            num_steps=size,
+            seed=options.seed,
+        )
+        for start, guide in guides.items()
+        for size in options.steps
+    }
+    widest = sandwiches["optimum", max(options.steps)]
     simulated = next(iter(sandwiches.values())).x
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ParetoWarning)
@@ -128,14 +123,14 @@ def main(options: Options) -> None:
 
     best = torch.stack(values["IWAE", "optimum", max(options.samples)]).mean()
     rows = []
-    for method, start, size in settings:
-        key = (method, start, size)
+    for key in settings:
+        method, start, size = key
         error = float(torch.stack(errors[key]).square().mean().sqrt())
         middle = statistics.median(seconds[key])
         once = statistics.median(fixed[start])
-        # neither a heavy tail nor a single chain or sample that carries all the weight
+        # the error is known if neither the tail is heavy nor one chain or sample dominates
         known = 2 * heavy.get(key, 0) <= len(x) and error < 0.5
-        sandwich = sandwiches.get((start, size)) if method == "AIS" else None
+        cost = once + (middle - once) * (error / TARGET) ** 2 if known else None
         rows.append(
             {
                 "method": method,
@@ -145,41 +140,47 @@ def main(options: Options) -> None:
                 "seconds_for_the_start": once,
                 "seconds_of_repeats": seconds[key],
                 "standard_error": error,
-                "seconds_at_target": once + (middle - once) * (error / TARGET) ** 2
-                if known
-                else None,
+                "seconds_at_target": cost,
                 "below_reference": float(best - torch.stack(values[key]).mean()),
                 "pareto_k_above_0.7": heavy.get(key),
-                "sandwich": None if sandwich is None else sandwich.gap,
+                "sandwich": sandwiches[start, size].gap if method == "AIS" else None,
             }
         )
-    widest = sandwiches["optimum", max(options.steps)]
     bounds = {
         "lower": float(widest.lower.mean()),
         "upper": float(widest.upper.mean()),
         "error": float(widest.upper_error.square().sum().sqrt() / len(simulated)),
         f"IWAE({max(options.samples)}), optimum": float(inside.mean),
     }
-    record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    record |= environment(torch.device("cpu")) | {"rows": rows, "simulated": bounds}
-    text = _table(rows, bounds, options, record)
-    write_json(options.out / "ais_cost.json", record)
-    write_text(options.out / "ais_cost.md", text)
-    print(text)
+    chosen = {k: v for k, v in vars(options).items() if k not in ("out", "render")}
+    return chosen | environment(torch.device("cpu")) | {"rows": rows, "simulated": bounds}
 
 
-def _table(
-    rows: list[dict[str, Any]],
-    bounds: dict[str, float],
-    options: Options,
-    record: dict[str, Any],
-) -> str:
+def train(options: Options) -> tuple[Any, Any, Tensor]:
+    """Returns a trained model, its encoder, and test images."""
+    with TemporaryDirectory() as folder:
+        config = RunConfig(
+            guide="vae",
+            latent_dim=options.latent_dim,
+            epochs=options.epochs,
+            test_images=options.images,
+            seed=options.seed,
+            device="cpu",
+        )
+        train_run(config, folder, overwrite=True)
+        run = load_run(folder)
+    return run.model.requires_grad_(False), run.guide, run.data.test[: options.images]
+
+
+def page(record: dict[str, Any]) -> str:
+    """Makes the Markdown page from a record."""
     lines = [
         "| estimator | start | K or T | s per image | standard error | below the reference "
         f"| s per image for ± {TARGET} | Pareto k > 0.7 | sandwich |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in rows:
+    images, bounds = record["images"], record["simulated"]
+    for row in record["rows"]:
         cost, heavy, width = (
             row[name] for name in ("seconds_at_target", "pareto_k_above_0.7", "sandwich")
         )
@@ -188,30 +189,38 @@ def _table(
             f"| {row['method']} | {row['start']} | {size} "
             f"| {row['seconds']:.2f} | {row['standard_error']:.3f} | {row['below_reference']:.2f} "
             f"| {'–' if cost is None else f'{cost:.2g}'} "
-            f"| {'' if heavy is None else f'{heavy} of {options.images}'} "
+            f"| {'' if heavy is None else f'{heavy} of {images}'} "
             f"| {'' if width is None else f'{width:.2f}'} |"
         )
     *_, name = bounds
     caption = (
-        f"{options.images} test digits of mnist5k; VAE with p = {options.latent_dim}, "
-        f"{options.epochs} epochs (the paper: 2000), seed {options.seed}; AIS with "
-        f"{options.chains} chains and 3 leapfrog steps a move; nats per image. Times: medians of "
-        f"{options.repeats} interleaved repeats, {record['device']}, {record['threads']} "
-        "thread(s), with the optimisation where the start is the optimum. Standard errors: root "
-        f"mean squares over images and repeats. The time for ± {TARGET} nats assumes that the "
-        "error falls as the square root of the time that follows the optimisation; where most "
-        "images have a Pareto k above 0.7, or the error is above 0.5, it is too small to "
-        f"extrapolate. Reference: IWAE({max(options.samples)}) from the optimum, mean of the "
-        "repeats. Sandwich: mean upper minus lower bound by BDMC on "
-        f"{options.images} images simulated from the model; with T = {max(options.steps)} from "
-        f"the optimum, their mean log p(x) lies between {bounds['lower']:.2f} and "
-        f"{bounds['upper']:.2f} (± {bounds['error']:.2f} each), and {name} gives "
-        f"{bounds[name]:.2f}."
+        f"{images} test digits of mnist5k; VAE with p = {record['latent_dim']}, "
+        f"{record['epochs']} epochs (the paper: 2000), seed {record['seed']}; AIS with "
+        f"{record['chains']} chains and 3 leapfrog steps per transition; nats per image. Times: "
+        f"medians of {record['repeats']} interleaved repeats, {record['device']}, "
+        f"{record['threads']} thread(s), including the optimisation where the start is the "
+        "optimum. Standard errors: root mean squares over images and repeats. The time for "
+        f"± {TARGET} nats assumes that the error falls with the square root of the time after the "
+        "optimisation. It is omitted where most images have a Pareto k above 0.7, or where the "
+        "error is above 0.5, because such an error cannot be extrapolated. Reference: "
+        f"IWAE({max(record['samples'])}) from the optimum, mean of the repeats. Sandwich: mean "
+        f"upper minus lower bound by BDMC on {images} images simulated from the model; with "
+        f"T = {max(record['steps'])} from the optimum, their mean log p(x) lies between "
+        f"{bounds['lower']:.2f} and {bounds['upper']:.2f} (± {bounds['error']:.2f} each), and "
+        f"{name} gives {bounds[name]:.2f}."
     )
     return "\n".join([*lines, "", caption, ""])
 
 
-if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
+def main(options: Options) -> None:
+    file = options.out / "ais_cost.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    main(options)
+    if not options.render:
+        write_json(file, measure(options))
+    text = page(read_json(file))
+    write_text(file.with_suffix(".md"), text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,19 +1,17 @@
-"""How fast are training and test log-likelihoods, beside pythae?
+"""Training and test log-likelihoods compared with pythae.
 
     python3.11 -m venv .venv/pythae
     .venv/pythae/bin/pip install -c constraints.txt torch==2.13.0 pythae==0.1.2
     OMP_NUM_THREADS=1 python experiments/benchmarks/peer.py
 
-pythae is installed in an environment of its own, and works in processes of its own, one that trains
-and one that scores; so does this package. Both train in turns on the same random images: the
-networks of Table 1, the same batch size, Adam at 5e-4, σ = 1, which pythae knows alone; ``fit``
-here, its BaseTrainer there, without progress bar, messages and files, also with fused Adam, which
-is not its default. An epoch is timed after a first one, with its page faults, and so are the terms
-of eq. (2) that end it here. Then both estimate log p(x) by K importance samples: ``log_evidence``
-here, ``get_nll`` there, with the batch size that is fastest. VAE and VAE with two IAF steps of 256
-hidden units; ours also see the encoder's features, and have gates and skip connections. First both
-score embedded digits with the same trained networks: they must agree. JSON and Markdown are written
-to --out.
+Each library runs in an environment and in processes of its own, one that trains and one that
+scores. Both train in turns on the same random images with the networks of Table 1, the same batch
+size, Adam at 5e-4 and σ = 1: ``fit`` here, BaseTrainer there, also with fused Adam, which is not
+pythae's default. The first epoch is not timed. Then both estimate log p(x) with K importance
+samples: ``log_evidence`` here, ``get_nll`` there with its fastest batch size. The guides are a VAE
+and a VAE with two IAF steps of 256 hidden units; our IAF steps have the encoder's features, gates
+and skip connections in addition. First, both score embedded digits with the same trained networks,
+and the results must agree.
 """
 
 from __future__ import annotations
@@ -29,20 +27,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
-from _bench import Ceilings, Options, Quartiles, Timings, Work, short
-from _handwritten import NETS, VAE, Net, eager
-from _report import Report, Target
+from _bench import Options, Timings, publish, short
+from _handwritten import NETS
 from _worker import Worker
-from step import lasting
 
 from pyro_gpvae import load_data
 
 HERE = Path(__file__).parent
 TRAIN, FUSED, NLL = "training", "training, peer's Adam fused", "log p(x)"
-#: How many times faster than the peer on a CPU.
-LIMITS = {TRAIN: 1.25, NLL: 1.35}
 
 
 @dataclass(kw_only=True)
@@ -50,18 +43,18 @@ class PeerOptions(Options):
     """Options of the comparison.
 
     Attributes:
-        peer: The Python of the environment with pythae.
-        script: What answers the requests there.
+        peer: Python of the environment with pythae.
+        script: Program that answers the requests there.
         latent_dims: Dimensions p of z.
         guides: "vae" and "iaf".
-        images: Training images; MNIST has 60,000.
-        epochs: Epochs that a timing of training is the mean of.
-        backend: Of ``fit``; None is what it chooses for long trainings.
-        test_images: Images whose log p(x) is estimated.
+        images: Number of training images; MNIST has 60,000.
+        epochs: Number of epochs over which a timing of training is averaged.
+        backend: Backend of ``fit``.
+        test_images: Number of images whose log p(x) is estimated.
         samples: Importance samples K.
-        peer_batches: Batch sizes of the peer's estimate, of which it gets the fastest.
+        peer_batches: Batch sizes of pythae's estimate; the fastest is used.
         check_images: Embedded digits to train on before scores are compared.
-        check_epochs: Epochs of that.
+        check_epochs: Epochs of that training.
         check_samples: Importance samples of that comparison.
     """
 
@@ -72,7 +65,7 @@ class PeerOptions(Options):
     guides: tuple[str, ...] = ("vae", "iaf")
     images: int = 60_000
     epochs: int = 1
-    backend: str | None = None
+    backend: str = "compiled"
     test_images: int = 128
     samples: int = 100
     peer_batches: tuple[int, ...] = (100, 50, 25, 10)
@@ -81,36 +74,26 @@ class PeerOptions(Options):
     check_samples: int = 1000
 
 
-def main(options: PeerOptions) -> None:
-    device = options.on()
-    ceilings = Ceilings.measure(device)
-    report = Report(
-        "peer",
-        "Training and log p(x) beside pythae",
-        options,
-        f"Networks of Table 1, batches of 128, {options.images:,} random images, Adam at 5e-4, "
-        f"σ = 1; log p(x) of {options.test_images} images, K = {options.samples}. Limit: "
-        "operations and unavoidable bytes, without those of the flow, at the speed of the "
-        "ceilings.",
-        ceilings,
-    )
+def measure(options: PeerOptions) -> dict[str, Any]:
+    """Returns the agreement of both scores, and the seconds per image of all requests."""
+    record: dict[str, Any] = {}
     with TemporaryDirectory() as name:
         folder = Path(name)
         with pair(options) as workers:
-            report.targets.append(same_quantity(workers, options, folder))
+            record["check"] = same_quantity(workers, options, folder)
         for guide in options.guides:
             for latent_dim in options.latent_dims:
-                # what a process has freed before changes what its allocator costs in training
+                # memory that a process has freed before changes the cost of its training
                 with pair(options) as trainers, pair(options) as workers:
                     for each in (trainers, workers):
                         setup(each, options, guide, latent_dim, random_images(options), folder)
-                    compare(report, trainers, workers, options, guide, latent_dim)
-    report.write()
+                    record[f"{guide}, p = {latent_dim}"] = compare(trainers, workers, options)
+    return record
 
 
 @contextmanager
 def pair(options: PeerOptions) -> Iterator[dict[str, Worker]]:
-    """A process of ours, and one of the peer."""
+    """Starts a process of each library."""
     with (
         Worker(sys.executable, HERE / "_our_worker.py") as ours,
         Worker(options.peer, options.script) as peer,
@@ -119,30 +102,20 @@ def pair(options: PeerOptions) -> Iterator[dict[str, Worker]]:
 
 
 def compare(
-    report: Report,
-    trainers: dict[str, Worker],
-    workers: dict[str, Worker],
-    options: PeerOptions,
-    guide: str,
-    latent_dim: int,
-) -> None:
-    """Adds a table and the figures for one guide and p; trainers are asked for nothing else."""
-    backend = options.backend or lasting(options.on())
+    trainers: dict[str, Worker], workers: dict[str, Worker], options: PeerOptions
+) -> dict[str, Any]:
+    """Times all requests in turns, after one round of warm-up."""
     nll: dict[str, Any] = {"num_images": options.test_images, "num_samples": options.samples}
     trials = {b: workers["peer"].ask("nll", **nll, batch_size=b) for b in options.peer_batches}
     best = min(trials, key=lambda batch: trials[batch]["seconds"])
     requests: dict[str, tuple[str, dict[str, Any]]] = {
-        f"ours, {TRAIN}": ("train", {"epochs": options.epochs, "backend": backend}),
+        f"ours, {TRAIN}": ("train", {"epochs": options.epochs, "backend": options.backend}),
         f"peer, {TRAIN}": ("train", {"epochs": options.epochs}),
         f"peer, {FUSED}": ("train", {"epochs": options.epochs, "fused": True}),
         f"ours, {NLL}": ("nll", nll),
         f"peer, {NLL}": ("nll", nll | {"batch_size": best}),
     }
-    timings = Timings({name: [] for name in requests})
-    first: dict[str, list[float]] = {"ours": [], "peer": []}
-    faults: dict[str, list[float]] = {n: [] for n, (do, _) in requests.items() if do == "train"}
-    ends: list[float] = []
-    steps = math.ceil(options.images / NETS["conv"].batch_size)
+    seconds: dict[str, list[float]] = {name: [] for name in requests}
     order, generator = list(requests), random.Random(options.seed)
     for count in range(options.rounds + 1):
         generator.shuffle(order)
@@ -150,84 +123,52 @@ def compare(
             do, values = requests[name]
             who = name.partition(",")[0]
             answer = (trainers if do == "train" else workers)[who].ask(do, **values)
-            if do == "train":
-                first[who].append(answer["first"])
-            if count:  # once to warm up
-                seconds = answer["epoch"] / options.images if do == "train" else answer["seconds"]
-                timings.seconds[name].append(seconds)
-                if do == "train":
-                    faults[name].append(answer["page_faults"] / steps)
-                if end := answer.get("epoch_end"):
-                    ends.append(steps * end / (answer["epoch"] - end))
-    limits = limits_per_image(report.ceilings, options, latent_dim)
-    heading = f"{guide}, p = {latent_dim}"
-    counts = "; ".join(f"{name} {Quartiles.of(found)}" for name, found in faults.items())
-    report.tables[heading] = (
-        f"{table(timings, limits)}\n\nThe terms of eq. (2) after an epoch of ours cost "
-        f"{Quartiles.of(ends)} steps. Minor page faults of a step: {counts}."
+            if count:
+                found = answer["epoch"] / options.images if do == "train" else answer["seconds"]
+                seconds[name].append(found)
+    return {"seconds_per_image": seconds, "peer_batch_size": best, "backend": options.backend}
+
+
+def page(record: dict[str, Any]) -> Iterator[str]:
+    """Makes the parts of the page from a record."""
+    yield "# Training and log p(x) compared with pythae"
+    check = record["check"]
+    yield (
+        f"The same trained networks have log p(x) {check['ours']:.3f} here and "
+        f"{check['peer']:.3f} nats in pythae, a difference of "
+        f"{short(check['standard_errors'])} standard errors."
     )
-    if options.on().type == "cpu":
-        report.targets += [
-            Target(
-                f"{heading}, {what}: pythae's time / ours",
-                limit,
-                timings.ratio(f"peer, {what}", f"ours, {what}").median,
-                at_least=True,
-            )
-            for what, limit in LIMITS.items()
-        ]
-    report.record[heading] = {
-        "seconds_per_image": timings.seconds,
-        "limit_seconds_per_image": limits,
-        "seconds_until_first_epoch_ends": first,
-        "epoch_end_steps": ends,
-        "minor_page_faults_per_step": faults,
-        "peer_batch_size": best,
-        "backend": backend,
-    }
+    for guide in record["guides"]:
+        for p in record["latent_dims"]:
+            yield f"## {guide}, p = {p}"
+            yield table(Timings(record[f"{guide}, p = {p}"]["seconds_per_image"]))
+    yield (
+        f"Networks of Table 1, batches of 128, {record['images']:,} random images, Adam at 5e-4, "
+        f"σ = 1; log p(x) of {record['test_images']} images, K = {record['samples']}."
+    )
 
 
-def table(timings: Timings, limits: dict[str, float]) -> str:
-    """Markdown, ratios first; images per second of medians."""
+def table(timings: Timings) -> str:
+    """Returns a Markdown table of ratios, and images per second of the medians."""
     lines = [
-        "| | pythae's time / ours | ours, images/s | pythae, images/s | ours, times the limit |",
-        "|---|--:|--:|--:|--:|",
+        "| | pythae's time / ours | ours, images/s | pythae, images/s |",
+        "|---|--:|--:|--:|",
     ]
     for what in (TRAIN, FUSED, NLL):
         mine, other = f"ours, {NLL if what == NLL else TRAIN}", f"peer, {what}"
-        seconds = timings.of(mine).median
-        cells = [
-            what,
-            str(timings.ratio(other, mine)),
-            short(1 / seconds),
-            short(1 / timings.of(other).median),
-            short(seconds / limits[NLL if what == NLL else TRAIN]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        speeds = [short(1 / timings.of(name).median) for name in (mine, other)]
+        lines.append(f"| {what} | {timings.ratio(other, mine)} | {' | '.join(speeds)} |")
     return "\n".join(lines)
 
 
-def limits_per_image(ceilings: Ceilings, options: PeerOptions, latent_dim: int) -> dict[str, float]:
-    """The least seconds that an image can take in training, and for its log p(x)."""
-    net = Net("conv", NETS["conv"].image_shape, latent_dim, NETS["conv"].batch_size)
-    device = options.on()
-    vae = VAE(net).to(device)
-    images = torch.zeros(net.batch_size, *net.image_shape, dtype=torch.uint8, device=device)
-    step, everything = eager(vae, images), torch.arange(net.batch_size, device=device)
-    training = Work.of(lambda: step(everything), vae.parameters(), images)
-    vae.requires_grad_(False)
-    z = torch.zeros(options.samples, latent_dim, device=device)
+def same_quantity(
+    workers: dict[str, Worker], options: PeerOptions, folder: Path
+) -> dict[str, float]:
+    """Scores the same digits by the same trained networks, in both libraries.
 
-    def score() -> None:
-        vae.encoder(images[:1].float())
-        vae.decoder(z)
-
-    scoring = Work.of(score, (), images[:1])  # a batch shares the parameters
-    return {TRAIN: ceilings.limit(training) / net.batch_size, NLL: ceilings.limit(scoring)}
-
-
-def same_quantity(workers: dict[str, Worker], options: PeerOptions, folder: Path) -> Target:
-    """Both score the same digits by the same trained networks, within their Monte-Carlo error."""
+    Raises:
+        ValueError: If the scores differ by more than 4 standard errors.
+    """
     digits = load_data("mnist5k")
     train = digits.train[: options.check_images]
     images = {"train": train.numpy(), "test": digits.test.numpy()}
@@ -238,8 +179,12 @@ def same_quantity(workers: dict[str, Worker], options: PeerOptions, folder: Path
     request = {"num_images": 20, "num_samples": options.check_samples, "batch_size": 100}
     mine, other = (workers[who].ask("nll", **request) for who in ("ours", "peer"))
     difference = abs(mine["mean"] - other["mean"]) / (math.sqrt(2) * mine["error"])
-    text = f"the same networks: log p(x) {mine['mean']:.3f} and {other['mean']:.3f}"
-    return Target(f"{text} nats, difference in standard errors", 4, difference)
+    if difference > 4:
+        raise ValueError(
+            f"log p(x) of the same networks is {mine['mean']:.3f} here and {other['mean']:.3f} in "
+            f"pythae, a difference of {difference:.1f} standard errors"
+        )
+    return {"ours": mine["mean"], "peer": other["mean"], "standard_errors": difference}
 
 
 def setup(
@@ -271,12 +216,17 @@ def setup(
 
 
 def random_images(options: PeerOptions) -> dict[str, Any]:
+    """Returns random training and test images."""
     shape, generator = NETS["conv"].image_shape, np.random.default_rng(options.seed)
     sizes = {"train": options.images, "test": options.test_images}
     return {
         name: generator.integers(256, size=(size, *shape), dtype=np.uint8)
         for name, size in sizes.items()
     }
+
+
+def main(options: PeerOptions) -> None:
+    publish("peer", options, lambda: measure(options), page)
 
 
 if __name__ == "__main__":
