@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import Program
-from pyro_gpvae.model.distributions import bounded
 from pyro_gpvae.model.elbo import Objective
+from pyro_gpvae.model.likelihoods import bounded
 from pyro_gpvae.model.networks import build_encoder, feature_dim
 
 __all__ = ["GaussianGuide"]
@@ -30,7 +30,7 @@ class GaussianGuide(Program):
 
     Trained with the analytic KL (``TraceMeanField_ELBO``). Other guides extend this class: they
     replace :meth:`posterior`, and keep the encoder. All scales are
-    :func:`pyro_gpvae.model.distributions.bounded`.
+    :func:`pyro_gpvae.model.likelihoods.bounded`.
 
     References:
         Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014.

@@ -17,7 +17,8 @@ from torch.distributions import kl_divergence
 from guides.gaussian import GaussianGuide
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._plates import DATA_PLATE
-from pyro_gpvae.model.distributions import MarginalPosterior, bounded
+from pyro_gpvae.model.likelihoods import bounded
+from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 
 __all__ = ["GPGuide", "GaussianRows"]
 

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from guides.gaussian import GaussianGuide
 from pyro_gpvae.core._errors import check_finite
-from pyro_gpvae.model.distributions import bounded
+from pyro_gpvae.model.likelihoods import bounded
 
 __all__ = ["FlowPosterior", "IAFGuide"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from guides.gaussian import GaussianGuide
 from pyro_gpvae.core._errors import check_finite
-from pyro_gpvae.model.distributions import bounded
 from pyro_gpvae.model.elbo import Objective
+from pyro_gpvae.model.likelihoods import bounded
 from pyro_gpvae.model.stratified import StratifiedELBO, gaussian_mixture
 
 __all__ = ["MixtureGuide"]

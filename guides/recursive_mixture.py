@@ -18,8 +18,8 @@ from guides.gaussian import GaussianGuide
 from guides.mixture import MixtureGuide, gate
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._plates import DATA_PLATE
-from pyro_gpvae.model.distributions import bounded
 from pyro_gpvae.model.elbo import Block
+from pyro_gpvae.model.likelihoods import bounded
 from pyro_gpvae.model.stratified import gaussian_mixture
 
 __all__ = ["RecursiveMixtureGuide"]

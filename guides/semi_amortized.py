@@ -16,7 +16,7 @@ from torch.distributions import kl_divergence
 from guides.gaussian import GaussianGuide
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._programs import BorrowedModules
-from pyro_gpvae.model.distributions import bounded
+from pyro_gpvae.model.likelihoods import bounded
 
 __all__ = ["RefiningGuide", "SemiAmortizedGuide"]
 

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from pyro_gpvae.evaluation.importance import evidence_curve, log_evidence, log_weights
     from pyro_gpvae.evaluation.reference import reference_evidence
     from pyro_gpvae.model._pairing import pair
-    from pyro_gpvae.model.distributions import MarginalPosterior
     from pyro_gpvae.model.elbo import PerImage, elbo_terms
     from pyro_gpvae.model.guide import available_guides, make_guide
     from pyro_gpvae.model.image_model import ImageModel, initial_sigma
+    from pyro_gpvae.model.marginal_posterior import MarginalPosterior
     from pyro_gpvae.model.networks import build_decoder, build_encoder
     from pyro_gpvae.model.stratified import StratifiedELBO
     from pyro_gpvae.runs.config import RunConfig
@@ -96,7 +96,7 @@ _MODULES = {
     "evaluation.importance": ("evidence_curve", "log_evidence", "log_weights"),
     "evaluation.reference": ("reference_evidence",),
     "model._pairing": ("pair",),
-    "model.distributions": ("MarginalPosterior",),
+    "model.marginal_posterior": ("MarginalPosterior",),
     "model.elbo": ("PerImage", "elbo_terms"),
     "model.guide": ("available_guides", "make_guide"),
     "model.image_model": ("ImageModel", "initial_sigma"),

@@ -237,11 +237,11 @@ def decompose(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if not isinstance(x, Tensor) or x.dim() != 4 or len(x) == 0:
         raise ValueError(f"x must be images (B, C, H, W), got {getattr(x, 'shape', type(x))}")
-    if not (hasattr(model, "log_joint") and hasattr(model, "check_shape")):
+    if not (hasattr(model, "log_joint") and hasattr(model, "check_images")):
         raise ValueError(
             f"the optimum of each image needs an ImageModel, got {type(model).__name__}"
         )
-    model.check_shape(x)
+    model.check_images(x)
     device, dtype = device_and_dtype(model, x)
     like = torch.empty((), device=device, dtype=dtype)
     kl_global = _kl_global(guide, num_train, like)

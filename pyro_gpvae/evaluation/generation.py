@@ -397,8 +397,8 @@ def float_batches(model: PyroProgram, images: Tensor, size: int = MAX_IMAGES) ->
     if not isinstance(images, Tensor) or images.dim() != 4 or len(images) == 0:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"expected at least one image, (B, C, H, W), got {shape}")
-    if hasattr(model, "check_shape"):  # before the guide's encoder stumbles over it
-        model.check_shape(images)
+    if hasattr(model, "check_images"):  # before the guide's encoder stumbles over it
+        model.check_images(images)
     return [as_pixels(model, part) for part in images.split(size)]
 
 

@@ -534,9 +534,8 @@ def check_batch(model: Any, x: Any) -> None:
     """Refuses what is no batch of images, before a guide's encoder stumbles over it."""
     if not isinstance(x, Tensor) or len(x) == 0:
         raise ValueError(f"x must be a tensor with at least one image, got {type(x).__name__}")
-    for method in ("check_shape", "check_pixels"):
-        if hasattr(model, method):
-            getattr(model, method)(x)
+    if hasattr(model, "check_images"):
+        model.check_images(x)
 
 
 def _check_weights(log_weights: Tensor, start: int, reason: str = "") -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_gpvae.core._programs import with_own_parameters
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.evaluation.importance import default_chunk_size
-from pyro_gpvae.model.distributions import MarginalPosterior
+from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 
 __all__ = [
     "PosteriorGrid",

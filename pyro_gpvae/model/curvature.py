@@ -12,7 +12,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.core._errors import name_images
 from pyro_gpvae.model._convolutions import ConvTranspose2d
-from pyro_gpvae.model.distributions import bounded
+from pyro_gpvae.model.likelihoods import bounded
 
 __all__ = [
     "decoder_jacobian",

@@ -24,6 +24,7 @@ from torch.distributions import kl_divergence
 
 from pyro_gpvae.core._plates import DATA_PLATE, data_frame, in_data_plate
 from pyro_gpvae.core._programs import Program, PyroProgram, with_own_parameters
+from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.model._pairing import pair
 
 __all__ = [
@@ -310,6 +311,7 @@ def elbo_terms(
         ``log_likelihood`` (expected log p(x|z)), ``kl_z``, and ``kl_global`` (KL(q(W,U)‖p)/N);
         their signed sum is the ELBO. Sites under a mask count as the mask says.
     """
+    x = to_batch(x, model, guide)
     programs = PerImage(pair(model, guide), num_images), PerImage(guide, num_images)
     model_trace, guide_trace = get_importance_trace("flat", math.inf, *programs, (x,), {})
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)

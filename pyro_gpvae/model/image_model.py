@@ -1,4 +1,4 @@
-r"""The generative model: a decoder, a likelihood and N(0, I) priors, as a Pyro program."""
+r"""The generative model, a Pyro program: a decoder, a likelihood and N(0, I) priors."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import Program
-from pyro_gpvae.model.distributions import GaussianPixels, bounded
-from pyro_gpvae.model.networks import ImageShape, build_decoder
+from pyro_gpvae.model.likelihoods import GaussianPixels, bounded
+from pyro_gpvae.model.networks import ImageShape, build_decoder, call_network
 
 __all__ = ["ImageModel", "initial_sigma"]
 
 
 class ImageModel(Program):
-    r"""Pyro model of images with one latent vector each.
+    r"""A Pyro model of images with one latent vector each.
 
     .. math::
         z_n \sim N(0, I_p), \qquad
         x_n \sim N(g_\theta(z_n), \sigma^2 I)
 
-    with one learned global :math:`\sigma`, or
-    :math:`x_n \sim \mathrm{Bernoulli}(\mathrm{sigmoid}(g_\theta(z_n)))` for binarised images.
-    Scores are log densities in nats on pixels in [0, 1].
+    The standard deviation :math:`\sigma` is learned and the same for all pixels. Binarised images
+    have :math:`x_n \sim \mathrm{Bernoulli}(\mathrm{sigmoid}(g_\theta(z_n)))` instead. Scores are
+    log densities in nats of pixels in [0, 1].
 
     Calling the model with images x (B, C, H, W) runs the program; its sites are ``"z"`` and the
     observed ``"x"`` inside ``plate("data", B)``. :func:`pyro_gpvae.pair` adds the priors of a
@@ -90,7 +90,7 @@ class ImageModel(Program):
 
     def likelihood(self, z: Tensor) -> TorchDistribution:
         """The distribution of an image given z (..., p): batch shape (...), event (C, H, W)."""
-        flat: Tensor = self.decoder(z.reshape(-1, self.latent_dim))
+        flat = call_network(self.decoder, z.reshape(-1, self.latent_dim))
         output = flat.reshape(*z.shape[:-1], *self.image_shape)
         if self.sigma is None:
             return dist.Bernoulli(logits=output).to_event(3)
@@ -100,20 +100,40 @@ class ImageModel(Program):
         """Returns log p(x, z) in nats, shape (..., B), of images (B, C, H, W), z (..., B, p)."""
         return self.likelihood(z).log_prob(x) + self.prior().log_prob(z)
 
-    def check_shape(self, x: Tensor) -> None:
-        """Raises ValueError unless x has the shape (B, C, H, W) of this model's images."""
-        if x.shape[1:] != torch.Size(self.image_shape):
-            raise ValueError(
-                f"the model expects images (B, {', '.join(map(str, self.image_shape))}), "
-                f"got {tuple(x.shape)}"
-            )
-
-    def check_pixels(self, x: Tensor) -> None:
-        """Raises ValueError if pixels are Bernoulli, and some are neither black nor white.
+    def check_images(self, x: Tensor) -> None:
+        """Raises ValueError unless x is a batch of images that this model describes.
 
         Arguments:
-            x: Images, floats in [0, 1] or uint8.
+            x: Images (B, C, H, W): uint8 values 0 to 255, or floats. Floats are pixels/255; images
+                that are simulated from Gaussian pixels may lie outside [0, 1].
+
+        Raises:
+            ValueError: If the shape is wrong or there is no image; if floats are not finite, beyond
+                ±100, or above 2 with none below zero; or if Bernoulli pixels are not 0 or 1.
         """
+        self._check_shape(x)
+        if len(x) == 0:
+            raise ValueError("x must hold at least one image, got none")
+        for part in x.split(4096):  # a comparison needs as much memory as its images
+            self._check_binary(part)
+        if x.dtype == torch.uint8:
+            return
+        low, high = float(x.min()), float(x.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"images must be finite, found {high if math.isfinite(low) else low}")
+        if max(-low, high) > 100 or (high > 2 and low >= 0):
+            raise ValueError(
+                "images must be uint8, or floats on the scale [0, 1], got floats between "
+                f"{low:g} and {high:g}: divide values 0 to 255 by 255"
+            )
+
+    def _check_shape(self, x: Tensor) -> None:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if not isinstance(x, Tensor) or x.shape[1:] != torch.Size(self.image_shape):
+            sizes = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"the model expects images (B, {sizes}), got {shape}")
+
+    def _check_binary(self, x: Tensor) -> None:
         white = 255 if x.dtype == torch.uint8 else 1
         if self.log_sigma is None and not bool(((x == 0) | (x == white)).all()):
             raise ValueError(
@@ -122,9 +142,9 @@ class ImageModel(Program):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check_shape(x)
+        self._check_shape(x)
         if is_validation_enabled():
-            self.check_pixels(x)
+            self._check_binary(x)
         with pyro.plate(DATA_PLATE, len(x), dim=-1):
             z: Tensor = pyro.sample("z", self.prior())
             pyro.sample("x", self.likelihood(z), obs=x)
@@ -132,22 +152,24 @@ class ImageModel(Program):
 
 
 def initial_sigma(images: Tensor) -> float:
-    r"""Returns the root mean squared deviation of pixels/255 from their per-pixel mean.
+    r"""Returns the root mean squared deviation of the pixels from their mean over the images.
 
-    With any other start, Adam at 5e-4 needs 10-15 epochs just to move :math:`\sigma`.
+    With another initial value, Adam needs 10-15 epochs at 5e-4 to bring :math:`\sigma` to it.
 
     Arguments:
-        images: Training images, uint8 (N, C, H, W).
+        images: Training images (N, C, H, W): uint8 values, which are divided by 255, or floats,
+            which are taken as they are.
 
     Example:
         >>> initial_sigma(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
         0.5
     """
     total = square = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
-    for chunk in images.split(4096):  # float64 copies of a whole data set would be 8 times it
-        pixels = chunk.to(torch.float64) / 255
+    scale = 255 if images.dtype == torch.uint8 else 1  # as to_batch, but in float64
+    for chunk in images.split(4096):  # limits the memory of the float64 copies
+        pixels = chunk.to(torch.float64) / scale
         total = total + pixels.sum(0)
         square = square + pixels.square().sum(0)
     variance = square / len(images) - (total / len(images)).square()
-    # constant images have no spread: start at half a grey level instead of zero
+    # constant images have no variance: use half a grey level instead of zero
     return max(math.sqrt(max(variance.mean().item(), 0.0)), 0.5 / 255)

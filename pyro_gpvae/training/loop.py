@@ -245,10 +245,8 @@ def fit(
         raise ValueError("seeds= is for one process: train one seed in several, or seed by seed")
     world.check(batch_size, len(images))
     for batch in (images, validation):
-        for method in ("check_shape", "check_pixels"):  # later, nobody looks
-            if batch is not None and hasattr(programs[0][1], method):
-                for part in batch.split(4096):  # a comparison is as large as what it compares
-                    getattr(programs[0][1], method)(part)
+        if batch is not None and hasattr(programs[0][1], "check_images"):  # later, nobody looks
+            programs[0][1].check_images(batch)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     device = world.device(device)
     modules = [p for _, *pair in programs for p in pair if isinstance(p, torch.nn.Module)]

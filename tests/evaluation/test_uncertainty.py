@@ -23,7 +23,7 @@ from pyro_gpvae.evaluation.uncertainty import (
     uncertainty_scores,
     weight_information,
 )
-from pyro_gpvae.model.distributions import MarginalPosterior
+from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 from pyro_gpvae.plots.gap import uncertainty_scatter
 from pyro_gpvae.plots.posterior import posterior_panels
 from pyro_gpvae.runs.gap_report import read_table

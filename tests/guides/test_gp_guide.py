@@ -10,7 +10,7 @@ from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import ImageModel, PerImage, fit, log_evidence, pair
-from pyro_gpvae.model.distributions import MarginalPosterior
+from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 
 
 def gp(model, **options):

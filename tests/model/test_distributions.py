@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae import MarginalPosterior
 from pyro_gpvae.core._memory import PeakMemory
-from pyro_gpvae.model.distributions import _MAX_NODES, GaussianPixels
+from pyro_gpvae.model.likelihoods import GaussianPixels
+from pyro_gpvae.model.marginal_posterior import _MAX_NODES
 
 PARAMETERS = [
     (0.0, 0.4, -1.0, 0.5),
@@ -176,7 +177,7 @@ def random_marginal(*shape, seed=0):
 @pytest.mark.parametrize("limit", [1, 700, 10**6])
 @pytest.mark.parametrize("shape", [(7, 5, 3), (2, 4, 5, 3), (3,), (5, 1), (7, 1, 3), ()])
 def test_samples_scored_in_parts_have_the_density_of_all_at_once(limit, shape, monkeypatch):
-    monkeypatch.setattr("pyro_gpvae.model.distributions._MAX_NODES", limit)
+    monkeypatch.setattr("pyro_gpvae.model.marginal_posterior._MAX_NODES", limit)
     q = random_marginal(5, 3)
     value = 10 * torch.randn(shape).double()  # far tails too
     expected = written_out(q, value)
@@ -200,7 +201,7 @@ def test_gradients_do_not_depend_on_the_parts(monkeypatch):
 
     expected = torch.autograd.grad(written_out(q, value).sum(), parameters)
     for limit in (1, 10**6):
-        monkeypatch.setattr("pyro_gpvae.model.distributions._MAX_NODES", limit)
+        monkeypatch.setattr("pyro_gpvae.model.marginal_posterior._MAX_NODES", limit)
         found = torch.autograd.grad(log_prob(*parameters).sum(), parameters)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     small = [p.detach()[..., :1, :2].clone().requires_grad_() for p in parameters]

@@ -70,6 +70,8 @@ def test_initial_sigma_is_the_deviation_from_the_mean_image():
     images = torch.randint(0, 256, (5000, 1, 3, 4), dtype=torch.uint8)
     expected = (images.double() / 255).var(0, correction=0).mean().sqrt()
     assert initial_sigma(images) == pytest.approx(float(expected), rel=1e-12)
+    assert initial_sigma(images / 255) == pytest.approx(float(expected), rel=1e-6)
+    assert initial_sigma(images.double() / 255) == pytest.approx(float(expected), rel=1e-12)
     assert initial_sigma(images[:1].repeat(3, 1, 1, 1)) == pytest.approx(0.5 / 255)
 
 
@@ -96,6 +98,34 @@ def test_bad_options(options, message):
         ImageModel((1, 28, 28), **({"latent_dim": 2} | options))
 
 
-def test_wrong_image_shape():
-    with pytest.raises(ValueError, match=r"expects images \(B, 1, 28, 28\), got \(2, 1, 32, 32\)"):
-        ImageModel((1, 28, 28), 2)(torch.rand(2, 1, 32, 32))
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.rand(2, 1, 9, 9), r"expects images \(B, 1, 8, 8\), got \(2, 1, 9, 9\)"),
+        (torch.rand(8, 8), "expects images"),
+        ([[0.5]], "got list"),
+        (torch.rand(0, 1, 8, 8), "at least one image"),
+        (torch.full((2, 1, 8, 8), torch.nan), "must be finite"),
+        (255 * torch.ones(2, 1, 8, 8), "divide values 0 to 255 by 255"),
+        (-101 * torch.ones(2, 1, 8, 8), "divide values 0 to 255 by 255"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(x, message):
+    with pytest.raises(ValueError, match=message):
+        ImageModel((1, 8, 8), 2).check_images(x)
+
+
+def test_images_and_binary_images_are_accepted():
+    grey = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    binary = 255 * (grey > 127).to(torch.uint8)
+    gaussian = ImageModel((1, 8, 8), 2)
+    bernoulli = ImageModel((1, 8, 8), 2, likelihood="bernoulli")
+    for x in (grey, grey / 255, binary, 3 * torch.randn(2, 1, 8, 8)):
+        gaussian.check_images(x)
+    bernoulli.check_images(binary)
+    bernoulli.check_images(binary / 255)
+    for check in (bernoulli.check_images, bernoulli):
+        with pytest.raises(ValueError, match=r"must be 0 or 1.*binarized"):
+            check(grey / 255)
+    with pytest.raises(ValueError, match="expects images"):
+        gaussian(torch.rand(2, 1, 9, 9))

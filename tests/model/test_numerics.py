@@ -29,7 +29,8 @@ from pyro_gpvae import (
 )
 from pyro_gpvae.evaluation.importance import ParetoWarning
 from pyro_gpvae.model.curvature import inverse_cholesky
-from pyro_gpvae.model.distributions import LOG_SCALE_BOUND, MarginalPosterior, bounded
+from pyro_gpvae.model.likelihoods import LOG_SCALE_BOUND, bounded
+from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 from pyro_gpvae.model.stratified import gaussian_mixture
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
