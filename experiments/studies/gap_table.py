@@ -33,13 +33,8 @@ from pyro_gpvae.evaluation.importance import ParetoWarning
 from pyro_gpvae.plots.gap import gap_ladder
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.folder import check_options, load_run
-from pyro_gpvae.runs.gap_report import (
-    gap_caption,
-    gap_markdown,
-    measure_gaps,
-    read_table,
-    write_gaps,
-)
+from pyro_gpvae.runs.gap_chunks import measure_gaps, read_table
+from pyro_gpvae.runs.gap_report import gap_caption, gap_markdown, write_gaps
 from pyro_gpvae.runs.train import complete_run
 from pyro_gpvae.runs.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 

@@ -1,1 +1,6 @@
-r"""Room: cli."""
+r"""The command ``pyro-gpvae``: one file for each subcommand, a dataclass of options and ``run()``.
+
+A command parses options, calls the library, and prints. Modules of this room import nothing heavy
+(no torch, pandas or matplotlib) before a command runs, so that ``--help`` is fast. No other room
+imports this one.
+"""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyro_gpvae.cli._options import keywords
+
 __all__ = ["Demo"]
 
 
@@ -16,7 +18,7 @@ class Demo:
         out: Folder of the report; an earlier report in it is replaced.
         quick: Cut the budget to under 30 seconds; every caption says so.
         seed: Seed of the whole demo.
-        device: "cpu", "cuda" or "cuda:INDEX"; None is CUDA if there is one, else the CPU.
+        device: "cpu", "cuda" or "cuda:INDEX"; None is CUDA if it is available, else the CPU.
         quiet: Show no progress bars.
     """
 
@@ -27,8 +29,6 @@ class Demo:
     quiet: bool = False
 
     def run(self) -> None:
-        from pyro_gpvae.runs.demo import run_demo  # matplotlib takes half a second to import
+        from pyro_gpvae.runs.demo import run_demo
 
-        run_demo(
-            self.out, quick=self.quick, seed=self.seed, device=self.device, progress=not self.quiet
-        )
+        run_demo(**keywords(self))

@@ -2,39 +2,35 @@ r"""``pyro-gpvae evaluate``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from pyro_gpvae.cli._options import Where, keywords
 from pyro_gpvae.cli._text import print_scores
-from pyro_gpvae.runs.evaluate import evaluate_run
 
 __all__ = ["Evaluate"]
 
 
 @dataclass(kw_only=True)
-class Evaluate:
-    """Evaluate a run folder again; without options, exactly its recorded score.
+class Evaluate(Where):
+    """Evaluate a run folder again; without options, the score is exactly the recorded one.
 
     Attributes:
         run_folder: The run folder.
-        guide: Another guide over the run's decoder, such as "vae" or "my_guides:MyGuide"; it
+        guide: Another guide for the run's decoder, such as "vae" or "my_guides:MyGuide"; it
             starts from the run's encoder where it can, and is not trained. None is the run's.
         num_samples: Importance samples K per image; None is as recorded.
         seed: Seed of the samples; None is as recorded.
-        test_images: Only the first so many of the run's test images; None is all.
-        chunk_size: Latent vectors decoded at once: bounds the memory; None is as recorded.
-        data: Name or .npz path of the run's data, if they have moved.
-        root: Folder of data sets, if it has moved.
-        device: "cpu", "cuda" or "cuda:INDEX"; None is the run's.
+        test_images: The number of the run's test images, from the first on; None is all.
+        chunk_size: Latent vectors decoded at once, which bounds the memory; None is as recorded.
         companion: For the first so many test images, also IWAE with a wider q and with each
             image's optimum as proposal, and annealed importance sampling: what is a better
             model, and what only a better proposal? Takes seconds per image at worst.
-        out: Folder for record.json and for scores.csv with a row for each image; None is none.
+        out: Folder for record.json and for scores.csv with one row per image; None writes none.
         overwrite: Replace an earlier evaluation in that folder.
-        trust_guide: Import the guide MODULE:CLASS that the run names.
     """
 
     run_folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
@@ -43,28 +39,24 @@ class Evaluate:
     seed: int | None = None
     test_images: int | None = None
     chunk_size: int | None = None
-    data: str | None = None
-    root: str | None = None
-    device: str | None = None
     companion: int | None = None
     out: Path | None = None
     overwrite: bool = False
-    trust_guide: bool = False
 
     def run(self) -> None:
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        from pyro_gpvae.runs.evaluate import evaluate_run
+
+        options = keywords(self)
         result = evaluate_run(options.pop("run_folder"), **options)
         print_scores(result)
         if "companion" in result:
             _print_companion(result["companion"])
-        recorded = result["recorded"]
+        recorded, found = result["recorded"]["log_evidence"], result["scores"]["log_evidence"]
         if self.guide is not None:
-            print(f"recorded log p(x)  {recorded['log_evidence']:.4f}  (the run's own guide)")
-            return
-        same = recorded["log_evidence"] == result["scores"]["log_evidence"]
-        print(
-            f"recorded log p(x)  {recorded['log_evidence']:.4f}  ({'equal' if same else 'differs'})"
-        )
+            note = "the run's own guide"
+        else:
+            note = "equal" if recorded == found else "differs"
+        print(f"recorded log p(x)  {recorded:.4f}  ({note})")
 
 
 def _print_companion(companion: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-r"""The command ``pyro-gpvae``."""
+r"""The entry point of the command ``pyro-gpvae``."""
 
 from __future__ import annotations
 
@@ -9,31 +9,27 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pyro_gpvae.cli._commands import (
-    Demo,
-    Evaluate,
-    Gap,
-    Generate,
-    Guides,
-    Results,
-    Train,
-    Uncertainty,
-)
+from pyro_gpvae import __version__
+from pyro_gpvae.cli._signals import ending_on_signals
 from pyro_gpvae.cli._text import one_line
-from pyro_gpvae.core._errors import NonFiniteError
-from pyro_gpvae.core._signals import Terminated, terminating
-from pyro_gpvae.training.checkpoint import NewerFormatError
+from pyro_gpvae.cli.demo import Demo
+from pyro_gpvae.cli.evaluate import Evaluate
+from pyro_gpvae.cli.gap import Gap
+from pyro_gpvae.cli.generate import Generate
+from pyro_gpvae.cli.guides import Guides
+from pyro_gpvae.cli.results import Results
+from pyro_gpvae.cli.train import Train
+from pyro_gpvae.cli.uncertainty import Uncertainty
+from pyro_gpvae.core._signals import Terminated
 
 __all__ = ["main"]
 
-_DESCRIPTION = """How well does a variational autoencoder infer? Train encoders (guides), measure
-log p(x) of every test image. All scores are in nats per image."""
+_DESCRIPTION = """Train the encoders (guides) of variational autoencoders and estimate log p(x) of
+every test image. All scores are in nats per image. --version prints the version."""
 
 #: If this environment variable is set, errors come with their traceback.
 _TRACEBACK = "PYRO_GPVAE_TRACEBACK"
-
 
 _Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -51,37 +47,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Arguments:
-        argv: The arguments; by default those of the process.
+        argv: The arguments; by default those of the process. Without any, the help is printed.
 
     Returns:
-        The exit code: 0; 2 for a user's error; 130 after Ctrl-C; 143 after SIGTERM.
+        The exit code: 0 for success, 2 for an error of the user, 130 after SIGINT (Ctrl-C), and
+        143 after SIGTERM.
     """
-    # a guide named MODULE:CLASS lives where the user works; last, so that it hides no package
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    command: Any = tyro.cli(
-        _Command,
-        prog="pyro-gpvae",
-        description=_DESCRIPTION,
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"pyro-gpvae {__version__}")
+        return 0
+    if not sys.stderr.isatty():  # a log file gets a line a minute of each progress bar
+        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
+            os.environ.setdefault(name, "60")
     try:
-        with warnings.catch_warnings(), terminating():
+        with ending_on_signals(), warnings.catch_warnings():
+            command: Any = tyro.cli(
+                _Command,  # type: ignore[arg-type]
+                prog="pyro-gpvae",
+                description=_DESCRIPTION,
+                args=arguments or ["--help"],
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
             warnings.showwarning = _show_warning
             command.run()
-    except (ValueError, OSError, NonFiniteError, NewerFormatError, LinAlgError) as error:
-        if os.environ.get(_TRACEBACK):
-            raise
-        print(f"pyro-gpvae: error: {one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as error:
         print(f"\npyro-gpvae: interrupted: {one_line(error)}", file=sys.stderr)
         return 130
     except Terminated as error:
         print(f"\npyro-gpvae: terminated: {one_line(error)}", file=sys.stderr)
         return 143
+    except Exception as error:
+        if os.environ.get(_TRACEBACK) or not _is_expected(error):
+            raise
+        print(f"pyro-gpvae: error: {one_line(error)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message of an error tells the user enough, without a traceback."""
+    if isinstance(error, ValueError | OSError):
+        return True
+    from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+    from pyro_gpvae.core._errors import NonFiniteError
+    from pyro_gpvae.training.checkpoint import NewerFormatError
+
+    return isinstance(error, NonFiniteError | NewerFormatError | LinAlgError)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -17,11 +17,11 @@ class Results:
     """List the runs in a folder, and say what makes their scores incomparable.
 
     Attributes:
-        folder: The folder; its runs may lie in folders of their own.
-        where: Only runs that fit: KEY=VALUE,VALUE with a key of method, guide, data, latent_dim,
-            decoder, seed. A guide's name without options fits all its options.
+        folder: The folder; its runs may lie in subfolders.
+        where: Only runs that match: KEY=VALUE,VALUE with one of the keys method, guide, data,
+            latent_dim, decoder and seed. The name of a guide without options matches all options.
         csv: Write all columns to this file.
-        table: Print a Markdown table instead, means over seeds, with the budget in its caption.
+        table: Print a Markdown table of means over seeds instead, with the budget in its caption.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]

@@ -29,7 +29,7 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
     log p(x) - ELBO of the images: the box holds the middle half, the whiskers nine tenths.
 
     Arguments:
-        table: A row an image, as :func:`pyro_gpvae.runs.gap_report.measure_gaps` returns it; images
+        table: A row an image, as :func:`pyro_gpvae.runs.gap_chunks.measure_gaps` returns it; images
             that have not converged are left out.
         caption: A line below: the budget, the seeds.
 

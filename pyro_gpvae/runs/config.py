@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from pyro_gpvae.model.networks import DecoderKind
-
 __all__ = ["RunConfig"]
 
 
@@ -56,7 +54,7 @@ class RunConfig:
     download: bool = False
     guide: str = "gp"
     latent_dim: int = 10
-    decoder: DecoderKind = "conv"
+    decoder: Literal["conv", "fc"] = "conv"
     likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
     epochs: int = 40
     batch_size: int = 128

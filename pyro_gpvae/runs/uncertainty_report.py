@@ -22,7 +22,7 @@ from pyro_gpvae.evaluation.uncertainty import (
     uncertainty_scores,
 )
 from pyro_gpvae.runs.folder import Run, load_run
-from pyro_gpvae.runs.gap_report import describe, measure_gaps, read_table
+from pyro_gpvae.runs.gap_chunks import describe, measure_gaps, read_table
 
 __all__ = [
     "SCORES",

@@ -1,4 +1,5 @@
-import json
+"""The command: what it prints, refuses and returns, and how it ends on signals."""
+
 import os
 import signal
 import subprocess
@@ -9,24 +10,24 @@ import warnings
 from dataclasses import fields
 from importlib.metadata import EntryPoint
 
-import pandas as pd
 import pytest
-from matplotlib.image import imread
 
-from pyro_gpvae import available_guides, cli, commands
-from pyro_gpvae.core._errors import NonFiniteError
+from pyro_gpvae import NonFiniteError, __version__
+from pyro_gpvae.cli.demo import Demo
+from pyro_gpvae.cli.evaluate import Evaluate
+from pyro_gpvae.cli.gap import Gap
+from pyro_gpvae.cli.generate import Generate
+from pyro_gpvae.cli.main import main
+from pyro_gpvae.cli.results import Results
+from pyro_gpvae.cli.train import Train
+from pyro_gpvae.cli.uncertainty import Uncertainty
+from pyro_gpvae.core import _registry
 from pyro_gpvae.core._files import read_json
-from pyro_gpvae.runs.demo import DEMO_FILES, run_demo
 
 TINY = [
-    "--latent-dim=2",
-    "--epochs=1",
-    "--train-images=64",
-    "--test-images=6",
-    "--num-samples=5",
-    "--device=cpu",
-    "--quiet",
-]
+    "--latent-dim=2", "--epochs=1", "--train-images=64", "--test-images=6", "--num-samples=5",
+    "--device=cpu", "--quiet",
+]  # fmt: skip
 
 CUSTOM = """
     import pyro
@@ -54,37 +55,56 @@ CUSTOM = """
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def test_train_and_evaluate(tmp_path, capsys):
-    assert cli.main(["train", "--guide=vae", *TINY]) == 0
+    assert main(["train", "--guide=vae", *TINY]) == 0
     record = read_json(tmp_path / "run" / "record.json")
     printed = capsys.readouterr().out
     assert f"{record['scores']['log_evidence']:.4f}" in printed
     assert "written to run" in printed
 
-    assert cli.main(["evaluate", "run", "--out", "again"]) == 0
+    assert main(["evaluate", "run", "--out", "again"]) == 0
     assert "(equal)" in capsys.readouterr().out
     assert read_json(tmp_path / "again" / "record.json")["scores"] == record["scores"]
-    assert cli.main(["evaluate", "run", "--num-samples=1", "--guide=gp"]) == 0
+    assert main(["evaluate", "run", "--num-samples=1", "--guide=gp"]) == 0
     assert "nan" not in capsys.readouterr().out
 
-    assert cli.main(["train", "--guide=gp", "--warm-start=run", "--out=gp", *TINY]) == 0
+    assert main(["train", "--guide=gp", "--warm-start=run", "--out=gp", *TINY]) == 0
     assert "v_over_h2" in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["evaluate", "gp", "--guide=sa:1"]) == 0
+    error = capsys.readouterr().err
+    assert "pyro-gpvae: warning: only the encoder of the GPGuide is copied" in error
+    assert "semi_amortized.py" not in error, "a warning is one line"
 
     (tmp_path / "run" / "weights.safetensors").write_bytes(b"damaged")
-    assert cli.main(["evaluate", "run"]) == 2
+    assert main(["evaluate", "run"]) == 2
     assert "weights.safetensors" in capsys.readouterr().err
 
 
-def test_a_guide_of_your_own_from_the_current_directory(tmp_path, capsys):
+def test_seeds_are_trained_in_turn_and_finished_ones_are_kept(tmp_path, capsys):
+    options = ["train", "--guide=vae", "--seeds=2", "--seed=3", "--out=seeds", *TINY]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert "seed 3:" in printed
+    assert "written to seeds/seed-4" in printed
+    weights = tmp_path / "seeds" / "seed-3" / "weights.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert main(options) == 0
+    assert capsys.readouterr().out == printed
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_guide_of_your_own_from_the_working_directory(tmp_path, capsys):
     (tmp_path / "my_cli_guides.py").write_text(textwrap.dedent(CUSTOM))
     spec = "my_cli_guides:Widened:width=0.5"
-    assert cli.main(["train", f"--guide={spec}", "--out=own", *TINY]) == 0
-    assert cli.main(["evaluate", "own"]) == 2
+    assert main(["train", f"--guide={spec}", "--out=own", *TINY]) == 0
+    assert str(tmp_path) not in sys.path
+    assert main(["evaluate", "own"]) == 2
     assert "--trust-guide" in capsys.readouterr().err
-    assert cli.main(["evaluate", "own", "--trust-guide"]) == 0
+    assert main(["evaluate", "own", "--trust-guide"]) == 0
     assert "(equal)" in capsys.readouterr().out
     assert read_json(tmp_path / "own" / "config.json")["guide"] == spec
 
@@ -98,6 +118,8 @@ def test_a_guide_of_your_own_from_the_current_directory(tmp_path, capsys):
         (["train", "--data=absent.npz"], "absent.npz"),
         (["train", "--warm-start=absent"], "there is no run folder absent"),
         (["train", "--out=full"], "exists and is not empty"),
+        (["train", "--seeds=0"], "seeds must be at least 1, got 0"),
+        (["train", "--resume=run"], "with its own options: drop --latent-dim"),
         (["evaluate", "absent"], "there is no run folder absent"),
         (["demo", "--out=full"], "'precious.txt'"),
     ],
@@ -107,7 +129,7 @@ def test_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path, cap
     (tmp_path / "full" / "precious.txt").write_text("mine")
     command, *options = arguments
     tiny = TINY if command == "train" else []
-    assert cli.main([command, *tiny, *options]) == 2
+    assert main([command, *tiny, *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("pyro-gpvae: error: ")
     assert error.count("\n") == 1
@@ -115,26 +137,89 @@ def test_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path, cap
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "precious.txt"]
 
 
-def test_training_that_diverges_and_an_interrupt(capsys, monkeypatch):
-    def stop(error):
+def test_which_errors_need_no_traceback(capsys, monkeypatch):
+    def fail(error):
         def train_run(*args, **kwargs):
             raise error
 
-        return train_run
+        monkeypatch.setattr("pyro_gpvae.runs.train.train_run", train_run)
 
-    diverged = stop(NonFiniteError("not finite\nat step 3"))
-    monkeypatch.setattr("pyro_gpvae.cli.train.train_run", diverged)
-    assert cli.main(["train"]) == 2
+    fail(NonFiniteError("not finite\nat step 3"))
+    assert main(["train"]) == 2
     assert capsys.readouterr().err == "pyro-gpvae: error: not finite at step 3\n"
-    monkeypatch.setattr("pyro_gpvae.cli.train.train_run", stop(KeyboardInterrupt()))
-    assert cli.main(["train"]) == 130
+    fail(KeyboardInterrupt())
+    assert main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err
+    fail(RuntimeError("a mistake of ours"))
+    with pytest.raises(RuntimeError):
+        main(["train"])
+    monkeypatch.setenv("PYRO_GPVAE_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match="there is no run folder"):
+        main(["evaluate", "absent"])
 
 
-def start(*arguments):
-    code = "import sys; from pyro_gpvae.cli.main import main; sys.exit(main(sys.argv[1:]))"
+@pytest.mark.parametrize("option", ["--epochs=3", "--overwrite", "--seeds=2", "--from-record=a"])
+def test_resume_takes_no_other_options(option, capsys):
+    assert main(["train", "--resume=run", option]) == 2
+    assert f"drop {option.partition('=')[0]}" in capsys.readouterr().err
+    assert main(["train", "--resume=run"]) == 2
+    assert "there is no run to continue" in capsys.readouterr().err
+
+
+def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
+    registered = _registry.registered_guides()
+    group = "pyro_gpvae.guides"
+    points = {
+        "absent": [EntryPoint("absent", "no_such_module:Guide", group)],
+        "twice": [EntryPoint("twice", f"module_{i}:Guide", group) for i in range(2)],
+    }
+    monkeypatch.setattr("pyro_gpvae.cli.guides.registered_guides", lambda: points | registered)
+    assert main(["guides"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, text in (
+        ("vae", "The amortised Gaussian of the VAE."),
+        ("instance", "The Gaussian of highest ELBO"),
+        ("absent", "(no_such_module:Guide)"),
+        ("twice", "registered several times"),
+    ):
+        assert any(line.startswith(f"{name} ") and text in line for line in lines), name
+
+
+def test_the_version_and_the_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyro-gpvae {__version__}\n"
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0
+    assert "subcommands" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--epoch-count=3"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [Demo, Train, Evaluate, Gap, Uncertainty, Results, Generate],
+    ids=lambda c: c.__name__.lower(),
+)
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command.__name__.lower(), "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    entries = dict(entry.split(" ", 1) for entry in text.split(" --")[1:])
+    for field in fields(command):
+        if field.name in ("run_folder", "folder", "runs"):
+            continue
+        explanation, default, _ = entries[field.name.replace("_", "-")].partition("(default: ")
+        assert default, f"--{field.name} does not show its default"
+        assert len(explanation.split()) > 3, f"--{field.name} is not explained"
+
+
+def start(*arguments, code=""):
+    code = f"import sys\nfrom pyro_gpvae.cli.main import main\n{textwrap.dedent(code)}\n"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -142,147 +227,64 @@ def start(*arguments):
     )
 
 
-LONG = ["--guide=vae", "--epochs=4", "--train-images=640", "--batch-size=16", *TINY[3:]]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_then_resume_gives_the_undisturbed_run(number, code, tmp_path):
-    options = ["train", "--latent-dim=2", *LONG]
+    options = ["train", "--guide=vae", "--epochs=4", "--train-images=640", "--batch-size=16"]
+    options += [TINY[0], *TINY[3:]]
     process = start(*options, "--out=stopped")
     deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("stopped.partial/checkpoints/step-0/state.json")):
+    while not list(tmp_path.glob("stopped.partial/checkpoint*/step-0/state.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    begin = time.monotonic()
     _, error = process.communicate(timeout=300)
-    assert time.monotonic() - begin < 10  # half a second's work
     assert process.returncode == code
     assert "continue with: pyro-gpvae train --resume stopped" in error
     assert "stopped after step" in error
     assert not (tmp_path / "stopped").exists()
 
-    resumed = start("train", "--resume=stopped", "--quiet")
-    printed, error = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, error
-    undisturbed = start(*options, "--out=undisturbed")
-    assert undisturbed.communicate(timeout=300)[0].replace("undisturbed", "stopped") == printed
+    assert main(["train", "--resume=stopped", "--quiet"]) == 0
+    assert main([*options, "--out=undisturbed"]) == 0
     weights = [tmp_path / run / "weights.safetensors" for run in ("stopped", "undisturbed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_resume_takes_no_other_options(capsys):
-    assert cli.main(["train", "--resume=run", "--epochs=3"]) == 2
-    assert "--resume continues run with its own options: drop --epochs" in capsys.readouterr().err
-    assert cli.main(["train", "--resume=run", "--overwrite"]) == 2
-    assert "drop --overwrite" in capsys.readouterr().err
-    assert cli.main(["train", "--resume=run"]) == 2
-    assert "there is no run to continue" in capsys.readouterr().err
-
-
-def test_an_error_with_its_traceback_on_request(monkeypatch):
-    monkeypatch.setenv("PYRO_GPVAE_TRACEBACK", "1")
-    with pytest.raises(FileNotFoundError, match="there is no run folder"):
-        cli.main(["evaluate", "absent"])
-
-
-def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
-    good = available_guides()
-    broken = {
-        "absent": EntryPoint("absent", "no_such_module:Guide", "pyro_gpvae.guides"),
-        "bare": EntryPoint("bare", "builtins:Ellipsis", "pyro_gpvae.guides"),
-    }
-    monkeypatch.setattr("pyro_gpvae.cli.guides.available_guides", lambda: broken | good)
-    assert cli.main(["guides"]) == 0
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "The amortised Gaussian of the VAE." in lines["vae"]
-    assert "cannot be loaded from no_such_module:Guide" in lines["absent"]
-    assert good.keys() <= lines.keys()
-
-
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        ("demo", [field.name for field in fields(commands.Demo)]),
-        ("train", [field.name for field in fields(commands.Train)]),
-        ("evaluate", [field.name for field in fields(commands.Evaluate)][1:]),
-        ("gap", [field.name for field in fields(commands.Gap)][1:]),
-        ("uncertainty", [field.name for field in fields(commands.Uncertainty)][1:]),
-        ("results", [field.name for field in fields(commands.Results)][1:]),
-        ("generate", [field.name for field in fields(commands.Generate)][1:]),
-    ],
-)
-def test_help_explains_every_option(command, options, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    entries = dict(entry.split(" ", 1) for entry in text.split(" --")[1:])
-    for name in options:
-        entry = entries[name.replace("_", "-")]
-        explanation, default, _ = entry.partition("(default: ")
-        assert default, f"--{name} does not show its default"
-        assert len(explanation.split()) > 3, f"--{name} is not explained"
-
-
-def test_wrong_options_exit_with_2():
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "--epoch-count=3"])
-    assert stop.value.code == 2
-
-
-def test_the_help_does_not_import_matplotlib():
-    code = "import sys, pyro_gpvae.cli.main; sys.exit('matplotlib' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+def test_sigterm_before_anything_is_written(tmp_path):
+    process = start(
+        "train",
+        code="""
+            import time
+            from pyro_gpvae.cli.train import Train
+            Train.run = lambda self: (print("ready", flush=True), time.sleep(300))
+        """,
     )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 143
+    assert error == "\npyro-gpvae: terminated: nothing half-written\n"
+    assert not list(tmp_path.iterdir())
 
 
-def test_demo_writes_every_file_it_promises(tmp_path, capsys):
-    options = {"train_images": 64, "test_images": 8, "num_samples": 3, "latent_dim": 2}
-    metrics = run_demo("report", quick=True, epochs=2, progress=False, device="cpu", **options)
-    printed = capsys.readouterr().out
-    folder = tmp_path / "report"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(DEMO_FILES)
-    assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert metrics["caption"].startswith("QUICK DEMO, budget cut: 64 training and 8 test digits")
-    assert metrics["caption"] in printed
-    assert metrics["caption"] in (folder / "README.md").read_text()
-    for picture in folder.glob("*.png"):
-        pixels = imread(picture)[..., :3]
-        assert min(pixels.shape[:2]) > 200
-        assert pixels.std() > 0.01, f"{picture.name} is blank"
-
-    table = pd.read_csv(folder / "metrics.csv").set_index("method")
-    assert list(table.index) == ["VAE at half time", "VAE", "GPVAE"]
-    assert table["epochs"].tolist() == [1, 2, 2], "equal training"
-    for name in ("vae", "gpvae"):
-        config = read_json(folder / name / "config.json")
-        assert config["warm_start"] == "report/start"
-        assert config["epochs"] == 1
-    scores = [pd.read_csv(folder / name / "scores.csv")["elbo"] for name in ("gpvae", "vae")]
-    difference = scores[0] - scores[1]
-    assert metrics["gpvae_minus_vae"]["elbo"] == pytest.approx(
-        {"mean": difference.mean(), "standard_error": difference.std() / 8**0.5}
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_what_python_cannot_interrupt(number, code):
+    process = start(
+        "guides",
+        code="""
+            import hashlib
+            from pyro_gpvae.cli import _signals
+            from pyro_gpvae.cli.guides import Guides
+            _signals.GRACE = 0.1
+            compute = lambda: hashlib.pbkdf2_hmac("sha1", b"", b"", 2**31 - 1)  # many minutes
+            Guides.run = lambda self: (print("ready", flush=True), compute())
+        """,
     )
-    assert f"ELBO: {difference.mean():+.2f} ±" in printed
-    assert cli.main(["evaluate", "report/gpvae"]) == 0
-    assert "(equal)" in capsys.readouterr().out
-
-
-def test_the_demo_needs_two_halves():
-    with pytest.raises(ValueError, match="epochs must be even"):
-        run_demo("report", epochs=3)
-
-
-def test_warnings_are_one_line_each(tmp_path, capsys):
-    options = ["--train-images", "32", "--test-images", "4", "--num-samples", "2", "--quiet"]
-    run = str(tmp_path / "gp")
-    assert cli.main(["train", "--guide", "gp", "--epochs", "1", "--out", run, *options]) == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        assert cli.main(["evaluate", run, "--guide", "sa:1"]) == 0
-    error = capsys.readouterr().err
-    assert "pyro-gpvae: warning: only the encoder of the GPGuide is copied" in error
-    assert "semi_amortized.py" not in error
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # until it computes
+    process.send_signal(number)
+    time.sleep(0.5)  # two signals at the same time are one
+    assert process.poll() is None
+    process.send_signal(number)
+    process.communicate(timeout=100)
+    assert process.returncode == code

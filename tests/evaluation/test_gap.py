@@ -1,8 +1,6 @@
 """The decomposition of the inference gap: exact where it is known, resumed, honestly averaged."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,17 +13,12 @@ from torch import nn
 from torch.distributions import kl_divergence
 
 from guides import GaussianGuide, GPGuide, SemiAmortizedGuide
-from pyro_gpvae import ImageModel, RunConfig, gap, gap_report, train_run
-from pyro_gpvae.cli.gap import GAP_FILES
-from pyro_gpvae.cli.gap import Gap as GapCommand
-from pyro_gpvae.core._files import read_json
+from pyro_gpvae import ImageModel
+from pyro_gpvae.evaluation import gap
 from pyro_gpvae.evaluation.gap import decompose
-from pyro_gpvae.plots.gap import gap_ladder
-from pyro_gpvae.runs.gap_report import gap_markdown, measure_gaps, read_table, summarise
+from pyro_gpvae.runs.gap_report import gap_markdown, summarise
 from pyro_gpvae.testing import linear_gaussian
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import gap_table
 
 BUDGET = {"num_samples": 20, "reference_samples": 30}
 
@@ -284,55 +277,8 @@ def test_an_optimum_that_has_not_converged_is_flagged_and_left_out():
     text = gap_markdown(table, "caption")
     assert "9 of 12" in text
     assert "too low: 1 images of `vae`." in text
-    assert "reliable, the highest that nothing refutes is given: 2 images of `vae`." in text
+    assert "no other estimate contradicts: 2 images of `vae`." in text
     assert "3 images whose optimum has not converged are left out" in text
-
-
-def two_seeds():
-    """Gaps of two seeds of one guide, and one of another, on four images."""
-    rows = []
-    for run, label, level in (("a", "gp", 1.0), ("b", "gp", 3.0), ("c", "vae", 5.0)):
-        for image in range(4):
-            row = dict.fromkeys((*gap_report._QUANTITIES, *gap.LADDER), level + image) | {
-                "run": run,
-                "label": label,
-                "image": image,
-                "converged": True,
-            }
-            rows.append(row | {"pareto_k": 0.1, "family": "diagonal", "seed": 0, "guide": label})
-    return pd.DataFrame(rows)
-
-
-def test_seeds_are_averaged_and_their_spread_is_told():
-    summary = summarise(two_seeds()).set_index(["label", "quantity"]).loc[("gp", "gap")]
-    assert summary["mean"] == 3.5
-    assert summary["sd"] == pytest.approx(math.sqrt(2))
-    assert summary["seeds"] == 2
-    assert "3.50 ± 1.41" in gap_markdown(two_seeds(), "")
-    one = "Where there is one seed, it is the error from the images."
-    assert f"± is the standard deviation over seeds. {one}" in gap_markdown(two_seeds(), "")
-    both = two_seeds().query("label == 'gp'")
-    assert "± is the standard deviation over seeds.\n" in gap_markdown(both, "")
-    alone = two_seeds().query("label == 'vae'")
-    assert "± is the error from the images.\n" in gap_markdown(alone, "")
-
-
-def test_the_picture_has_a_bar_a_guide_and_names_its_units(tmp_path):
-    table = two_seeds()
-    table.loc[table["label"] == "vae", "encoder"] = -2.0  # better than its reference
-    figure = gap_ladder(table, "K = 5")
-    figure.savefig(tmp_path / "gap.png")
-    left, right = figure.axes
-    assert [label.get_text() for label in left.get_yticklabels()] == ["gp", "vae"]
-    assert "nats per image" in left.get_xlabel()
-    assert "nats" in right.get_xlabel()
-    widths = np.array([[bar.get_width() for bar in bars] for bars in left.containers[:5]])
-    np.testing.assert_allclose(widths.sum(0), [5 * 3.5, 4 * 6.5 - 2])
-    assert min(bar.get_x() + bar.get_width() for bar in left.containers[2]) == -2
-    with pytest.raises(ValueError, match="at least one image"):
-        gap_ladder(table.assign(converged=False))
-    with pytest.raises(ValueError, match="columns"):
-        gap_ladder(table.drop(columns="encoder"))
 
 
 class Point(nn.Module):
@@ -357,188 +303,3 @@ def test_what_cannot_be_decomposed():
         decompose(model, vae, x[0])
     with pytest.raises(ValueError, match="needs an ImageModel, got function"):
         decompose(lambda x: None, vae, x)
-
-
-TINY = {"latent_dim": 2, "epochs": 1, "train_images": 32, "num_samples": 2, "decoder": "fc"}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    for guide in ("vae", "gp"):
-        config = RunConfig(guide=guide, test_images=7, device="cpu", **TINY)
-        train_run(config, folder / guide, progress=False)
-    return folder
-
-
-@pytest.fixture
-def small_batches(monkeypatch):
-    monkeypatch.setattr(gap, "BATCH", 3)
-    monkeypatch.setattr(gap_report, "BATCH", 3)
-
-
-def test_a_stopped_measurement_goes_on(runs, tmp_path, monkeypatch, small_batches):
-    folders = [runs / "vae", runs / "gp"]
-    expected, _ = measure_gaps(folders, tmp_path / "whole", progress=False, **BUDGET)
-    assert expected.groupby("run").size().tolist() == [7, 7]
-    assert expected["image"].tolist() == [*range(7)] * 2
-    starts = []
-
-    def stop(*args, first_image, **options):
-        starts.append(first_image)
-        if len(starts) == 3:
-            raise KeyboardInterrupt
-        return decompose(*args, first_image=first_image, **options)
-
-    monkeypatch.setattr(gap_report, "decompose", stop)
-    with pytest.raises(KeyboardInterrupt):
-        measure_gaps(folders, tmp_path / "out", progress=False, **BUDGET)
-    found, _ = measure_gaps(folders, tmp_path / "out", progress=False, **BUDGET)
-    assert starts == [0, 3, 6, 6, 0, 3, 6], "what was finished is not repeated"
-    pd.testing.assert_frame_equal(found, expected, check_exact=True)
-    measure_gaps(folders[:1], tmp_path / "out", num_images=6, progress=False, **BUDGET)
-    assert len(starts) == 7, "nor what other runs and fewer images need"
-    measure_gaps(folders[:1], tmp_path / "out", num_images=3, progress=False, seed=1, **BUDGET)
-    assert len(starts) == 8, "another budget is another measurement"
-
-
-def test_the_command_writes_tables_and_a_picture(runs, tmp_path, capsys):
-    command = GapCommand(
-        runs=(runs / "vae", runs / "gp"), images=4, ais_chains=2, ais_steps=3, out=tmp_path,
-        num_samples=20, reference_samples=30, quiet=True,
-    )  # fmt: skip
-    command.run()
-    printed = capsys.readouterr().out
-    record, table = read_json(tmp_path / "gap.json"), read_table(tmp_path / "gap.csv")
-    assert record["budget"]["num_chains"] == 2
-    assert [run["config"]["guide"] for run in record["runs"]] == ["vae", "gp"]
-    assert {"versions", "commit", "device"} <= set(record)
-    assert len(table) == 8
-    assert bool(table[["annealed", "refined", "elbo"]].notna().all(axis=None))
-    assert (tmp_path / "gap.md").read_text() in printed
-    assert "32 training and 4 test images" in printed
-    assert "| `gp` |" in printed
-    assert (tmp_path / "gap.png").stat().st_size > 10_000
-
-
-def test_the_command_replaces_an_earlier_measurement_only_when_told(runs, tmp_path, monkeypatch):
-    def command(**options):
-        GapCommand(
-            runs=(runs / "vae",), ais_chains=0, out=tmp_path, quiet=True, **BUDGET, **options
-        ).run()
-
-    measured = []
-
-    def counted(model, guide, x, **options):
-        measured.append(len(x))
-        return decompose(model, guide, x, **options)
-
-    monkeypatch.setattr(gap_report, "decompose", counted)
-    measure_gaps(
-        [runs / "vae"], tmp_path, num_images=4, num_chains=0, num_steps=30, seed=0,
-        progress=False, **BUDGET,
-    )  # fmt: skip
-    (tmp_path / "thesis.tex").write_text("mine")
-    command(images=4)
-    assert measured == [4], "an unfinished measurement goes on"
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path.name for path in before} > {*GAP_FILES, "thesis.tex"}
-    with pytest.raises(FileExistsError, match=r"gap\.csv is of an earlier .*\(--overwrite\)"):
-        command(images=5)
-    assert measured == [4], "the refusal comes before the work"
-    assert before == {path: path.read_bytes() for path in before}
-    command(images=4, overwrite=True)
-    assert measured == [4], "nor is anything measured again"
-    command(images=5, overwrite=True)
-    assert len(read_table(tmp_path / "gap.csv")) == 5
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
-    for name in GAP_FILES:
-        (tmp_path / name).unlink()
-    (tmp_path / "gap.png").touch()
-    with pytest.raises(FileExistsError, match=r"gap\.png"):
-        command(images=5)
-
-
-def test_bad_runs(runs, tmp_path):
-    with pytest.raises(ValueError, match="different run folders"):
-        measure_gaps([runs / "vae", runs / "vae"], tmp_path)
-    with pytest.raises(ValueError, match="images must be at least 1, got 0"):
-        measure_gaps([runs / "vae"], tmp_path, num_images=0)
-    with pytest.raises(FileNotFoundError, match="absent"):
-        measure_gaps([runs / "absent"], tmp_path)
-
-
-def test_a_damaged_chunk_is_measured_again(runs, tmp_path):
-    def measure():
-        return measure_gaps([runs / "vae"], tmp_path, num_images=4, progress=False, **BUDGET)[0]
-
-    expected = measure()
-    (chunk,) = (tmp_path / "chunks").iterdir()
-    whole = chunk.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for damaged in (
-        b"".join(lines[:-1]),  # a row is lost
-        whole[:-20],  # cut in mid-line
-        b"".join(lines[:2]),  # header only
-        b"",
-        b"".join(lines[1:]),  # no checksum
-        whole.replace(b"True", b"nope"),
-        b"\xff" + whole,
-    ):
-        chunk.write_bytes(damaged)
-        with pytest.warns(UserWarning, match=f"{chunk.name} is damaged.*again") as caught:
-            found = measure()
-        assert len(caught) == 1
-        pd.testing.assert_frame_equal(found, expected, check_exact=True)
-        assert chunk.read_bytes() == whole
-
-
-def test_a_guide_of_the_users_own_is_read_if_trusted(runs, tmp_path, monkeypatch):
-    seen = []
-
-    def load(folder, **options):
-        seen.append(options["trust_guide"])
-        raise ValueError("stop")
-
-    monkeypatch.setattr(gap_report, "load_run", load)
-    for trust in (False, True):
-        with pytest.raises(ValueError, match="stop"):
-            GapCommand(runs=(runs / "vae",), out=tmp_path, trust_guide=trust).run()
-    assert seen == [False, True]
-
-
-def test_a_run_without_weights(runs, tmp_path):
-    (tmp_path / "run").mkdir()
-    for file in (runs / "vae").iterdir():
-        if file.is_file() and file.name != "weights.safetensors":
-            (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises((FileNotFoundError, ValueError), match=r"weights\.safetensors"):
-        measure_gaps([tmp_path / "run"], tmp_path / "out", progress=False)
-
-
-def test_the_experiment(tmp_path, capsys, monkeypatch):
-    options = gap_table.Options(
-        guides=("vae", "gp"), seeds=2, epochs=1, latent_dim=2, train_images=32, images=9,
-        num_samples=20, reference_samples=30, ais_chains=0, device="cpu",
-        runs=tmp_path / "runs", docs=tmp_path / "docs",
-    )  # fmt: skip
-    gap_table.main(options)
-    printed = capsys.readouterr().out
-    assert "to train 4 of 4 runs" in printed
-    results = tmp_path / "docs" / "results"
-    text = (results / "gap.md").read_text()
-    assert text in printed
-    assert "seed 0 / 1" in text
-    assert "`gp`, seed 1:" in text
-    assert str(tmp_path) not in text + (results / "gap.json").read_text()
-    assert str(tmp_path) not in (results / "gap.csv").read_text()
-    assert (tmp_path / "docs" / "images" / "gap.png").exists()
-    # again: nothing is trained or measured, the same table comes out
-    monkeypatch.setattr(gap_table, "complete_run", None)
-    monkeypatch.setattr(gap_report, "decompose", None)
-    gap_table.main(options)
-    assert "to train 0 of 4 runs" in capsys.readouterr().out
-    assert (results / "gap.md").read_text() == text
-    options.epochs = 2
-    with pytest.raises(ValueError, match="epochs = 1, not 2"):
-        gap_table.main(options)

@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -6,12 +5,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from matplotlib.image import imread
-from torch import nn
 
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel
-from pyro_gpvae.cli.generate import GENERATE_FILES, Generate
 from pyro_gpvae.evaluation.generation import (
     decode,
     interpolate,
@@ -20,13 +16,9 @@ from pyro_gpvae.evaluation.generation import (
     posterior_mean,
     reconstruct,
     sample_images,
-    to_uint8,
     traverse,
 )
 from pyro_gpvae.evaluation.information import active_units, mutual_information
-from pyro_gpvae.plots.generation import active_units_chart, generated_figures, traversals
-from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.runs.train import train_run
 from pyro_gpvae.testing.linear_gaussian import linear_gaussian
 
 SHAPE = (1, 3, 4)
@@ -405,206 +397,3 @@ def test_densities_that_overflow(distance, finite):
     else:
         with pytest.raises(ValueError, match="not finite"):
             mutual_information(model, Guide(), model.images(3))
-
-
-# ---------------------------------------------------------------- the command
-
-TINY = {
-    "latent_dim": 2,
-    "epochs": 1,
-    "train_images": 64,
-    "test_images": 12,
-    "num_samples": 2,
-    "device": "cpu",
-}
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "vae"
-    train_run(RunConfig(guide="vae", seed=3, **TINY), folder, progress=False)
-    return folder
-
-
-def generate(folder, out, **options):
-    Generate(run_folder=folder, out=out, quiet=True, **{"samples": 6, "steps": 5} | options).run()
-    with np.load(out / "arrays.npz") as saved:
-        return dict(saved), json.loads((out / "latent.json").read_text())
-
-
-def test_generate_writes_what_it_promises(run_folder, tmp_path, capsys):
-    arrays, record = generate(run_folder, tmp_path / "out", images=(4, 0, 7))
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(GENERATE_FILES)
-    for picture in (tmp_path / "out").glob("*.png"):
-        pixels = imread(picture)[..., :3]
-        assert min(pixels.shape[:2]) > 200
-        assert pixels.std() > 0.01, f"{picture.name} is blank"
-    shapes = {
-        "samples": (6,),
-        "samples_noise": (6,),
-        "reconstructions": (3,),
-        "reconstructions_draw": (3,),
-        "interpolations": (2, 5),
-        "traversals": (2, 5),
-    }
-    for name, shape in shapes.items():
-        assert arrays[name].shape == (*shape, 1, 28, 28)
-        assert arrays[f"{name}_z"].shape == (*shape, 2)
-        expected = to_uint8(torch.from_numpy(arrays[name])).numpy()
-        np.testing.assert_array_equal(arrays[f"{name}_uint8"], expected)
-    assert arrays["image_index"].tolist() == record["image_index"] == [4, 0, 7]
-    ends = arrays["interpolations_z"][:, [0, -1]]
-    mean = arrays["reconstructions_z"]
-    np.testing.assert_allclose(ends, np.stack([mean[:2], mean[1:]], 1), rtol=1e-5, atol=1e-6)
-    assert arrays["traversals_z"][1, :, 1].tolist() == [-3, -1.5, 0, 1.5, 3]
-    np.testing.assert_array_equal(arrays["traversals_z"][1, :, 0], mean[0, 0].repeat(5))
-
-    assert record["run"]["folder"] == str(run_folder)
-    assert record["seed"] == record["run"]["seed"] == 3
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["active_units"]["variances"] == arrays["active_variances"].tolist()
-    information = record["information"]
-    assert information["num_images"] == record["active_units"]["num_images"] == 12
-    assert information["bound"] == pytest.approx(math.log(12))
-    assert information["kl"] == pytest.approx(
-        information["mutual_information"] + information["marginal_kl"]
-    )
-    printed = capsys.readouterr().out
-    assert f"{information['mutual_information']:.4f} nats" in printed
-    assert f"{record['active_units']['count']} of 2" in printed
-
-
-def test_generate_again_gives_the_same(run_folder, tmp_path):
-    first, _ = generate(run_folder, tmp_path / "first")
-    again, _ = generate(run_folder, tmp_path / "again")
-    other, record = generate(run_folder, tmp_path / "other", seed=4)
-    for name, array in first.items():
-        np.testing.assert_array_equal(array, again[name])
-    assert (first["samples"] != other["samples"]).any()
-    np.testing.assert_array_equal(first["reconstructions"], other["reconstructions"])
-    assert (record["seed"], record["run"]["seed"]) == (4, 3)
-    assert first["image_index"].tolist() == list(range(8))
-
-
-def test_generate_keeps_folders(run_folder, tmp_path):
-    out = tmp_path / "out"
-    generate(run_folder, out)
-    with pytest.raises(FileExistsError, match="not empty"):
-        generate(run_folder, out)
-    _, record = generate(run_folder, out, overwrite=True, path="linear")
-    assert record["path"] == "linear"
-    (out / "precious.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"precious\.txt"):
-        generate(run_folder, out, overwrite=True)
-    with pytest.raises(FileExistsError, match="not overwritten"):
-        generate(run_folder, run_folder, overwrite=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"images": (0, 12)}, "12 is not between 0 and 11"),
-        ({"images": (1,)}, "at least 2 of the 12 test images"),
-        ({"latent_images": 1}, "latent_images must be at least 2"),
-        ({"samples": 0}, "num_images must be at least 1"),
-        ({"steps": 1}, "steps must be at least 2"),
-        ({"num_samples": 0}, "num_samples must be at least 1"),
-    ],
-)
-def test_generate_refuses_and_leaves_nothing(run_folder, tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        generate(run_folder, tmp_path / "out", **options)
-    assert list(tmp_path.iterdir()) == []
-
-
-class NoDensity(nn.Module):
-    """A guide of the user's own without posterior(x)."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(model.image_shape), 2))
-
-    def forward(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.net(x), 0.5).to_event(1))
-
-
-def test_generate_with_colour_bernoulli_and_a_guide_without_density(tmp_path, capsys):
-    pixels = np.random.default_rng(0).integers(256, size=(40, 32, 32, 3), dtype=np.uint8)
-    np.savez(tmp_path / "colour.npz", train=pixels[:30], test=pixels[30:])
-    config = RunConfig(
-        **TINY | {"data": str(tmp_path / "colour.npz"), "train_images": None, "test_images": None},
-        guide=f"{__name__}:NoDensity",
-        likelihood="bernoulli",
-    )
-    train_run(config, tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="--trust-guide"):
-        generate(tmp_path / "run", tmp_path / "out")
-    arrays, record = generate(tmp_path / "run", tmp_path / "out", trust_guide=True)
-    assert arrays["samples"].shape == (6, 3, 32, 32)
-    assert arrays["reconstructions"].min() > 0, "probabilities"
-    assert set(np.unique(arrays["samples_noise"])) == {0.0, 1.0}
-    assert record["information"] is None
-    assert len(record["active_units"]["variances"]) == 2
-    assert "no posterior(x)" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- figures
-
-
-def texts(figure):
-    found = [text.get_text() for text in figure.texts]
-    for axes in figure.axes:
-        found += [axes.get_xlabel(), axes.get_ylabel(), axes.get_title()]
-    return " ".join(found).replace("\N{NO-BREAK SPACE}", " ").replace("\n", " ")
-
-
-def test_figures_are_drawn_from_the_saved_record(run_folder, tmp_path):
-    arrays, record = generate(run_folder, tmp_path / "out")
-    figures = generated_figures(arrays, record)
-    assert {*figures, "arrays.npz", "latent.json"} == set(GENERATE_FILES)
-    for name, figure in figures.items():
-        said = texts(figure)
-        for part in ("guide vae", "p = 2", "1 epochs", "trained with seed 3", "drawn with seed 3"):
-            assert part in said, f"{name} does not say {part}"
-    assert "position t" in texts(figures["interpolations.png"])
-    assert "standard deviations of the prior" in texts(figures["traversals.png"])
-    assert "at most log N = 2.48" in texts(figures["active_units.png"])
-    # the grid of samples shows the saved array: a pixel of its first image
-    shown = np.asarray(figures["samples.png"].axes[0].images[0].get_array())
-    np.testing.assert_allclose(shown[:28, :28], arrays["samples"][0, 0].clip(0, 1))
-
-
-def test_traversals_show_the_most_active_dimensions():
-    images = np.zeros((30, 3, 1, 4, 4)) + np.arange(30)[:, None, None, None, None] / 30
-    variances = np.arange(30) / 30
-    own = np.full(30, 0.5)
-    own[29] = 9.0
-    figure = traversals(images, [-1, 0, 1], own, variances, "caption")
-    (axes,) = figure.axes
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels[0] == "$z_{29}$  (0.97)"
-    assert len(labels) == 20
-    assert "20 most active of 30" in texts(figure)
-    shown = np.asarray(axes.images[0].get_array())
-    assert shown[0, 0] == pytest.approx(29 / 30)
-    assert shown[6, 0] == pytest.approx(28 / 30)
-    assert len(axes.lines) == 19, "a value out of range is not marked"
-    # halfway between the middles of the second and the third column
-    assert axes.lines[0].get_xdata()[0] == pytest.approx((7.5 + 13.5) / 2)
-    with pytest.raises(ValueError, match="p = 29"):
-        traversals(images, [-1, 0, 1], own[:29], variances)
-
-
-def test_chart_of_active_units():
-    figure = active_units_chart([0.0, 1.2, 0.005], 0.01, "caption")
-    (axes,) = figure.axes
-    assert axes.get_yscale() == "log"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "0"]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "active: 1",
-        "inactive: 2",
-        "threshold 0.01",
-    ]
-    with pytest.raises(ValueError, match="at least 0"):
-        active_units_chart([-1.0], 0.01)

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
@@ -12,9 +11,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import ImageModel, RunConfig, log_evidence, train_run, uncertainty_report
-from pyro_gpvae.cli.uncertainty import Uncertainty
-from pyro_gpvae.core._files import read_json
+from pyro_gpvae import ImageModel, log_evidence
 from pyro_gpvae.evaluation.uncertainty import (
     bhattacharyya_uncertainty,
     posterior_grid,
@@ -24,9 +21,7 @@ from pyro_gpvae.evaluation.uncertainty import (
     weight_information,
 )
 from pyro_gpvae.model.marginal_posterior import MarginalPosterior
-from pyro_gpvae.plots.gap import uncertainty_scatter
 from pyro_gpvae.plots.posterior import posterior_panels
-from pyro_gpvae.runs.gap_report import read_table
 
 
 def gp(model, **options):
@@ -88,7 +83,7 @@ def test_the_price_of_spread_is_exact_in_one_dimension():
     entropy, _ = integrate.quad(integrand, a - 15 * width, a + 15 * width, limit=400)
     expected = entropy - 0.5 * math.log(2 * math.pi * math.e) - b
     assert float(weight_information(guide, x)) == pytest.approx(expected, abs=1e-3)
-    point = gp(toy.linear_model(1), initial_scale=1e-8)
+    point = gp(toy.linear_model(1), covariance="point")
     assert float(weight_information(point, x)) == pytest.approx(0, abs=1e-12)
     assert float(bhattacharyya_uncertainty(point, x)) == pytest.approx(0, abs=1e-12)
 
@@ -220,105 +215,6 @@ def test_the_record_of_a_picture_holds_densities_and_draws():
     assert titles == ["a", "b", "c"]
     with pytest.raises(ValueError, match="a title and a posterior for each of 2 images"):
         posterior_panels(x[:2].numpy(), record, ["a", "b", "c"])
-
-
-def test_the_scatter_names_its_axes():
-    table = random_table(12)
-    figure = uncertainty_scatter(table, {"score": "a score"}, {"score": "ρ = 0.1"}, "caption")
-    (axes,) = figure.axes
-    assert axes.get_xlabel() == "a score"
-    assert axes.get_title() == "ρ = 0.1"
-    assert "nats" in axes.get_ylabel()
-    with pytest.raises(ValueError, match="absent"):
-        uncertainty_scatter(table, {"absent": ""}, {})
-
-
-def random_table(count):
-    generator = np.random.default_rng(0)
-    return pd.DataFrame({"gap": generator.exponential(size=count), "score": range(count)})
-
-
-TINY = {"latent_dim": 2, "epochs": 1, "train_images": 32, "num_samples": 2, "decoder": "fc"}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    for guide in ("vae", "gp"):
-        config = RunConfig(guide=guide, test_images=9, device="cpu", **TINY)
-        train_run(config, folder / guide, progress=False)
-    return folder
-
-
-def test_the_command_writes_scores_correlations_and_pictures(runs, tmp_path, capsys, monkeypatch):
-    command = Uncertainty(
-        run_folder=runs / "gp", images=9, num_samples=20, reference_samples=30, bootstrap=50,
-        show=4, out=tmp_path, quiet=True,
-    )  # fmt: skip
-    command.run()
-    printed = capsys.readouterr().out
-    record, table = (
-        read_json(tmp_path / "uncertainty.json"),
-        read_table(tmp_path / "uncertainty.csv"),
-    )
-    assert (tmp_path / "uncertainty.md").read_text() in printed
-    assert {*uncertainty_report.SCORES, "gap", "converged"} <= set(table.columns)
-    kept = table[table["converged"]]
-    for row in record["correlations"]:
-        expected = stats.spearmanr(kept[row["score"]], kept[row["against"]]).statistic
-        assert row["rho"] == pytest.approx(expected)
-        assert row["num_images"] == len(kept)
-    assert len(record["correlations"]) == 2 * len(uncertainty_report.SCORES)
-    order = table["uncertainty"].argsort().tolist()
-    assert record["posterior_images"] == [*order[:3], *order[::-1][:3]]
-    for name in ("uncertain", "scatter", "posterior"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-        (tmp_path / f"{name}.png").unlink()
-    # the pictures come from the record alone
-    monkeypatch.setattr(uncertainty_report, "load_run", None)
-    uncertainty_report.render_uncertainty(tmp_path)
-    assert len(list(tmp_path.glob("*.png"))) == 3
-
-
-def test_a_run_without_uncertainty_is_refused_before_the_work(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(uncertainty_report, "measure_gaps", None)
-    with pytest.raises(ValueError, match="GaussianGuide has no uncertainty"):
-        Uncertainty(run_folder=runs / "vae", out=tmp_path).run()
-
-
-def test_too_few_images_are_refused_before_the_work(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(uncertainty_report, "measure_gaps", None)
-    with pytest.raises(ValueError, match=r"at least 8 images, got 5 \(images = 5, of 9 test"):
-        Uncertainty(run_folder=runs / "gp", images=5, out=tmp_path).run()
-
-
-def test_a_guide_of_the_users_own_is_read_if_trusted(runs, tmp_path, monkeypatch):
-    seen = []
-
-    def load(folder, load=uncertainty_report.load_run, **options):
-        seen.append(options["trust_guide"])
-        return load(folder, **options)
-
-    def measure(folders, out, **options):
-        seen.append(options["trust_guide"])
-        raise ValueError("stop")
-
-    monkeypatch.setattr(uncertainty_report, "load_run", load)
-    monkeypatch.setattr(uncertainty_report, "measure_gaps", measure)
-    for trust in (False, True):
-        with pytest.raises(ValueError, match="stop"):
-            Uncertainty(run_folder=runs / "gp", out=tmp_path, trust_guide=trust).run()
-    assert seen == [False, False, True, True]
-
-
-def test_an_encoder_without_spread_has_no_correlation():
-    table = random_table(12).assign(converged=True, amortisation=1.0 * np.arange(12))
-    table = table.assign(**{name: np.arange(12.0) for name in uncertainty_report.SCORES})
-    table["uncertainty"] = 0.0
-    found = uncertainty_report.correlate(table, 50)
-    assert found[found["score"] == "uncertainty"]["rho"].isna().all()
-    assert found[found["score"] != "uncertainty"]["rho"].notna().all()
-    assert "| Σ v/h² + r | – | – |" in uncertainty_report.correlation_markdown(found)
 
 
 def test_the_evidence_on_the_grid_is_that_of_importance_sampling():

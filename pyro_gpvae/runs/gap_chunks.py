@@ -1,0 +1,163 @@
+r"""Measures the inference gaps of runs in chunks of images, and resumes after an interrupt."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+import pyro_gpvae
+from pyro_gpvae.core._environment import sha256
+from pyro_gpvae.core._files import write_text
+from pyro_gpvae.evaluation.gap import BATCH, decompose
+from pyro_gpvae.runs.folder import Run, load_run
+from pyro_gpvae.training.checkpoint import weights_sha256
+
+__all__ = ["describe", "measure_gaps", "read_table"]
+
+
+def measure_gaps(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    num_images: int = 100,
+    labels: Sequence[str] | None = None,
+    data: str | None = None,
+    root: str | None = None,
+    device: str | None = None,
+    trust_guide: bool = False,
+    progress: bool = True,
+    **budget: Any,
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Decomposes the gaps of the first test images of each run.
+
+    Each chunk of 25 finished images is written to ``out/chunks``, under a name that is a hash of
+    the weights, the images and the budget. A chunk that exists is not measured again: after an
+    interrupt, with further runs, or with more images. A chunk whose checksum is wrong is measured
+    again, with a warning.
+
+    Arguments:
+        folders: Run folders.
+        out: The folder of the chunks.
+        num_images: The number of test images, or all of a run that has fewer.
+        labels: A name for each run in tables and pictures; by default its guide, or its folder
+            where guides are not unique.
+        data, root, device, trust_guide: See :func:`pyro_gpvae.load_run`.
+        progress: Whether to show a progress bar over the images of all runs.
+        budget: Further arguments of :func:`pyro_gpvae.decompose`.
+
+    Returns:
+        A table with a row for each run and image: ``run`` (the folder), ``label``, ``guide``,
+        ``seed``, and the columns of ``Gap.table()``; and a description of each run for the record.
+
+    Raises:
+        FileNotFoundError, ValueError: If a run cannot be read, a folder is named twice, or an
+            argument cannot be used.
+    """
+    if not folders or len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"expected one or more different run folders, got {len(folders)}")
+    if num_images < 1:
+        raise ValueError(f"images must be at least 1, got {num_images}")
+    where: dict[str, Any] = {"data": data, "root": root, "device": device}
+    runs = [load_run(folder, trust_guide=trust_guide, **where) for folder in folders]
+    counts = [min(num_images, len(run.data.test)) for run in runs]
+    labels = _labels(runs) if labels is None else labels
+    tables = []
+    with tqdm(total=sum(counts), desc="inference gap", unit="image", disable=not progress) as bar:
+        for run, count, label in zip(runs, counts, labels, strict=True):
+            bar.set_postfix_str(label)
+            weights = weights_sha256(run.model, run.guide)
+            for start in range(0, count, BATCH):
+                stop = min(start + BATCH, count)
+                path = Path(out) / "chunks" / f"{_key(run, weights, start, stop, budget)}.csv"
+                chunk = _read_chunk(path)
+                if chunk is None:
+                    gap = decompose(
+                        run.model,
+                        run.guide,
+                        run.data.test[start:stop],
+                        num_train=run.record["data"]["train_images"],
+                        first_image=start,
+                        **budget,
+                    )
+                    chunk = _write_chunk(path, gap.table())
+                chunk["image"] += start
+                columns = (str(run.folder), label, run.config.guide, run.config.seed)
+                for position, value in enumerate(columns):
+                    name = ("run", "label", "guide", "seed")[position]
+                    chunk.insert(position, name, value)
+                tables.append(chunk)
+                bar.update(stop - start)
+    return pd.concat(tables, ignore_index=True), [describe(run) for run in runs]
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Returns what a record tells about a run: its folder, options, data, σ and weights."""
+    config = {k: v for k, v in vars(run.config).items() if k not in ("root", "download")}
+    return {
+        "run": str(run.folder),
+        "config": config,
+        "train_images": run.record["data"]["train_images"],
+        "sigma": run.record.get("sigma"),
+        "weights_sha256": weights_sha256(run.model, run.guide),
+    }
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Reads a table of images, such as ``gap.csv``."""
+    return pd.read_csv(path)
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Returns the guides, with seeds or as folders where guides are not unique."""
+    for names in (
+        [run.config.guide for run in runs],
+        [f"{run.config.guide}, seed {run.config.seed}" for run in runs],
+    ):
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.folder) for run in runs]
+
+
+def _key(run: Run, weights: str, start: int, stop: int, budget: dict[str, Any]) -> str:
+    """Returns a hash of everything that the numbers of a chunk depend on."""
+    content = {
+        "format": 2,  # 1 had no checksum, and trusted any annealing
+        "version": pyro_gpvae.__version__,
+        "weights": weights,
+        "guide": run.config.guide,
+        "likelihood": run.config.likelihood,
+        "train_images": run.record["data"]["train_images"],
+        "images": sha256(run.data.test[start:stop]),
+        "first_image": start,
+        "budget": budget,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _write_chunk(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Writes a table below a line with its checksum, and returns it as it will be read back."""
+    text = table.to_csv(index=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f"# sha256 {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    return pd.read_csv(io.StringIO(text))
+
+
+def _read_chunk(path: Path) -> pd.DataFrame | None:
+    """Reads a table back; returns None if there is none, or, with a warning, if it is damaged."""
+    if not path.is_file():
+        return None
+    head, _, rest = path.read_bytes().partition(b"\n")
+    if head == f"# sha256 {hashlib.sha256(rest).hexdigest()}".encode():
+        return pd.read_csv(io.BytesIO(rest))
+    warnings.warn(
+        f"{path} is damaged (its checksum is wrong): its images are measured again", stacklevel=3
+    )
+    return None

@@ -1,0 +1,188 @@
+r"""Pictures of what a run generates, and how much of an image its latent variable holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_gpvae.core._environment import environment
+from pyro_gpvae.core._files import new_folder, read_json, write_json
+from pyro_gpvae.evaluation.generation import (
+    Decoded,
+    PathKind,
+    decode,
+    latent_path,
+    latent_traversals,
+    reconstruct,
+    sample_images,
+    to_uint8,
+)
+from pyro_gpvae.evaluation.information import (
+    ActiveUnits,
+    LatentInformation,
+    active_units,
+    mutual_information,
+)
+from pyro_gpvae.model.guide import HasPosterior
+from pyro_gpvae.runs.folder import Run, load_run
+
+__all__ = ["GENERATION_FILES", "report_generation"]
+
+GENERATION_FILES = (
+    "active_units.png",
+    "arrays.npz",
+    "interpolations.png",
+    "latent.json",
+    "reconstructions.png",
+    "samples.png",
+    "traversals.png",
+)
+
+
+def report_generation(
+    run_folder: str | Path,
+    out: str | Path,
+    *,
+    samples: int = 64,
+    images: Sequence[int] | None = None,
+    steps: int = 9,
+    span: float = 3.0,
+    path: PathKind = "spherical",
+    latent_images: int = 500,
+    num_samples: int = 2,
+    seed: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    **where: Any,
+) -> str:
+    """Draws from a run and writes pictures, arrays and a record; returns a summary.
+
+    For the arguments see ``pyro-gpvae generate --help``; ``where`` are arguments of
+    :func:`pyro_gpvae.load_run`.
+
+    Raises:
+        FileNotFoundError, ValueError: If the run cannot be read, or an argument cannot be used.
+        FileExistsError: If ``out`` is not empty and may not be replaced.
+    """
+    from pyro_gpvae.plots.generation import generated_figures  # imports matplotlib
+
+    begin = time.monotonic()
+    if latent_images < 2:
+        raise ValueError(f"latent_images must be at least 2, got {latent_images}")
+    with new_folder(out, overwrite=overwrite, files=GENERATION_FILES) as folder:
+        run = load_run(run_folder, **where)
+        seed = run.config.seed if seed is None else seed
+        index = _index(run.data.test, images)
+        arrays = _arrays(run, index, samples, steps, span, path, seed)
+        test = run.data.test[:latent_images]
+        units = active_units(run.model, run.guide, test, seed=seed, progress=progress)
+        information = None
+        if isinstance(run.guide, HasPosterior):  # it needs the density q(z|x)
+            information = mutual_information(
+                run.model, run.guide, test, num_samples, seed=seed, progress=progress
+            )
+        content = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+        content["active_variances"] = units.variances.numpy()
+        np.savez_compressed(folder / "arrays.npz", **content)  # type: ignore[arg-type]
+        names = ("guide", "latent_dim", "likelihood", "epochs", "seed")
+        record = {
+            "format": 1,
+            "run": {
+                "folder": str(run.folder),
+                "data": run.data.name,
+                **{name: getattr(run.config, name) for name in names},
+                "commit": run.record.get("commit"),
+            },
+            "seed": seed,
+            "image_index": index,
+            "path": path,
+            "span": span,
+            "active_units": {
+                "count": units.count,
+                "threshold": units.threshold,
+                "variances": units.variances.tolist(),
+                "num_images": units.num_images,
+            },
+            "information": information
+            and dataclasses.asdict(information) | {"bound": information.bound},
+            **environment(next(run.model.parameters()).device),
+            "seconds": time.monotonic() - begin,
+        }
+        write_json(folder / "latent.json", record)
+        # drawn from the two files, so that a reader of these can draw the figures again
+        with np.load(folder / "arrays.npz") as saved:
+            figures = generated_figures(saved, read_json(folder / "latent.json"))
+        for name, figure in figures.items():
+            figure.savefig(folder / name)
+    return _summary(units, information)
+
+
+def _index(test: Tensor, images: Sequence[int] | None) -> list[int]:
+    """Returns the indices of the images; by default those of the first eight."""
+    if test.shape[1] not in (1, 3):
+        raise ValueError(f"pictures need images with 1 or 3 channels, got {test.shape[1]}")
+    index = list(range(min(8, len(test))) if images is None else images)
+    for i in index:
+        if not 0 <= i < len(test):
+            raise ValueError(f"images: {i} is not between 0 and {len(test) - 1}")
+    if len(index) < 2:
+        raise ValueError(
+            f"images: expected at least 2 of the {len(test)} test images, because paths lead from "
+            f"one to the next, got {len(index)}"
+        )
+    return index
+
+
+def _arrays(
+    run: Run, index: list[int], samples: int, steps: int, span: float, path: PathKind, seed: int
+) -> dict[str, Tensor]:
+    """Returns images, decoded images and their latents by name."""
+    model, guide = run.model, run.guide
+    images = run.data.test[index]
+    mean = reconstruct(model, guide, images, seed=seed)
+    # some guides are random: paths must end at the reconstructions above
+    paths = latent_path(mean.z[:-1], mean.z[1:], steps, path)
+    moved = latent_traversals(mean.z[:1], span=span, steps=steps)[0]
+    decoded = {
+        "samples": sample_images(model, samples, seed=seed),
+        "samples_noise": sample_images(model, samples, noise=True, seed=seed),
+        "reconstructions": mean,
+        "reconstructions_draw": reconstruct(model, guide, images, draw=True, seed=seed),
+        "interpolations": Decoded(paths, decode(model, paths)),
+        "traversals": Decoded(moved, decode(model, moved)),
+    }
+    arrays = {
+        "image_index": torch.tensor(index),
+        "images": images,
+        "traversal_values": torch.linspace(-span, span, steps),
+    }
+    for name, (z, pixels) in decoded.items():
+        arrays |= {name: pixels, f"{name}_uint8": to_uint8(pixels), f"{name}_z": z}
+    return arrays
+
+
+def _summary(units: ActiveUnits, information: LatentInformation | None) -> str:
+    lines = [
+        f"active units        {units.count} of {len(units.variances)}  "
+        f"(variance of E_q[z_j|x] over {units.num_images} test images > {units.threshold:g})"
+    ]
+    if information is None:
+        lines.append("mutual information  unknown: the guide has no posterior(x), hence no density")
+        return lines[0] + "\n" + lines[1]
+    error = information.mutual_information_error
+    note = f"; Monte-Carlo error {error:.2g})" if math.isfinite(error) else ")"
+    lines += [
+        f"mutual information  {information.mutual_information:.4f} nats  (of at most log N = "
+        f"{information.bound:.4f}, N = {information.num_images}{note}",
+        f"KL(q(z) || p(z))    {information.marginal_kl:.4f} nats",
+        f"mean KL(q(z|x)||p)  {information.kl:.4f} nats, the sum of the two",
+    ]
+    return "\n".join(lines)
