@@ -17,7 +17,7 @@ from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import Program
 from pyro_gpvae.model.elbo import Objective
 from pyro_gpvae.model.likelihoods import bounded
-from pyro_gpvae.model.networks import build_encoder, feature_dim
+from pyro_gpvae.model.networks import build_encoder, call_network, feature_dim
 
 __all__ = ["GaussianGuide"]
 
@@ -95,8 +95,8 @@ class GaussianGuide(Program):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the features φ (B, d), the mean m (B, p) and log s (B, p) of images x."""
-        features: Tensor = self.encoder(x)
-        output = self.head(features)
+        features = call_network(self.encoder, x)
+        output = call_network(self.head, features)
         check_finite("the encoder's mean or log-scale", output)
         loc, log_scale = output.chunk(2, dim=-1)
         return features, loc, bounded(log_scale)

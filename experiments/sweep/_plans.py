@@ -77,8 +77,8 @@ class Cell:
         """The name of its run folder: readable, and different for different options.
 
         Example:
-            >>> Cell("GPVAE", RunConfig(guide="gp:bias=False", data="mnist")).name
-            'mnist-p10-conv-gp-bias=False-seed0-2252ca44'
+            >>> Cell("GPVAE", RunConfig(guide="gp:num_nodes=8", data="mnist")).name
+            'mnist-p10-conv-gp-num_nodes=8-seed0-5ee3f32e'
         """
         config = self.config
         # without defaults, so that an option that is new in a later version changes no name

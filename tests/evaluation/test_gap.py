@@ -19,7 +19,6 @@ from pyro_gpvae.evaluation.gap import decompose
 from pyro_gpvae.runs.gap_report import gap_markdown, summarise
 from pyro_gpvae.testing import linear_gaussian
 
-
 BUDGET = {"num_samples": 20, "reference_samples": 30}
 
 

@@ -83,7 +83,7 @@ def test_the_price_of_spread_is_exact_in_one_dimension():
     entropy, _ = integrate.quad(integrand, a - 15 * width, a + 15 * width, limit=400)
     expected = entropy - 0.5 * math.log(2 * math.pi * math.e) - b
     assert float(weight_information(guide, x)) == pytest.approx(expected, abs=1e-3)
-    point = gp(toy.linear_model(1), covariance="point")
+    point = gp(toy.linear_model(1), initial_scale=1e-8)
     assert float(weight_information(point, x)) == pytest.approx(0, abs=1e-12)
     assert float(bhattacharyya_uncertainty(point, x)) == pytest.approx(0, abs=1e-12)
 

@@ -29,7 +29,6 @@ GUIDES = [
     "gp:estimator=weights",
     "gp:estimator=marginal",
     "gp:covariance=full,features=own",
-    "gp:covariance=point,scale_features=True",
     "full",
     "lowrank:1",
     "iaf:2",

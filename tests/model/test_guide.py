@@ -28,17 +28,17 @@ def test_every_registered_guide_loads():
 
 def test_options_by_position_and_by_name():
     assert type(make_guide("vae", model())) is GaussianGuide
-    guide = make_guide("gp:covariance=full,bias=False,initial_scale=0.01", model())
-    assert (guide.covariance, guide.bias) == ("full", False)
+    guide = make_guide("gp:covariance=full,num_nodes=8,initial_scale=0.01", model())
+    assert (guide.covariance, guide.num_nodes) == ("full", 8)
     torch.testing.assert_close(guide.W.scale, torch.full_like(guide.W.scale, 0.01))
     assert make_guide("sa:3,step_size=0.5", model()).num_steps == 3
-    assert make_guide("guides:GPGuide:covariance=point", model()).covariance == "point"
+    assert make_guide("guides:GPGuide:covariance=full", model()).covariance == "full"
     assert type(make_guide("guides:GPGuide", model())) is GPGuide
 
 
 def test_defaults_are_overridden_by_the_text():
     assert make_guide("gp", model(), covariance="full").covariance == "full"
-    assert make_guide("gp:covariance=point", model(), covariance="full").covariance == "point"
+    assert make_guide("gp:covariance=diagonal", model(), covariance="full").covariance == "diagonal"
 
 
 @pytest.mark.parametrize(

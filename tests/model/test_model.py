@@ -53,7 +53,6 @@ def test_priors_of_global_weights_appear_exactly_when_the_guide_has_them():
     for guide, expected in (
         (GPGuide(model), {"W", "U"}),
         (GPGuide(model, covariance="full"), {"W", "U"}),
-        (GPGuide(model, covariance="point"), set()),
         (GaussianGuide(model), set()),
     ):
         assert sites(pair(model, guide)) - {"z", "data"} == expected

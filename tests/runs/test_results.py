@@ -46,7 +46,7 @@ def results(tmp_path_factory):
     train_run(
         dataclasses.replace(TINY, seed=1, epochs=2), folder / "vae-1", progress=False, plan=PLAN
     )
-    warm = dataclasses.replace(TINY, guide="gp:bias=False", warm_start=str(folder / "vae-0"))
+    warm = dataclasses.replace(TINY, guide="gp:num_nodes=8", warm_start=str(folder / "vae-0"))
     train_run(warm, folder / "deeper" / "gp", progress=False)
     return folder
 
@@ -66,7 +66,7 @@ def test_every_run_is_a_row(results):
     assert row["log_evidence"] == record["scores"]["log_evidence"]
     assert row["train_sha256"] == record["data"]["train_sha256"]
     assert row["method"] == "VAE x2"
-    assert frame.iloc[0]["method"].startswith("gp:bias=False after ")
+    assert frame.iloc[0]["method"].startswith("gp:num_nodes=8 after ")
     assert row["cut"] == {"epochs": {}}, "the plan's"
     by_hand = frame.iloc[1]["cut"]
     assert by_hand["epochs"] == {"used": 1, "full": 2000}, "a run by hand says it as well"

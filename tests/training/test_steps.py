@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import images, linear_encoder, linear_model
 
-from guides import GaussianGuide, GPGuide
+from guides import GaussianGuide
 from pyro_gpvae import Checkpoints, ImageModel, NonFiniteError, fit, training
 from pyro_gpvae.core._errors import UnsupportedError
 from pyro_gpvae.model.elbo import Block, MeanFieldELBO
@@ -609,7 +609,6 @@ class OwnTwoBlocks(GaussianGuide):
         lambda: of(SeveralSites),
         lambda: of(Averaging),
         lambda: of(OwnTwoBlocks),
-        lambda: of(GPGuide, freeze_mean=True),
         normalised,
         sharing,
         lambda: frozen("decoder"),
@@ -620,7 +619,6 @@ class OwnTwoBlocks(GaussianGuide):
         "several sites",
         "buffer",
         "overlapping blocks",
-        "freeze_mean",
         "batch normalisation",
         "shared",
         "frozen decoder",

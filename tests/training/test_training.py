@@ -446,14 +446,3 @@ def test_divergence_in_the_last_step_of_an_epoch_names_the_step():
     model, guide = pair()
     with pytest.raises(NonFiniteError, match=r"step [12]"):
         fit(model, guide, uint8(5), epochs=4, learning_rate=1e30, progress=False)
-
-
-@pytest.mark.parametrize("estimator", ["functions", "marginal"])
-def test_features_that_are_all_zero(estimator):
-    model = linear_model().float()
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 3), nn.ReLU())
-    with torch.no_grad():
-        encoder[1].bias.fill_(-10.0)
-    guide = GPGuide(model, encoder, bias=False, estimator=estimator)
-    fit(model, guide, uint8(5), epochs=2, progress=False)
-    assert all(bool(p.isfinite().all()) for p in guide.parameters())
