@@ -1,4 +1,4 @@
-r"""Not a number: find the term, the images and the parameters where it began."""
+r"""Errors of the library, and checks that locate the images with NaN or infinite values."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ __all__ = [
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient is NaN or infinite; the message names the step, the term and the images.
+    """Raised if a loss, gradient or density is NaN or infinite.
+
+    The message names the step, the term and the images, as far as they are known.
 
     Attributes:
         step: The optimiser step.
-        images: The images, as numbers among the training images, that are not finite alone; all
-            of the minibatch if that cannot be told.
+        images: The indices of the images whose own values are not finite, or of the whole
+            minibatch if they cannot be separated.
     """
 
     def __init__(self, message: str, step: int = 0, images: Sequence[int] = ()) -> None:
@@ -39,7 +41,7 @@ class NonFiniteError(ArithmeticError):
 
 
 def name_images(numbers: Sequence[int]) -> str:
-    """The numbers of images, for a message: the first five.
+    """Returns the indices of images as text for a message, at most the first five.
 
     Example:
         >>> name_images([3, 7]), name_images(range(100))
@@ -49,17 +51,17 @@ def name_images(numbers: Sequence[int]) -> str:
 
 
 def finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Whether the loss and every gradient is finite: a boolean scalar on the device."""
-    # a norm is finite only if all its terms are; float64, so that it cannot overflow
+    """Returns a boolean scalar on the device: whether the loss and all gradients are finite."""
+    # a norm is finite only if all its terms are; in float64 it does not overflow
     norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float64) if gradients else []
     return torch.isfinite(torch.stack([loss.detach().double(), *norms]).sum())
 
 
 @contextmanager
 def nonfinite_as_error() -> Iterator[None]:
-    """Turns torch's complaint about the parameters of a distribution into a NonFiniteError."""
+    """Converts torch's error about the parameters of a distribution to a NonFiniteError."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Encountered NaN")  # the error says more
+        warnings.filterwarnings("ignore", "Encountered NaN")  # the error has the details
         try:
             yield
         except ValueError as error:
@@ -69,23 +71,28 @@ def nonfinite_as_error() -> Iterator[None]:
 
 
 class UnsupportedError(ValueError):
-    """A program cannot be made a pure function; the message says why."""
+    """Raised if a training step cannot be traced or compiled; the message gives the reason."""
 
 
 @contextmanager
 def unvalidated() -> Iterator[None]:
-    """No checks of distributions and of programs inside: each makes a GPU wait for the host."""
+    """Disables the validation of Pyro and torch, because every check makes a GPU wait."""
     with pyro.validation_enabled(False):
         yield
 
 
 def check_finite(what: str, value: Tensor, images: Tensor | None = None) -> None:
-    """Raises NonFiniteError, which names the images, unless all of value (..., B, p) is finite.
+    """Checks that a tensor is finite, if the validation of distributions is enabled.
 
-    ``images`` are their numbers, by default 0 to B - 1. Only checks where distributions check
-    their arguments, because it makes a GPU wait.
+    Arguments:
+        what: The name of the tensor in the message.
+        value: The tensor, (..., B, p).
+        images: The indices of the B images, by default 0 to B - 1.
+
+    Raises:
+        NonFiniteError: If a value is NaN or infinite; names the images.
     """
-    # a sum is one pass; it may overflow, which needs a closer look
+    # the sum takes one pass; it may overflow, so that an infinite one needs the full check
     if not Distribution._validate_args or math.isfinite(float(value.detach().sum())):
         return
     wrong = (~value.isfinite().all(-1)).reshape(-1, value.shape[-2]).any(0)

@@ -1,4 +1,4 @@
-r"""Modules whose parameters Pyro finds, without Pyro's global parameter store."""
+r"""Modules whose parameters Pyro finds without its global parameter store."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ __all__ = ["BorrowedModules", "Program", "PyroProgram", "own_parameters", "with_
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-#: A Pyro model or guide: any callable of the images, with sample statements.
+#: A Pyro model or guide: any callable of the images that has sample statements.
 PyroProgram = Callable[..., Any]
 
 
 class Program(nn.Module):
-    r"""An ``nn.Module`` that owns its parameters, and that :class:`pyro.infer.SVI` trains.
+    r"""An ``nn.Module`` that owns its parameters and that :class:`pyro.infer.SVI` can train.
 
-    SVI trains what ``param`` messages name. ``pyro.module`` and, by default,
-    :class:`pyro.nn.PyroModule` send them through a parameter store that is global to the
-    process, where a second module of the same name is taken for the first, and never trains.
-    PyroModule's alternative, ``module_local_params=True``, does not work with SVI (Pyro 1.9.2:
-    "'Parameter' object has no attribute 'unconstrained'"). A Program sends the messages itself,
-    under a name of its own, and the store stays empty.
+    SVI trains the parameters that ``param`` messages name. ``pyro.module`` and, by default,
+    :class:`pyro.nn.PyroModule` send these messages through a store that is global to the process:
+    a second module with the same name gets the parameters of the first one and never trains.
+    PyroModule's option ``module_local_params=True`` fails under SVI (Pyro 1.9.2: "'Parameter'
+    object has no attribute 'unconstrained'"). A Program sends the messages itself, under a unique
+    name, and leaves the store empty.
 
-    An optimiser of :mod:`pyro.optim` looks for the names of parameters in that store. Of those of
-    a Program it finds none: a function of the name, as in ``Adam(lambda name: ...)``, fails, and
-    ``get_state`` and ``save`` keep the moments of one parameter only. Where that matters, train
-    the ELBO as a module, whose optimiser is torch's, with groups of parameters, and save state
-    dicts::
+    Optimisers of :mod:`pyro.optim` look up parameter names in that store and do not find those of
+    a Program. A function of the name, as in ``Adam(lambda name: ...)``, therefore fails, and
+    ``get_state`` and ``save`` keep the moments of one parameter only. If you need them, train the
+    ELBO as a module with an optimiser of torch, groups of parameters, and state dicts::
 
         model, guide = PerImage(model, N), PerImage(guide, N)
         bound = Trace_ELBO()(model, guide)
@@ -76,10 +75,11 @@ class Program(nn.Module):
 
 
 class BorrowedModules(tuple[Any, ...]):
-    """Modules that a module uses and does not own, such as the decoder that a guide refines with.
+    """Modules that another module uses but does not own, such as the decoder in a refining guide.
 
-    In a tuple, they are neither among its parameters nor in its state dict. They are not copied
-    with it either, unless they are copied before it: ``copy.deepcopy((model, guide))``.
+    The tuple keeps them out of the parameters and of the state dict of the module that holds it.
+    A deep copy of the holder refers to the same modules, unless they are copied in the same call
+    and before it: ``copy.deepcopy((model, guide))``.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BorrowedModules:
@@ -88,13 +88,14 @@ class BorrowedModules(tuple[Any, ...]):
 
 @contextmanager
 def own_parameters(*programs: Any) -> Iterator[None]:
-    """Inside, every PyroModule in these programs has its own parameters, and keeps them.
+    """Makes every PyroModule among the programs use its own parameters inside the block.
 
-    A PyroModule that is called takes for its own what Pyro's global store holds by the names of
-    its attributes, be it another module's. Inside, the store is without the parameters of other
-    modules; afterwards it has them again, unless their names are taken. What statements of
-    ``pyro.param`` and ``pyro.module`` made stays in it. A module that is to take over what was
-    loaded into the store must be called before.
+    A PyroModule that is called takes the values that Pyro's global store holds under the names of
+    its attributes, even if another module put them there. Pyro has no setting that avoids this for
+    a module that exists already, so the block runs in a scope of the store that does not hold the
+    parameters of other modules. Parameters of ``pyro.param`` and ``pyro.module`` statements stay
+    visible, and those made inside the block are kept. To load a store into a module, call the
+    module before.
 
     Example:
         >>> import torch
@@ -117,34 +118,58 @@ def own_parameters(*programs: Any) -> Iterator[None]:
         yield
         return
     store = pyro.get_param_store()
+    after: Any = _visible_state(modules)
+    try:
+        with store.scope(after):
+            try:
+                yield
+            finally:
+                after = store.get_state()
+    finally:
+        store.set_state(after)  # adds to what the scope has restored
+
+
+def with_own_parameters(
+    function: Callable[_Arguments, _Result],
+) -> Callable[_Arguments, _Result]:
+    """Decorates an evaluator: modules among its arguments use their own parameters.
+
+    It works like :func:`own_parameters`, but leaves Pyro's store as it was.
+    """
+
+    @wraps(function)
+    def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        programs = (p for p in (*args, *kwargs.values()) if isinstance(p, nn.Module))
+        modules = [module for program in programs for module in program.modules()]
+        with pyro.get_param_store().scope(_visible_state(modules)):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _visible_state(modules: Sequence[nn.Module]) -> Any:
+    """Returns the state of the store without the parameters of other modules than these."""
+    state: Any = pyro.get_param_store().get_state()
     own = {id(parameter) for module in modules for parameter in module.parameters()}
     names = _names_in_store(modules)
-    before = store.get_state()
-    others = {
+    hidden = {
         name
-        for name, parameter in before["params"].items()
+        for name, parameter in state["params"].items()
         if isinstance(parameter, nn.Parameter) and id(parameter) not in own
         if "$$$" not in name  # of a pyro.module statement
         if names is None or name in names
     }
-
-    def replace(names: set[str], state: Any) -> None:
-        part: Any = {key: {n: v[n] for n in v if n in names} for key, v in state.items()}
-        store.clear()
-        store.set_state(part)
-
-    replace(before["params"].keys() - others, before)
-    try:
-        yield
-    finally:
-        after = store.get_state()
-        replace(others, before)
-        store.set_state(after)
+    return {
+        key: {name: value for name, value in part.items() if name not in hidden}
+        for key, part in state.items()
+    }
 
 
 def _names_in_store(modules: Sequence[nn.Module]) -> set[str] | None:
-    """The names by which PyroModules look for their parameters in the store; None if they will
-    be known after the first call of an autoguide."""
+    """Returns the names by which PyroModules look up their parameters in the store.
+
+    Returns None for an autoguide that has not been called yet, because its names are not known.
+    """
     names = set()
     for module in modules:
         if not isinstance(module, PyroModule):
@@ -156,16 +181,3 @@ def _names_in_store(modules: Sequence[nn.Module]) -> set[str] | None:
         for own in (*module._parameters, *module._pyro_params, *lazy):
             names.add(f"{module._pyro_name}.{own.removesuffix('_unconstrained')}".lstrip("."))
     return names
-
-
-def with_own_parameters(
-    function: Callable[_Arguments, _Result],
-) -> Callable[_Arguments, _Result]:
-    """The function, called within :func:`own_parameters` of all modules among its arguments."""
-
-    @wraps(function)
-    def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        with own_parameters(*args, *kwargs.values()):
-            return function(*args, **kwargs)
-
-    return wrapped

@@ -1,4 +1,4 @@
-r"""Random numbers of one's own: seeded inside a block, as they were after it."""
+r"""Context managers that seed the global random generators and restore them on exit."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ __all__ = [
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch, numpy and Python for work on a device inside the block.
+    """Seeds torch, numpy and Python inside the block, and restores their states on exit.
 
-    Afterwards their global random states are what they were.
+    Arguments:
+        seed: The seed of all generators.
+        device: The device of the computation; a CUDA device is seeded, too.
 
     Example:
         >>> state = torch.random.get_rng_state()
@@ -38,10 +40,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """
     seed = operator.index(seed)
     cuda = device.type == "cuda"
-    # the global generator of numpy is meant: a guide of the user's may draw from it
+    # numpy's global generator is seeded because a user's guide may draw from it
     others = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if cuda else [], device_type="cuda"):
-        # torch.manual_seed would seed all GPUs, which nothing restores
+        # torch.manual_seed would seed all GPUs, and fork_rng restores only this one
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
@@ -56,7 +58,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def global_generator(device: torch.device) -> torch.Generator:
-    """A generator of one's own in the state of the global one of a device."""
+    """Returns a new generator in the state of the global one of a device."""
     generator = torch.Generator(device)
     if device.type == "cuda":
         generator.set_state(torch.cuda.get_rng_state(device))
@@ -66,7 +68,7 @@ def global_generator(device: torch.device) -> torch.Generator:
 
 
 def set_global_state(state: Tensor, device: torch.device) -> None:
-    """Puts the global generator of a device into the state of a generator."""
+    """Sets the state of the global generator of a device."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
@@ -74,7 +76,10 @@ def set_global_state(state: Tensor, device: torch.device) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The global random states of torch (CPU and, on CUDA, the device), numpy and Python."""
+    """Returns the global random states of torch, numpy and Python as tensors.
+
+    On a CUDA device, the state of the device is included.
+    """
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     version, words, gauss = random.getstate()
     state = {
@@ -90,7 +95,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Sets what :func:`random_state` returned; a CUDA device's state only where there is one."""
+    """Restores the states that :func:`random_state` returned."""
     torch.random.set_rng_state(state["torch"])
     *keys, position, has_gauss = state["numpy"].tolist()
     gauss = float(state["numpy_gauss"])
@@ -104,7 +109,7 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def preserve_rng(device: torch.device, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Afterwards the global random states are what they were, and so are the given tensors.
+    """Restores the global random states and the values of the given tensors on exit.
 
     Example:
         >>> norm = torch.nn.BatchNorm1d(2)
@@ -121,11 +126,11 @@ def preserve_rng(device: torch.device, tensors: Iterable[Tensor] = ()) -> Iterat
         set_random_state(state, device)
         with torch.no_grad():
             for tensor, value in kept:
-                if not torch.equal(tensor, value):  # nobody can write to an expanded one
+                if not torch.equal(tensor, value):  # expanded tensors cannot be written to
                     tensor.copy_(value)
 
 
 def image_seed(seed: int, image: int, purpose: str = "") -> int:
-    """The seed of one image's stream of random numbers: the same in whatever chunk it comes."""
+    """Returns the seed of one image's random numbers, which does not depend on the chunk."""
     text = f"{seed} {image} {purpose}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")

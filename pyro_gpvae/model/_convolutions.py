@@ -1,8 +1,6 @@
-r"""Transposed convolutions in the formulation that was measured to be fastest on a CPU."""
+r"""The transposed convolution of the decoders, with faster formulations on a CPU."""
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +8,24 @@ from torch.nn import functional
 
 __all__ = ["ConvTranspose2d"]
 
-# from this many output channels on, the library's own transposed convolution is faster
-_FEW = 4
-
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    r"""``nn.ConvTranspose2d`` with the same parameters and values, faster where it can be.
+    r"""``nn.ConvTranspose2d`` with the same parameters and values, faster on a CPU.
 
-    Libraries for CPUs spend on a transposed convolution with one or three output channels, the
-    last layer of a decoder, several times what its multiplications cost. On a CPU it is therefore
+    Layers of the paper's decoders have kernel 4, stride 2 and padding 1. Libraries for CPUs are
+    slow for their last layer, which has one or three output channels. There this class uses
 
-    - one matrix product with the kernel, whose columns are then added up where they overlap, for
-      one output channel;
-    - for two or three channels, if the kernel is 4, the stride 2 and the padding 1, an ordinary
-      2×2 convolution: row :math:`2 n - 1 + a` of the output, a = 0 or 1, needs only the rows n
-      and n - 1 of the input, with the rows a and 2 + a of the kernel.
+    - for one output channel, one matrix product with the kernel, whose columns are added up where
+      they overlap: 0.51 times the time of torch in training and 0.31 times without gradients;
+    - for three output channels, a 2×2 convolution: row :math:`2 n - 1 + a` of the output, a = 0 or
+      1, depends only on rows n and n - 1 of the input, with rows a and 2 + a of the kernel: 0.82
+      times the time of torch in training and 0.49 times without gradients.
 
-    Other layers keep torch's own, in channels-last memory when no gradients are recorded (with
-    them it gains nothing). All are sums of the same products: values and derivatives of every
-    order are equal up to rounding. On other devices than the CPU nothing changes.
-    ``docs/performance.md`` says how much it saves.
+    All other layers are torch's own. Without gradients they run in channels-last memory (0.70 to
+    0.89 times). A whole decoder then takes 0.57 (28×28) and 0.55 (32×32) times the time of torch
+    without gradients; encoder and decoder together take 0.91 and 0.94 times in training. These are
+    medians on one thread of an Intel Xeon with torch 2.13. Values and derivatives of every order
+    are equal up to rounding. Nothing changes on other devices.
 
     Example:
         >>> layer = ConvTranspose2d(8, 1, 4, stride=2, padding=1)
@@ -38,26 +34,23 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        ours = input.device.type == "cpu" and input.dim() == 4 and self.groups == 1
-        # a dilated kernel allows more, which fold does not know
-        ours &= all(int(e) < s for e, s in zip(self.output_padding, self.stride, strict=True))
-        if not ours or output_size is not None:
+        if input.device.type != "cpu" or input.dim() != 4 or output_size is not None:
             return super().forward(input, output_size)
-        if self.out_channels == 1:
-            return self._columns(input)
-        if self.out_channels < _FEW and self._doubles():
-            return self._subpixel(input)
-        if torch.is_grad_enabled():
-            return super().forward(input)
-        return super().forward(_channels_last(input))
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        if shape == ((4, 4), (2, 2), (1, 1), (1, 1), 1):
+            if self.out_channels == 1:
+                return self._columns(input)
+            if self.out_channels == 3:
+                return self._subpixel(input)
+        return super().forward(input if torch.is_grad_enabled() else _channels_last(input))
+
+    def _size(self, x: Tensor) -> tuple[int, int]:
+        rows, columns = self.output_padding
+        return 2 * x.shape[2] + int(rows), 2 * x.shape[3] + int(columns)
 
     def _columns(self, x: Tensor) -> Tensor:
-        size, kernel, stride, padding, dilation = (
-            cast(tuple[int, int], pair)
-            for pair in (self._size(x), self.kernel_size, self.stride, self.padding, self.dilation)
-        )
         kernels = self.weight.flatten(1).t().expand(len(x), -1, -1)
-        images = functional.fold(kernels.bmm(x.flatten(2)), size, kernel, dilation, padding, stride)
+        images = functional.fold(kernels.bmm(x.flatten(2)), self._size(x), 4, padding=1, stride=2)
         return images if self.bias is None else images + self.bias[:, None, None]
 
     def _subpixel(self, x: Tensor) -> Tensor:
@@ -72,23 +65,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         y = y.reshape(batch, 2 * rows + 2, 2 * columns + 2, fan_out)
         return y[:, 1 : 1 + height, 1 : 1 + width].movedim(-1, 1)
 
-    def _doubles(self) -> bool:
-        shape = (self.kernel_size, self.stride, self.padding, self.dilation)
-        return shape == ((4, 4), (2, 2), (1, 1), (1, 1))
-
-    def _size(self, x: Tensor) -> tuple[int, int]:
-        height, width = (
-            (small - 1) * self.stride[i]
-            - 2 * int(self.padding[i])
-            + self.dilation[i] * (self.kernel_size[i] - 1)
-            + self.output_padding[i]
-            + 1
-            for i, small in enumerate(x.shape[2:])
-        )
-        return height, width
-
 
 def _channels_last(x: Tensor) -> Tensor:
-    """The same images, with the channels of a pixel next to each other in memory."""
-    # not contiguous(memory_format=...), which torch.func.vmap does not support
+    """Returns the same images in channels-last memory."""
+    # contiguous(memory_format=...) is not supported by torch.func.vmap
     return x.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -1,10 +1,9 @@
-r"""A guide whose posteriors are given, for one batch of images."""
+r"""A guide with given posteriors of one batch of images."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyro
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_gpvae.core._plates import DATA_PLATE
@@ -13,17 +12,17 @@ __all__ = ["PrecomputedPosterior"]
 
 
 class PrecomputedPosterior:
-    """A guide that knows q(z|x) for the images it was computed for, and for no others.
+    """A guide that returns a given q(z|x), for the batch of images that it was computed for.
 
-    It spares an encoder or an optimisation a second run, and makes any distribution a proposal.
-    Functions that take images in parts, as :func:`pyro_gpvae.log_weights` does, must be given no
-    more of them than are in a part.
+    It avoids a second run of an encoder or of an optimisation, and makes any distribution a
+    proposal. Functions that divide images into parts, as :func:`pyro_gpvae.log_weights` does, must
+    be called with a single part.
 
     Arguments:
         q: The posteriors of B images: batch shape (B,), event shape (p,).
 
     Raises:
-        ValueError: If it is asked for another number of images than B.
+        ValueError: If it is called with another number of images than B.
 
     Example:
         >>> import pyro.distributions as dist
@@ -33,15 +32,15 @@ class PrecomputedPosterior:
         True
     """
 
-    def __init__(self, q: Any) -> None:
+    def __init__(self, q: TorchDistribution) -> None:
         self.q = q
 
-    def posterior(self, x: Tensor) -> Any:
+    def posterior(self, x: Tensor) -> TorchDistribution:
         known = self.q.batch_shape[-1]
         if len(x) != known:
             raise ValueError(
                 f"this guide knows the posteriors of {known} images, and was asked for {len(x)}: "
-                "give fewer images at a time, or a larger chunk_size"
+                "pass fewer images at a time, or a larger chunk_size"
             )
         return self.q
 

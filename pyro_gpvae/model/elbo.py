@@ -1,10 +1,14 @@
-r"""Eq. (2) of the supplement with Pyro's ELBO estimators, without reading the device."""
+r"""Eq. (2) of the supplement, the objective of training, and ELBO estimators that compute it.
+
+:class:`PerImage` turns an ELBO of Pyro into an estimate of eq. (2). :func:`pyro_gpvae.fit` wraps
+model and guide in it and minimises the guide's objective, or :class:`TraceELBO` by default.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,7 +44,7 @@ __all__ = [
 
 
 class Objective(Protocol):
-    """What training needs of an objective: the part of :class:`pyro.infer.ELBO` it calls."""
+    """The part of :class:`pyro.infer.ELBO` that training calls."""
 
     def differentiable_loss(self, model: Any, guide: Any, x: Tensor, /) -> Tensor:
         """Returns minus the ELBO of a batch of images, with its gradient."""
@@ -64,10 +68,10 @@ class Block:
 
 
 class TraceELBO(Trace_ELBO):
-    """:class:`pyro.infer.Trace_ELBO` whose ``differentiable_loss`` never reads the device.
+    """:class:`pyro.infer.Trace_ELBO` with a ``differentiable_loss`` that never reads the device.
 
-    The same value and gradient on the same traces, score-function terms included. Pyro copies
-    every term to the host as a number: a GPU then waits once a site.
+    Value and gradient are those of Pyro's on the same traces, including score-function terms.
+    Pyro copies every term to the host as a number, so that a GPU waits once for each site.
     """
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -80,7 +84,7 @@ class TraceELBO(Trace_ELBO):
 
     def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
         elbo: Any = 0.0
-        surrogate: Any = 0.0  # what the guide's sites add to the gradient
+        surrogate: Any = 0.0  # its gradient is the contribution of the guide's sites
         log_r = None
         for site in _sample_sites(model_trace):
             elbo = elbo + site["log_prob_sum"]
@@ -100,11 +104,10 @@ class TraceELBO(Trace_ELBO):
 
 
 class MeanFieldELBO(TraceMeanField_ELBO):
-    """:class:`pyro.infer.TraceMeanField_ELBO` that computes only what counts, and never reads
-    the device.
+    """:class:`pyro.infer.TraceMeanField_ELBO` without unused densities and reads of the device.
 
-    The same value and gradient on the same traces. A site whose KL divergence is analytic is
-    scored neither under the guide nor under the model, and a site that is masked out not at all.
+    Value and gradient are those of Pyro's on the same traces. The log density of a site is not
+    computed if its KL divergence is analytic, or if the site is masked out.
     """
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -121,7 +124,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
         return result
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Minus the ELBO as a number; its gradient goes to the parameters."""
+        """Returns minus the ELBO as a number, and adds its gradient to the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -129,7 +132,7 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
     @torch.no_grad()
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Minus the ELBO as a number."""
+        """Returns minus the ELBO as a number."""
         return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -183,10 +186,12 @@ class MeanFieldELBO(TraceMeanField_ELBO):
 
 
 def without_host_sync(objective: Objective) -> Objective:
-    """Returns the objective, or for Pyro's two most common ones their equals of this module.
+    """Returns an equal objective of this module for ``Trace_ELBO`` and ``TraceMeanField_ELBO``.
+
+    Any other objective is returned as it is.
 
     Raises:
-        ValueError: If it cannot train: it has no ``differentiable_loss``, or enumerates sites.
+        ValueError: If the objective has no ``differentiable_loss``, or enumerates sites.
 
     Example:
         >>> type(without_host_sync(Trace_ELBO(num_particles=2))).__name__
@@ -197,9 +202,9 @@ def without_host_sync(objective: Objective) -> Objective:
         raise ValueError(f"elbo must have differentiable_loss, as Trace_ELBO has; {name} has not")
     if isinstance(objective, TraceEnum_ELBO | TraceTMC_ELBO):
         raise ValueError(
-            f"{name} enumerates sites that the guide does not have, for which there are no terms "
-            "of eq. (2): sum over them in the model, as dist.MixtureSameFamily does, or train "
-            "with SVI(PerImage(model, N), PerImage(guide, N), ...)"
+            f"{name} enumerates sites that the guide does not have, and eq. (2) has no terms for "
+            "them: sum over them in the model, as dist.MixtureSameFamily does, or train with "
+            "SVI(PerImage(model, N), PerImage(guide, N), ...)"
         )
     equals: dict[type, type] = {Trace_ELBO: TraceELBO, TraceMeanField_ELBO: MeanFieldELBO}
     if type(objective) not in equals:
@@ -213,9 +218,10 @@ def without_host_sync(objective: Objective) -> Objective:
 def sampled_traces(
     model: Any, guide: Any, args: Any, kwargs: Any, max_plate_nesting: float
 ) -> tuple[Any, Any]:
-    """Traces of the guide, and of the model replayed with its draws: (model, guide), unscored.
+    """Returns traces of the model and of the guide, in which the model has the guide's draws.
 
-    With validation, Pyro's checks of names and shapes.
+    Log densities are not computed, unless the validation of Pyro is enabled: then names and shapes
+    are checked.
     """
     guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
@@ -235,24 +241,24 @@ def _sample_sites(trace: Any) -> list[Any]:
 
 
 class PerImage(Program):
-    r"""A model or guide whose sites are scaled so that an ELBO estimates eq. (2) per image.
+    r"""A model or guide whose sites are scaled so that an ELBO estimates eq. (2) in nats per image.
 
     .. math::
         E_{q(z|x)}[\log p(x|z)] - E_{q(W,U)}[KL(q(z|x,W,U) \| p(z))]
         - \tfrac{1}{N} KL(q(W,U) \| N(0, I)),
 
-    averaged over the minibatch. Sites inside ``plate("data", B)`` weigh 1/B, global ones 1/N.
-    That is Pyro's ``plate("data", N, subsample_size=B)`` under ``poutine.scale(scale=1/N)``, for
-    programs that need not know N. Wrap model **and** guide: a scale on one of them alone trains
-    the wrong objective without any warning.
+    averaged over the minibatch. Sites inside ``plate("data", B)`` are scaled by 1/B and global
+    sites by 1/N. This equals Pyro's ``plate("data", N, subsample_size=B)`` under
+    ``poutine.scale(scale=1/N)``, but the programs need not know N. Wrap the model **and** the
+    guide: if only one of them is scaled, Pyro trains a wrong objective without a warning.
 
     Arguments:
         program: A Pyro model or guide of images x (B, C, H, W).
         num_images: The number N of training images, never the batch size.
 
     Raises:
-        ValueError: If num_images is not positive; in use, if "z" or what is observed lies in a
-            plate of another name, or ``plate("data")`` subsamples.
+        ValueError: If num_images is not positive. A call raises it if "z" or an observed site is in
+            a plate of another name, or if ``plate("data")`` subsamples.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -265,7 +271,7 @@ class PerImage(Program):
         >>> loss = SVI(*programs, Adam({"lr": 5e-4}), Trace_ELBO()).step(torch.rand(8, 1, 28, 28))
     """
 
-    def __init__(self, program: Callable[..., Any], num_images: int) -> None:
+    def __init__(self, program: PyroProgram, num_images: int) -> None:
         super().__init__()
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {num_images}")
@@ -290,11 +296,11 @@ class _PerImageScale(Messenger):
         data = data_frame(msg)
         alike = [f for f in msg["cond_indep_stack"] if f.dim == -1 and f.size == self.batch > 1]
         if data is None and alike and not msg["is_observed"]:
-            plate = alike[0].name  # a global one perhaps, which has this size by chance
+            plate = alike[0].name  # may be a global plate that has this size by chance
             warnings.warn(
-                f"the site {msg['name']!r} lies in plate({plate!r}, {self.batch}), as many as "
-                "there are images, and is taken for a global one, which weighs 1/N: if it belongs "
-                f"to an image, write plate({DATA_PLATE!r}, len(x))",
+                f"the site {msg['name']!r} lies in plate({plate!r}, {self.batch}), which has as "
+                "many members as the batch has images. It is treated as global and scaled by 1/N: "
+                f"if it is local, write plate({DATA_PLATE!r}, len(x))",
                 stacklevel=2,
             )
         msg["scale"] = msg["scale"] / (self.num_images if data is None else data.size)
@@ -303,13 +309,19 @@ class _PerImageScale(Messenger):
 @with_own_parameters
 @torch.no_grad()
 def elbo_terms(
-    model: Callable[[Tensor], Any], guide: Callable[[Tensor], Any], x: Tensor, num_images: int
+    model: PyroProgram, guide: PyroProgram, x: Tensor, num_images: int
 ) -> dict[str, float]:
-    """Estimates the terms of eq. (2) from one draw of the guide, in nats per image.
+    """Estimates the terms of eq. (2) with one draw of the guide, in nats per image.
+
+    Arguments:
+        model: A Pyro model, not wrapped in :class:`PerImage`.
+        guide: A Pyro guide.
+        x: Images (B, C, H, W), uint8 or floats.
+        num_images: The number N of training images.
 
     Returns:
-        ``log_likelihood`` (expected log p(x|z)), ``kl_z``, and ``kl_global`` (KL(q(W,U)‖p)/N);
-        their signed sum is the ELBO. Sites under a mask count as the mask says.
+        ``log_likelihood`` (expected log p(x|z)), ``kl_z``, and ``kl_global`` (KL(q(W,U)‖p)/N). The
+        ELBO is the first minus the other two. Masks of sites are respected.
     """
     x = to_batch(x, model, guide)
     programs = PerImage(pair(model, guide), num_images), PerImage(guide, num_images)

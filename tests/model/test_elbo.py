@@ -666,7 +666,7 @@ def test_deterministic_values_in_a_global_plate():
 def test_a_site_that_may_be_an_images_is_named():
     model, guide = linear_model(), GaussianGuide(linear_model(), linear_encoder()).double()
     programs = Components(model, "images", None), Components(guide, "images", None)
-    with pytest.warns(UserWarning, match=r"'a' lies in plate\('images', 5\), as many as there are"):
+    with pytest.warns(UserWarning, match=r"'a' lies in plate\('images', 5\), which has as many"):
         elbo_terms(*programs, images(5), N)
 
 
