@@ -26,10 +26,10 @@ from typing import Any
 import pandas as pd
 import torch
 import tyro
+from _gap_against_time import gap_against_time
 
 from pyro_gpvae.core._files import read_json, write_json, write_text
 from pyro_gpvae.data.images import to_float
-from pyro_gpvae.plots import gap_against_time
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.evaluate import evaluate_run
 from pyro_gpvae.runs.folder import Run, check_options, load_run, warm_guide

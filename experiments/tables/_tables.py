@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from _dots import companion_dots, score_dots
 from _frames import companion_frame, drawn, order_text, score_frame
 from _records import Table, check_pairs, collect, read_records
 from _render import (
@@ -25,7 +26,6 @@ from _render import (
 )
 
 from pyro_gpvae.core._files import write_text
-from pyro_gpvae.plots.tables import companion_dots, score_dots
 
 
 @dataclass(kw_only=True)

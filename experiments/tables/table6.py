@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from _dots import time_dots
 from _frames import published_scores
 from _records import DATA_NAMES, method_label
 from _render import escape, latex_table, tabular
@@ -40,7 +41,6 @@ from pyro_gpvae.core._files import read_json, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import ImageData, to_float
 from pyro_gpvae.model.networks import DecoderKind, build_decoder
-from pyro_gpvae.plots.tables import time_dots
 from pyro_gpvae.runs.folder import warm_guide
 
 #: Those of the paper, and the families that it does not time.

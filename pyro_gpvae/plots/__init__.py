@@ -4,7 +4,7 @@ Every figure is built without pyplot, so that nothing global changes and no disp
 ``figure.savefig("name.png")`` writes it.
 """
 
-from pyro_gpvae.plots.curves import gap_against_time, loss_curves
+from pyro_gpvae.plots.curves import loss_curves
 from pyro_gpvae.plots.gap import gap_ladder, uncertainty_scatter
 from pyro_gpvae.plots.generation import active_units_chart, image_table, traversals
 from pyro_gpvae.plots.images import image_grid, reconstructions, uncertain_images
@@ -12,7 +12,6 @@ from pyro_gpvae.plots.posterior import posterior_panels
 
 __all__ = [
     "active_units_chart",
-    "gap_against_time",
     "gap_ladder",
     "image_grid",
     "image_table",

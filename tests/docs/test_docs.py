@@ -97,7 +97,7 @@ def test_every_public_name_is_in_the_reference():
 def test_every_command_is_in_the_reference():
     text = (DOCS / "reference" / "commands.md").read_text()
     shown = re.findall(r'^show_help\("(\w+)"\)', text, re.M)
-    commands = re.findall(r'subcommand\("(\w+)"\)', (ROOT / "pyro_gpvae/cli.py").read_text())
+    commands = re.findall(r'subcommand\("(\w+)"\)', (ROOT / "pyro_gpvae/cli/main.py").read_text())
     assert commands
     assert sorted(shown) == sorted(commands)
 

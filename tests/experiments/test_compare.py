@@ -3,10 +3,10 @@
 import compare
 import pandas as pd
 import pytest
+from _gap_against_time import gap_against_time
 from matplotlib.figure import Figure
 
 from pyro_gpvae.core._files import read_json
-from pyro_gpvae.plots import gap_against_time
 
 
 def record():

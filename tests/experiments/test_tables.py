@@ -16,13 +16,13 @@ import table4
 import table5
 import table6
 import torch
+from _dots import companion_dots, score_dots, time_dots
 from _tables import Options, main
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from pyro_gpvae import ImageModel, make_guide
 from pyro_gpvae.core._files import read_json, write_json
-from pyro_gpvae.plots.tables import companion_dots, score_dots, time_dots
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.training.step import TrainingStep
 
