@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pyro_gpvae.cli._text import print_scores
 from pyro_gpvae.core._files import finished_folder, partial_folder
-from pyro_gpvae.core._registry import available_guides
+from pyro_gpvae.core._registry import registered_guides
 from pyro_gpvae.runs.config import RunConfig
 
 __all__ = ["Train"]
@@ -87,7 +87,7 @@ class Train(RunConfig):
                 record = train_run(config, out, overwrite=self.overwrite, **train_kwargs)
         except (KeyboardInterrupt, SystemExit):
             if partial_folder(out).is_dir():
-                own = self.guide.partition(":")[0] not in available_guides()
+                own = self.guide.partition(":")[0] not in registered_guides()
                 trust = " --trust-guide" if own or self.trust_guide else ""
                 print(f"continue with: pyro-gpvae train --resume {out}{trust}", file=sys.stderr)
             raise

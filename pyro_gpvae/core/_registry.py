@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
-__all__ = ["available_guides", "distribution_name", "import_named", "registered_guides"]
+__all__ = ["distribution_name", "import_named", "registered_guides"]
 
 _GROUP = "pyro_gpvae.guides"
 
@@ -34,11 +34,6 @@ def registered_guides() -> dict[str, list[EntryPoint]]:
             for point in points:
                 found.setdefault(point.name, []).append(point)
     return dict(sorted(found.items()))
-
-
-def available_guides() -> dict[str, EntryPoint]:
-    """Returns the registered guides by name, sorted."""
-    return {name: points[0] for name, points in registered_guides().items()}
 
 
 def distribution_name(point: EntryPoint) -> str:

@@ -48,7 +48,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_gpvae.core._registry import (
-    available_guides,
     distribution_name,
     import_named,
     registered_guides,
@@ -131,6 +130,11 @@ class HasMoments(Protocol):
 def posterior_of(guide: Any, x: Tensor) -> TorchDistribution | None:
     """Returns q(z|x) of a guide, or None if the guide has no ``posterior``."""
     return guide.posterior(x) if isinstance(guide, HasPosterior) else None
+
+
+def available_guides() -> dict[str, EntryPoint]:
+    """Returns the registered guides by name, sorted."""
+    return {name: points[0] for name, points in registered_guides().items()}
 
 
 def load_guide(name: str) -> Callable[..., Any]:

@@ -130,7 +130,7 @@ def test_a_name_that_two_distributions_register_is_refused(tmp_path, monkeypatch
         load_guide("mine")
     assert load_guide("vae").__name__ == "GaussianGuide", "other names are not affected"
     monkeypatch.chdir(tmp_path)
-    assert "mine" not in _registry.available_guides(), "nothing is looked up where one works"
+    assert "mine" not in _registry.registered_guides(), "nothing is looked up where one works"
 
 
 def test_the_working_directory_is_on_the_path_for_one_import_only(tmp_path, monkeypatch):
