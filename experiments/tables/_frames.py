@@ -1,139 +1,119 @@
-"""The scores of a table as data frames: statistics, differences, and what was published."""
+"""The scores of a table as a data frame: statistics, differences and published scores."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from _records import Collected, Column, Record, Table
-from _significance import compare_methods, order_change
+from _cells import Collected
+from _records import Column, Record, Table, part_of
+from _significance import compare_methods
 
 PUBLISHED = Path(__file__).parent / "published"
-#: Scores of a companion, by the entry of its record: better and better proposals.
-COMPANION = {
-    "ELBO": ("own", "elbo"),
-    "IWAE, own q": ("own", "log_evidence"),
-    "IWAE, best width": ("width", "log_evidence"),
-    "IWAE, optimum": ("optimum", "log_evidence"),
-    "AIS": ("annealed", "log_evidence"),
-}
-OWN, REFERENCE = "IWAE, own q", "IWAE, optimum"
+#: Scores of a proposal comparison: better and better proposals.
+OWN, WIDTH, OPTIMUM = "IWAE, own q", "IWAE, best width", "IWAE, optimum"
+PROPOSALS = ("ELBO", OWN, WIDTH, OPTIMUM, "AIS")
 
 
 def published_scores(column: str = "score") -> pd.DataFrame:
-    """All published numbers of a kind, indexed by guide, data, latent_dim and decoder."""
+    """Returns all published numbers of a kind by guide, data, latent_dim and decoder."""
     parts = [pd.read_csv(file, comment="#") for file in sorted(PUBLISHED.glob("*.csv"))]
     frame = pd.concat([part for part in parts if column in part.columns])
     return frame.set_index(["guide", "data", "latent_dim", "decoder"])
 
 
-def score_frame(table: Table, collected: Collected, scores: dict[str, str]) -> pd.DataFrame:
-    """A row for each cell and score: statistics, differences, and what was published.
+def estimate(name: str) -> Callable[[Record], float | None]:
+    """Returns a function that reads an estimate of a proposal comparison from a record."""
+    part, number = {
+        "ELBO": ("own", "elbo"),
+        OWN: ("own", "log_evidence"),
+        WIDTH: ("width", "log_evidence"),
+        OPTIMUM: ("optimum", "log_evidence"),
+        "AIS": ("annealed", "log_evidence"),
+    }[name]
+
+    def read(record: Record) -> float | None:
+        parent = f"{part_of(record)}.{part}"
+        return None if "missing" in record[parent] else record.number(f"{parent}.{number}")
+
+    return read
+
+
+def score_frame(
+    table: Table,
+    collected: Collected,
+    scores: Mapping[str, Callable[[Record], float | None]],
+) -> pd.DataFrame:
+    """Returns a row for each cell and score: statistics, differences and published scores.
 
     Arguments:
         table: The table.
         collected: Its records.
-        scores: The field of each score in a record, by its name.
+        scores: Functions that read a score, or None if a guide does not have it, from a record.
     """
     published = published_scores()
-    if not all(record["config.likelihood"] == "gaussian" for record in collected.records):
+    if any(record["config.likelihood"] != "gaussian" for record in collected.records):
         published = published.iloc[:0]  # all of them are Gaussian
     lines = []
-    for panel, columns in table.panels.items():
-        for column in columns:
-            reference = _published(published, "vae", column)[0]
-            for score, name in scores.items():
-                found = {
-                    row: [
-                        record.number(name)
-                        for record in collected.cells.get((row, column.key), [])
-                        if _has(record, name)
-                    ]
-                    for row in collected.rows
-                }
-                values = {row.label: value for row, value in found.items() if value}
-                compared = compare_methods(values) if values else pd.DataFrame()
-                vae = compared["mean"].get("VAE", math.nan) if values else math.nan
-                for row in collected.rows:
-                    value, sd = _published(published, row.guide, column)
-                    if row.role == "control" or score not in ("IWAE", OWN):
-                        value, sd = math.nan, math.nan
-                    line: dict[str, Any] = {
-                        "panel": panel,
-                        "column": column.label,
-                        "data": column.data,
-                        "decoder": column.decoder,
-                        "latent_dim": column.latent_dim,
-                        "method": row.label,
-                        "guide": row.guide,
-                        "role": row.role,
-                        "score": score,
-                        "seeds": 0,
-                        **dict.fromkeys(("mean", "sd", "mark"), math.nan),
-                        **dict.fromkeys(("p", "p_holm", "p_welch", "p_welch_holm"), math.nan),
-                        "note": "not run",
-                        "epochs": (collected.epochs or math.nan) * row.multiple,
-                        "published": value,
-                        "published_sd": sd,
-                        "published_difference_to_vae": value - reference,
-                    }
-                    if row.label in compared.index:
-                        line |= compared.loc[row.label].to_dict()
-                    line["difference_to_vae"] = line["mean"] - vae
-                    lines.append(line)
-    frame = pd.DataFrame(lines)
-    frame["mark"] = frame["mark"].astype(object).where(frame["mark"].notna(), "")
-    return frame
+    for panel, column, score in (
+        (panel, column, score)
+        for panel, columns in table.panels.items()
+        for column in columns
+        for score in scores
+    ):
+        values = {}
+        for row in collected.rows:
+            found = [scores[score](record) for record in collected.cells.get((row, column.key), [])]
+            if kept := [value for value in found if value is not None]:
+                values[row.label] = kept
+        compared = compare_methods(values) if values else pd.DataFrame({"mean": []})
+        vae = compared["mean"].get("VAE", math.nan)
+        reference = _published(published, "vae", column)[0]
+        for row in collected.rows:
+            value, sd = _published(published, row.guide, column)
+            if row.role == "control" or score not in ("IWAE", OWN):
+                value, sd = math.nan, math.nan
+            line: dict[str, Any] = {
+                "panel": panel,
+                "column": column.label,
+                "data": column.data,
+                "decoder": column.decoder,
+                "latent_dim": column.latent_dim,
+                "method": row.label,
+                "guide": row.guide,
+                "role": row.role,
+                "score": score,
+                "seeds": 0,
+                **dict.fromkeys(("mean", "sd"), math.nan),
+                "mark": "",
+                **dict.fromkeys(("p", "p_holm", "p_welch", "p_welch_holm"), math.nan),
+                "note": "not run",
+                "epochs": (collected.epochs or math.nan) * row.multiple,
+                "published": value,
+                "published_sd": sd,
+                "published_difference_to_vae": value - reference,
+            }
+            if row.label in compared.index:
+                line |= compared.loc[row.label].to_dict()
+            lines.append(line | {"difference_to_vae": line["mean"] - vae})
+    return pd.DataFrame(lines)
 
 
-def companion_frame(table: Table, collected: Collected) -> pd.DataFrame:
-    """As :func:`score_frame` for all scores of the companions, with the mean width factor."""
-    fields = {score: ".".join(("companion", *path)) for score, path in COMPANION.items()}
-    frame = score_frame(table, collected, fields)
+def with_factors(frame: pd.DataFrame, collected: Collected) -> pd.DataFrame:
+    """Adds the mean width factor c, and leaves out columns without a record."""
     factors = {
-        (row.label, *key): pd.Series([r["companion.width.factor"] for r in cell]).mean()
+        (row.label, *key): sum(r[f"{part_of(r)}.width.factor"] for r in cell) / len(cell)
         for (row, key), cell in collected.cells.items()
-        if all(_has(record, "companion.width.factor") for record in cell)
+        if all("missing" not in r[f"{part_of(r)}.width"] for r in cell)
     }
     keys = zip(frame["method"], frame["data"], frame["latent_dim"], frame["decoder"], strict=True)
-    frame["factor"] = [factors.get(key, math.nan) for key in keys]
-    return frame
-
-
-def drawn(frame: pd.DataFrame) -> pd.DataFrame:
-    """Without the controls that were not run anywhere, of which a picture shows nothing."""
-    run = set(frame.loc[frame["mean"].notna(), "method"])
-    return frame[frame["method"].isin(run) | (frame["role"] == "method")]
-
-
-def order_text(frame: pd.DataFrame, has_companions: bool) -> str:
-    """Whether methods come in the same order with their own q and with the optimal proposal."""
-    if not has_companions:
-        return "The scores that separate model from proposal were not run."
-    changes, compared = [], 0
-    for (_, label), rows in frame.groupby(["panel", "column"], sort=False):
-        means = [
-            rows[(rows["score"] == score) & rows["mean"].notna()].set_index("method")["mean"]
-            for score in (OWN, REFERENCE)
-        ]
-        change = order_change(means[0].to_dict(), means[1].to_dict())
-        if change is None:
-            continue
-        compared += 1
-        if change.swapped:
-            decoder = rows["decoder"].iloc[0]
-            text = f"{label} ({decoder}): {change.swapped} of {change.pairs} pairs swap"
-            best, other = change.best
-            text += f", the best is no longer {best} but {other}" if best != other else ""
-            changes.append(text)
-    if not compared:
-        return ""
-    which = "between IWAE with the guide's own q and with each image's optimum as proposal"
-    if not changes:
-        return f"The order of methods is the same {which}."
-    return f"The order of methods changes {which}: {'; '.join(changes)}."
+    frame = frame.assign(factor=[factors.get(key, math.nan) for key in keys])
+    run = frame.groupby(["panel", "column"])["seeds"].transform("max") > 0
+    return frame[run].reset_index(drop=True)
 
 
 def _published(frame: pd.DataFrame, guide: str, column: Column) -> tuple[float, float]:
@@ -144,7 +124,24 @@ def _published(frame: pd.DataFrame, guide: str, column: Column) -> tuple[float, 
     return float(row["score"]), float(row["sd"])
 
 
-def _has(record: Record, name: str) -> bool:
-    """Whether the guide has that score: an entry of a companion may be "missing"."""
-    parent = record[name.rpartition(".")[0]]
-    return "missing" not in parent
+def order_text(frame: pd.DataFrame) -> str:
+    """Says whether methods have the same order with their own q and with the optimal proposal."""
+    changes, compared = [], 0
+    for (_, label), rows in frame.groupby(["panel", "column"], sort=False):
+        means = rows.pivot(index="method", columns="score", values="mean")[[OWN, OPTIMUM]].dropna()
+        if len(means) < 2:
+            continue
+        compared += 1
+        pairs = list(combinations(means.to_numpy(), 2))
+        swapped = sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs)
+        if swapped:
+            text = f"{label} ({rows['decoder'].iloc[0]}): {swapped} of {len(pairs)} pairs swap"
+            best, other = means[OWN].idxmax(), means[OPTIMUM].idxmax()
+            text += f", the best is no longer {best} but {other}" if best != other else ""
+            changes.append(text)
+    if not compared:
+        return ""
+    which = "between IWAE with the guide's own q and with the optimum of each image as proposal"
+    if not changes:
+        return f"The order of methods is the same {which}."
+    return f"The order of methods changes {which}: {'; '.join(changes)}."

@@ -1,11 +1,9 @@
-r"""From seeds to a table: means, standard deviations, and tests against the best method."""
+r"""Means and standard deviations over seeds, and tests against the best method."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -117,42 +115,3 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     factors = len(order) - np.arange(len(order))
     p[order] = np.maximum.accumulate(np.minimum(1.0, factors * p[order]))
     return p
-
-
-@dataclass(frozen=True)
-class OrderChange:
-    """How the order of methods differs between two scores.
-
-    Attributes:
-        methods: How many methods have both scores.
-        swapped: How many of their pairs are in the opposite order.
-        pairs: How many pairs there are.
-        best: The best method by the first score, and by the second.
-    """
-
-    methods: int
-    swapped: int
-    pairs: int
-    best: tuple[str, str]
-
-
-def order_change(first: Mapping[str, float], second: Mapping[str, float]) -> OrderChange | None:
-    """Compares the order of methods by two scores; higher is better.
-
-    Arguments:
-        first, second: Mean scores by method; a method that has only one of them is left out.
-
-    Returns:
-        None if fewer than two methods have both.
-
-    Example:
-        >>> order_change({"VAE": 1.0, "SA": 2.0, "GP": 3.0}, {"VAE": 1.0, "SA": 9.0, "GP": 8.0})
-        OrderChange(methods=3, swapped=1, pairs=3, best=('GP', 'SA'))
-    """
-    both = [name for name in first if name in second]
-    if len(both) < 2:
-        return None
-    pairs = list(combinations(both, 2))
-    swapped = sum((first[a] - first[b]) * (second[a] - second[b]) < 0 for a, b in pairs)
-    best = (max(both, key=lambda name: first[name]), max(both, key=lambda name: second[name]))
-    return OrderChange(len(both), swapped, len(pairs), best)

@@ -1,23 +1,21 @@
-"""Table 6: how long inference takes, per batch of 128 images.
+"""Table 6 of the paper: the time of inference for a batch of 128 images.
 
     OMP_NUM_THREADS=1 python experiments/tables/table6.py --root ~/.cache/pyro-gpvae
 
-A benchmark, not a test. For each data set, dimension and decoder a VAE is trained for one epoch on
-a few images, and every other guide is put on its decoder, from its encoder where it can. Inference
-is the posterior q(z|x) of the same batch and one draw from it. All guides take turns in one
-process, in another order each time, after a warm-up; on CUDA every measurement waits for the
-device. The table has medians and quartiles, and their ratios to GPVAE on the same decoder: compare
-the ratios with the paper's, not the times of another device.
+For each data set, dimension and decoder, a VAE is trained for one epoch on a few images, and every
+other guide is put on its decoder and, where possible, starts from its encoder. Inference is the
+posterior q(z|x) of the same batch and one draw from it. All guides take turns in one process, in
+another order in every round, after a warm-up. Compare the ratios to GPVAE with the paper's, not the
+times, which were measured on another device.
 
-A data set that is not there is "not run". Writes table6.json (with every single time), .md, .tex,
-.csv and .png; ``--render`` makes the last four again from the first.
+A data set that is missing is "not run". Writes table6.json, .md, .tex, .csv and .png; ``--render``
+makes the last four again from the first.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -30,25 +28,25 @@ import pandas as pd
 import torch
 import tyro
 from _dots import time_dots
+from _format import Block, latex, markdown
 from _frames import published_scores
 from _records import DATA_NAMES, method_label
-from _render import escape, latex_table, tabular
-from torch import Tensor
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import read_json, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.images import ImageData, to_float
+from pyro_gpvae.data.images import ImageData, to_batch
 from pyro_gpvae.model.networks import DecoderKind, build_decoder
 from pyro_gpvae.runs.folder import warm_guide
 
-#: Those of the paper, and the families that it does not time.
+#: Guides of the paper, and families that it does not time.
 GUIDES = (
     "vae", "sa:1", "sa:4", "iaf:2", "hf:2", "me:2", "rme:2", "iterative:3", "vlae:1", "vlae:2",
     "vlae:4", "vlae:8", "gp",
 )  # fmt: skip
 DECODERS: tuple[DecoderKind, ...] = ("fc", "conv")
+PANELS = {"fc": "fully-connected", "conv": "convolutional"}
 BATCH = 128
 _WARM_UP = 2
 
@@ -62,12 +60,12 @@ class Options:
         omniglot: Name or .npz path of OMNIGLOT.
         root: Folder of data sets.
         latent_dims: Dimensions p of z.
-        guides: What to time; "gp" is needed for the ratios.
+        guides: Guides to time; "gp" is needed for the ratios.
         repeats: Measurements of each guide.
-        train_images: What the VAE is trained on, for one epoch.
+        train_images: Number of images that the VAE is trained on for one epoch.
         device: "cpu" or "cuda"; None is CUDA if there is one.
         out: Folder of the results.
-        render: Only make text and picture again from table6.json.
+        render: Only make tables and picture again from table6.json.
     """
 
     mnist: str = "mnist5k"
@@ -89,12 +87,12 @@ def main(options: Options) -> None:
         write_json(out / "table6.json", measure(options))
     record = read_json(out / "table6.json")
     table = frame(record["rows"], tuple(record["latent_dims"]))
-    text = caption(record)
+    blocks, text, title = blocks_of(table), caption(record), "Table 6: inference time"
     write_text(out / "table6.csv", table.to_csv(index=False))
-    write_text(out / "table6.md", markdown(table, text))
-    write_text(out / "table6.tex", latex(table, text))
-    time_dots(table, text, "Table 6: inference time").savefig(out / "table6.png")
-    print(markdown(table, text))
+    write_text(out / "table6.md", markdown(title, blocks, text))
+    write_text(out / "table6.tex", latex("table6", blocks, text))
+    time_dots(table, text, title).savefig(out / "table6.png")
+    print(markdown(title, blocks, text))
 
 
 def measure(options: Options) -> dict[str, Any]:
@@ -133,19 +131,20 @@ def measure(options: Options) -> dict[str, Any]:
 def interleaved(
     programs: list[Callable[[], Any]], repeats: int, device: torch.device
 ) -> list[list[float]]:
-    """Milliseconds of each program, in turns: what slows the machine slows all of them."""
+    """Returns milliseconds of each program; load on the machine slows down all of them."""
     times: list[list[float]] = [[] for _ in programs]
     order = list(range(len(programs)))
     generator = random.Random(0)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of images that would need more steps: once is enough
+        warnings.simplefilter("ignore")  # of images that would need more steps
         for repeat in range(_WARM_UP + repeats):
             generator.shuffle(order)
             for index in order:
-                _wait(device)
+                wait()
                 start = time.perf_counter()
                 programs[index]()
-                _wait(device)
+                wait()
                 if repeat >= _WARM_UP:
                     times[index].append(1000 * (time.perf_counter() - start))
     return times
@@ -162,24 +161,20 @@ def _programs(
     train = data.train[: options.train_images]
     with seeded(0, device):
         network = build_decoder(data.image_shape, latent_dim, decoder)
-        model = ImageModel(data.image_shape, latent_dim, network, sigma=initial_sigma(train))
-        vae = make_guide("vae", model)
-        fit(model, vae, train, epochs=1, device=device, progress=False)
+        model = ImageModel(data.image_shape, latent_dim, network, sigma=initial_sigma(train)).to(
+            device
+        )
+        vae = make_guide("vae", model).to(device)
+        fit(model, vae, train, epochs=1, progress=False)
         guides = {g: vae if g == "vae" else warm_guide(g, model, vae) for g in options.guides}
-    x = to_float(data.test[:BATCH].to(device))
+    x = to_batch(data.test[:BATCH], model)
     if len(x) < BATCH:
         raise ValueError(f"{data.name} has {len(x)} test images, expected at least {BATCH}")
-    return [(name, _inference(guide.to(device).eval(), x)) for name, guide in guides.items()]
 
+    def inference(guide: Any) -> Callable[[], Any]:
+        return lambda: guide.posterior(x).sample()
 
-def _inference(guide: Any, x: Tensor) -> Callable[[], Any]:
-    """The posterior of images and one draw from it."""
-    return lambda: guide.posterior(x).sample()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return [(name, inference(guide.to(device).eval())) for name, guide in guides.items()]
 
 
 def summarise(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -210,7 +205,8 @@ def frame(rows: list[dict[str, Any]], latent_dims: tuple[int, ...]) -> pd.DataFr
                     paper = published.get((guide, *place), math.nan)
                     lines.append(
                         {
-                            "panel": _panel(decoder),
+                            "panel": {"fc": "fully-connected", "conv": "convolutional"}[decoder]
+                            + " decoders",
                             "column": f"{DATA_NAMES[data]}, p = {latent_dim}",
                             "data": data,
                             "decoder": decoder,
@@ -248,43 +244,25 @@ def caption(record: dict[str, Any]) -> str:
     ]
     text += f"Images: {', '.join(sources)}. " if sources else ""
     text += " ".join(f"{DATA_NAMES[e['data']]} was not run: {e['why']}." for e in record["not_run"])
-    decoder = [row for row in record["rows"] if row["guide"] == "gp" and row["decoder"] == "conv"]
-    if decoder and statistics.median(row["ms_high"] / row["ms_low"] for row in decoder) > 1.5:
-        text += " The machine was busy: quartiles of GPVAE differ by more than half."
     return " ".join(text.split())
 
 
-def markdown(table: pd.DataFrame, caption: str) -> str:
-    lines = ["# Table 6: inference time", ""]
-    for panel, part in table.groupby("panel", sort=False):
-        columns = list(dict.fromkeys(part["column"]))
-        lines += [f"## {panel}", ""]
-        lines.append(
-            f"| method | {' | '.join(f'{c} (ms) | ratio | paper (ratio)' for c in columns)} |"
-        )
-        lines.append("|---|" + "--:|" * (3 * len(columns)))
-        for method, rows in part.groupby("method", sort=False):
-            name = f"`{method}`" if method == rows["guide"].iloc[0] else str(method)
-            cells = [text for _, row in rows.iterrows() for text in _texts(row)]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join([*lines, caption, ""])
-
-
-def latex(table: pd.DataFrame, caption: str) -> str:
+def blocks_of(table: pd.DataFrame) -> list[Block]:
+    """Returns a block for each decoder: time, ratio to GPVAE, and the paper's time and ratio."""
     blocks = []
     for panel, part in table.groupby("panel", sort=False):
-        lines = []
-        for method, rows in part.groupby("method", sort=False):
-            cells = [text for _, row in rows.iterrows() for text in _texts(row)]
-            lines.append(" & ".join(map(escape, [str(method), *cells])))
-        heads = [[f"{column}, ms", "ratio", "paper"] for column in dict.fromkeys(part["column"])]
-        blocks.append(tabular(str(panel), heads, lines))
-    return latex_table("table6", caption, blocks)
+        columns = dict.fromkeys(part["column"])
+        heads = [h for c in columns for h in (f"{c} (ms)", "ratio", "paper (ratio)")]
+        rows = [
+            (str(method), [text for _, row in cells.iterrows() for text in _texts(row)])
+            for method, cells in part.groupby("method", sort=False)
+        ]
+        blocks.append(Block(str(panel), heads, rows))
+    return blocks
 
 
 def _texts(row: Any) -> list[str]:
-    """The three cells of a method and column."""
+    """Returns the three cells of a method and column."""
     measured = "not run"
     if not math.isnan(row["ms"]):
         measured = f"{row['ms']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})"
@@ -293,10 +271,6 @@ def _texts(row: Any) -> list[str]:
     if not math.isnan(row["published"]):
         paper = f"{row['published']:.1f} ({row['published_ratio']:.2f})"
     return [measured, ratio, paper]
-
-
-def _panel(decoder: str) -> str:
-    return {"fc": "fully-connected decoders", "conv": "convolutional decoders"}[decoder]
 
 
 if __name__ == "__main__":

@@ -1,31 +1,30 @@
-"""Tables from records with known numbers: every colour, every cell, every refusal."""
+"""Score tables from records with known numbers, Table 6, and the committed pages."""
 
 import copy
 import json
 import math
 import re
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import _frames
 import _records
-import main_table
 import numpy as np
 import pandas as pd
 import pytest
-import table4
-import table5
+import score_tables
 import table6
 import torch
-from _dots import companion_dots, score_dots, time_dots
-from _tables import Options, main
-from matplotlib.figure import Figure
 from scipy.stats import t as student
+from score_tables import TABLE_4, TABLE_5, TABLES, Options, main
 
 from pyro_gpvae import ImageModel, make_guide
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.training.step import TrainingStep
 
+RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 SMALL = _records.Table(
     "small", "Small", {"": (_records.Column("mnist", 10),)}, ("vae", "sa:4", "me:2", "gp")
 )
@@ -64,8 +63,8 @@ def write(folder, content):
     return content
 
 
-def companion_of(folder, content, own, optimum, **changes):
-    """An evaluation with a companion beside a run."""
+def evaluation_of(folder, content, own, optimum, **changes):
+    """Writes an evaluation with a comparison of proposals, as the committed ones are."""
     parts = {
         "num_images": 50, "num_samples": 100, "validation": "held-out training images",
         "own": {"elbo": own - 10, "log_evidence": own},
@@ -80,7 +79,7 @@ def companion_of(folder, content, own, optimum, **changes):
         "recorded": content["scores"],
         "companion": parts | changes,
     }
-    write(folder.with_name(f"{folder.name}-companion"), evaluation)
+    write(folder.with_name(f"{folder.name}-evaluation"), evaluation)
 
 
 def values(mean, sd, count, rng):
@@ -108,7 +107,7 @@ def full4(tmp_path_factory):
                 folder / "runs" / f"{line.guide}-{line.latent_dim}-{seed}".replace(":", "-"),
                 record(line.guide, score, seed, "cifar10", line.latent_dim, epochs=2000),
             )
-    frame = make(table4.TABLE, folder / "runs", folder / "out")
+    frame = make(TABLE_4, folder / "runs", folder / "out")
     return folder / "out", frame
 
 
@@ -166,44 +165,39 @@ def test_table_4_corrects_over_the_column(full4):
 
 def test_table_4_says_what_was_run(full4):
     out, frame = full4
-    markdown = (out / "table4.md").read_text()
-    assert "2,000 epochs (the paper: 2,000); K = 100; CIFAR10: 1,000 training and 100 test" in (
-        markdown
-    )
-    assert "10 seeds" in markdown
+    text = (out / "table4.md").read_text()
+    assert "2,000 epochs (the paper: 2,000); K = 100; CIFAR10: 1,000 training and 100 test" in text
+    assert "10 seeds" in text
     controls = frame[frame["role"] == "control"]
     assert set(controls["note"]) == {"not run"}
     assert controls["mean"].isna().all()
-    assert "| VAE, 2 × epochs | not run | – | – |" in markdown
-    assert "VAE, 2 × epochs: the gradient steps of ME(2)" in markdown
-    assert "VAE, 15 × epochs: the gradient steps of RME(5)" in markdown
-    assert "scores that separate model from proposal were not run" in markdown
-    companion = pd.read_csv(out / "table4_companion.csv")
-    assert set(companion["note"]) == {"not run"}
-    assert not re.search(r"\d\.\d ±", (out / "table4_companion.md").read_text())
-    for name in ("table4", "table4_companion"):
-        assert (out / f"{name}.png").stat().st_size > 10_000
-        text = (out / f"{name}.tex").read_text()
-        assert text.count("{") == text.count("}")
-        assert "usepackage{booktabs,xcolor}" in text
-
-
-def test_latex_has_one_cell_for_each_column(full4):
-    for line in (full4[0] / "table4.tex").read_text().splitlines():
+    assert "| VAE, 2 × epochs | not run | – | – |" in text
+    assert "VAE, 15 × epochs: the gradient steps of RME(5)" in text
+    assert "The proposal comparison was not run" in text
+    assert (out / "table4.png").stat().st_size > 10_000
+    assert not (out / "table4_proposals.md").exists()
+    latex = (out / "table4.tex").read_text()
+    assert latex.count("{") == latex.count("}")
+    for line in latex.splitlines():
         if line.endswith(r"\\"):
             assert len(re.findall(r"(?<!\\)&", line)) == 10, line
 
 
-def test_no_records_are_no_numbers(tmp_path):
-    for table in (table4.TABLE, table5.TABLE, main_table.TABLE):
-        main(table, Options(out=tmp_path))
-        frame = pd.read_csv(tmp_path / f"{table.name}.csv")
-        assert set(frame["note"]) == {"not run"}
-        for name in ("mean", "sd", "p", "difference_to_vae"):
-            assert frame[name].isna().all()
-    assert "| VLAE(4) | not run | – | 605.2 (+41.6) |" in (tmp_path / "table5.md").read_text()
-    text = (tmp_path / "main_table.md").read_text()
-    assert "| GPVAE | not run | – | 693.2 (+8.1) | not run | – | – | not run" in text
+@pytest.mark.parametrize("name", TABLES)
+def test_no_records_are_no_numbers(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_: None)
+    main(TABLES[name], Options(out=tmp_path))
+    frame = pd.read_csv(tmp_path / f"{name}.csv")
+    assert set(frame["note"]) == {"not run"}
+    for column in ("mean", "sd", "p", "difference_to_vae"):
+        assert frame[column].isna().all()
+    text = (tmp_path / f"{name}.md").read_text()
+    expected = {
+        "table4": "| GPVAE | not run | – | 1668.6 (+22.9) |",
+        "table5": "| VLAE(4) | not run | – | 605.2 (+41.6) |",
+        "main_table": "| GPVAE | not run | – | 693.2 (+8.1) | not run | – | – | not run",
+    }
+    assert expected[name] in text
 
 
 def test_table_5_has_both_decoders(tmp_path):
@@ -213,7 +207,7 @@ def test_table_5_has_both_decoders(tmp_path):
             write(folder, record("vae", score + seed, seed, decoder=decoder))
             folder = tmp_path / "runs" / f"gp-{decoder}-{seed}"
             write(folder, record("gp", score + 9 + seed, seed, decoder=decoder))
-    frame = make(table5.TABLE, tmp_path / "runs", tmp_path / "out")
+    frame = make(TABLE_5, tmp_path / "runs", tmp_path / "out")
     rows = frame[(frame["data"] == "mnist") & (frame["latent_dim"] == 10) & (frame["seeds"] > 0)]
     assert rows.groupby("decoder")["difference_to_vae"].max().to_dict() == {"conv": 9, "fc": 9}
     assert rows[rows["mark"] == "best"]["guide"].tolist() == ["gp", "gp"]
@@ -255,7 +249,7 @@ def test_what_was_not_tested_does_not_look_different(tmp_path):
         text = (tmp_path / "out" / f"small.{kind}").read_text()
         assert f"100.5{pm} (not tested)" in text
         assert f"90.5{pm} (not tested)" in text
-        assert "Not tested: a method of one seed, or any where the best mean is of one" in text
+        assert "Not tested: a method with one seed" in text
 
 
 def test_other_likelihoods_have_no_published_scores(tmp_path):
@@ -263,15 +257,13 @@ def test_other_likelihoods_have_no_published_scores(tmp_path):
         for seed in range(2):
             run = tmp_path / "runs" / f"{guide}-{seed}"
             content = write(run, record(guide, score + seed, seed, likelihood="bernoulli"))
-            companion_of(run, content, score + seed, score + 1 + seed)
-    frame = make(SMALL, tmp_path / "runs", tmp_path / "out")
-    beside = pd.read_csv(tmp_path / "out" / "small_companion.csv")
-    for table in (frame, beside):
+            evaluation_of(run, content, score + seed, score + 1 + seed)
+    make(SMALL, tmp_path / "runs", tmp_path / "out")
+    for name in ("small", "small_proposals"):
+        table = pd.read_csv(tmp_path / "out" / f"{name}.csv")
         assert table["mean"].notna().any()
-        assert table["published"].isna().all()
-        assert table["published_difference_to_vae"].isna().all()
-    for name in ("small.md", "small_companion.md", "small.tex"):
-        text = (tmp_path / "out" / name).read_text()
+        assert table[["published", "published_difference_to_vae"]].isna().all(axis=None)
+        text = (tmp_path / "out" / f"{name}.md").read_text()
         assert "bernoulli likelihood, and no published scores, which are Gaussian" in text
         assert "685.1" not in text
 
@@ -426,17 +418,6 @@ def test_another_commit_is_flagged_and_damage_too(tmp_path, capsys):
     assert "2 seeds" in text
 
 
-def test_missing_fields_and_folders_are_named(tmp_path):
-    odd = record()
-    del odd["data"]["validation_images"]
-    write(tmp_path / "runs" / "odd", odd)
-    write(tmp_path / "runs" / "vae", record(seed=1))
-    with pytest.raises(ValueError, match=r"odd/record.json: the field 'data.validation_images'"):
-        make(SMALL, tmp_path / "runs", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="absent"):
-        make(SMALL, tmp_path / "absent", tmp_path / "out")
-
-
 def test_guides_of_other_tables_are_rows_and_other_columns_are_not(tmp_path):
     write(tmp_path / "runs" / "vae", record("vae", 100.0))
     write(tmp_path / "runs" / "iterative", record("iterative:3", 120.0))
@@ -447,163 +428,128 @@ def test_guides_of_other_tables_are_rows_and_other_columns_are_not(tmp_path):
     assert "| `iterative:3` | " in (tmp_path / "out" / "small.md").read_text()
 
 
-def with_companions(folder, optimum_of_gp):
+def with_evaluations(folder, optimum_of_gp):
     rng = np.random.default_rng(1)
     for guide, own, optimum in (("vae", 100.0, 130.0), ("gp", 110.0, optimum_of_gp)):
         for seed, noise in enumerate(values(0.0, 1.0, 3, rng)):
             run = folder / f"{guide}-{seed}"
             content = write(run, record(guide, own + noise, seed))
-            companion_of(run, content, own + 5 + noise, optimum + noise)
+            evaluation_of(run, content, own + 5 + noise, optimum + noise)
 
 
-def test_the_companion_ranks_and_tests_every_score(tmp_path):
-    with_companions(tmp_path / "runs", 120.0)
+def test_every_score_of_a_proposal_comparison_is_ranked_and_tested(tmp_path):
+    with_evaluations(tmp_path / "runs", 120.0)
+    content = write(tmp_path / "runs" / "sa", record("sa:4", 100.0))
+    missing = {"width": {"missing": "no posterior"}, "annealed": {"missing": "not asked for"}}
+    evaluation_of(tmp_path / "runs" / "sa", content, 100.0, 120.0, **missing)
     frame = make(SMALL, tmp_path / "runs", tmp_path / "out")
     assert frame.set_index("method").loc["GPVAE", "mark"] == "best"
-    companion = pd.read_csv(tmp_path / "out" / "small_companion.csv")
-    assert list(dict.fromkeys(companion["score"])) == list(_frames.COMPANION)
-    rows = companion.set_index(["score", "method"])
-    assert rows.loc[("IWAE, own q", "GPVAE"), "mark"] == "best"
+    compared = pd.read_csv(tmp_path / "out" / "small_proposals.csv")
+    assert list(dict.fromkeys(compared["score"])) == list(score_tables.PROPOSALS)
+    rows = compared.set_index(["score", "method"])
     assert rows.loc[("IWAE, own q", "GPVAE"), "mean"] == pytest.approx(115.0)
     assert rows.loc[("IWAE, optimum", "VAE"), "mark"] == "best"
     assert rows.loc[("IWAE, optimum", "GPVAE"), "mark"] == "different"
-    assert rows.loc[("IWAE, optimum", "GPVAE"), "difference_to_vae"] == pytest.approx(-10.0)
     assert rows.loc[("AIS", "VAE"), "mean"] == pytest.approx(130.1)
     # sd 1 and three runs each: t = 10 / √(2/3), 4 degrees of freedom
     expected = 2 * student.sf(10 / math.sqrt(2 / 3), 4)
     assert rows.loc[("IWAE, optimum", "GPVAE"), "p"] == pytest.approx(expected)
-    change = "the best is no longer GPVAE but VAE"
-    for name in ("small", "small_companion"):
+    for name in ("small", "small_proposals"):
         text = (tmp_path / "out" / f"{name}.md").read_text()
-        assert "The order of methods changes" in text
-        assert f"MNIST, p = 10 (conv): 1 of 1 pairs swap, {change}" in text
+        assert "MNIST, p = 10 (conv): 1 of 3 pairs swap" in text
+        assert "the best is no longer GPVAE but VAE" in text
     assert "| 1.50 |" in text
-    assert "6 of 300 images had not converged" in text
-    assert "chosen on held-out training images" in text
+    assert "7 of 350 images had not converged" in text
+    line = next(line for line in text.splitlines() if line.startswith("| SA(4) |"))
+    assert line.split(" | ")[2:7] == ["100.0 (1 seed) (-5.0)", "not run", "–",
+                                      "120.0 (1 seed) (-10.0)", "not run"]  # fmt: skip
 
 
-def test_the_companion_says_when_the_order_stays(tmp_path):
-    with_companions(tmp_path / "runs", 140.0)
+def test_the_order_may_stay(tmp_path):
+    with_evaluations(tmp_path / "runs", 140.0)
     make(SMALL, tmp_path / "runs", tmp_path / "out")
     assert "The order of methods is the same" in (tmp_path / "out" / "small.md").read_text()
 
 
-def test_companions_of_other_runs_are_refused(tmp_path):
-    with_companions(tmp_path, 120.0)
-    content = read_json(tmp_path / "gp-0" / "record.json")
-    content["scores"]["log_evidence"] += 1
-    write_json(tmp_path / "gp-0" / "record.json", content)
-    with pytest.raises(ValueError, match=r"gp-0-companion/record.json: recorded.log_evidence"):
+def test_evaluations_of_other_runs_and_budgets_are_refused(tmp_path):
+    with_evaluations(tmp_path, 120.0)
+    file = tmp_path / "gp-0" / "record.json"
+    content = read_json(file)
+    other = copy.deepcopy(content)
+    other["scores"]["log_evidence"] += 1
+    write_json(file, other)
+    with pytest.raises(ValueError, match=r"gp-0-evaluation/record.json: recorded.log_evidence"):
         make(SMALL, tmp_path, tmp_path / "out")
-
-
-def test_companions_of_other_budgets_are_refused(tmp_path):
-    with_companions(tmp_path, 120.0)
-    content = record("sa:4", 100.0)
-    write(tmp_path / "sa", content)
-    companion_of(tmp_path / "sa", content, 100.0, 120.0, num_images=20)
+    write_json(file, content)
+    sa = write(tmp_path / "sa", record("sa:4", 100.0))
+    evaluation_of(tmp_path / "sa", sa, 100.0, 120.0, num_images=20)
     with pytest.raises(ValueError, match=r"companion.num_images is 20, but 50 in"):
         make(SMALL, tmp_path, tmp_path / "out")
 
 
-def test_scores_that_a_guide_lacks_are_not_run(tmp_path):
-    with_companions(tmp_path / "runs", 120.0)
-    content = write(tmp_path / "runs" / "sa", record("sa:4", 100.0))
-    missing = {"width": {"missing": "no posterior"}, "annealed": {"missing": "not asked for"}}
-    companion_of(tmp_path / "runs" / "sa", content, 100.0, 120.0, **missing)
-    make(SMALL, tmp_path / "runs", tmp_path / "out")
-    text = (tmp_path / "out" / "small_companion.md").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("| SA(4) |"))
-    cells = line.split(" | ")
-    assert cells[2] == "100.0 (1 seed) (-5.0)"
-    assert cells[3:5] == ["not run", "–"]
-    assert cells[6] == "not run"
-
-
 def test_evaluations_of_untrained_guides_are_no_rows(tmp_path):
     content = write(tmp_path / "vae", record())
-    companion_of(tmp_path / "vae", content, 100.0, 120.0)
-    file = tmp_path / "vae-companion" / "record.json"
+    evaluation_of(tmp_path / "vae", content, 100.0, 120.0)
+    file = tmp_path / "vae-evaluation" / "record.json"
     evaluation = read_json(file) | {"guide": "vlae:2"}
     evaluation["config"]["guide"] = "vlae:2"
     write_json(file, evaluation)
     make(SMALL, tmp_path, tmp_path / "out")
-    text = (tmp_path / "out" / "small_companion.md").read_text()
-    assert "vlae" not in text
-    assert "±" not in text.split("## ")[1].split("The same models")[0]
+    assert not (tmp_path / "out" / "small_proposals.md").exists()
 
 
-def test_pictures_need_their_columns():
-    frame = pd.DataFrame({"panel": [""], "column": ["c"], "method": ["VAE"], "mean": [1.0]})
-    for draw in (score_dots, companion_dots, time_dots):
-        with pytest.raises(ValueError, match="lacks the columns"):
-            draw(frame)
-        with pytest.raises(ValueError, match="lacks the columns"):
-            draw(pd.DataFrame())
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "runs"), [("table4", "cifar10"), ("table5", "mnist")])
+def test_committed_score_tables_are_those_of_the_committed_records(
+    name, runs, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(RESULTS)
+    records = Path("records") / runs, Path("records/evaluations")
+    main(TABLES[name], Options(records=records, epochs=6, out=tmp_path))
+    for file in (f"{name}.md", f"{name}.csv", f"{name}_proposals.md", f"{name}.tex"):
+        assert (tmp_path / file).read_text() == (RESULTS / file).read_text()
 
 
-def test_score_dots_show_every_mean_and_what_was_published(full4):
-    frame = full4[1].assign(mark=full4[1]["mark"].fillna(""))
-    figure = score_dots(frame[frame["role"] == "method"], "caption", "title")
-    assert isinstance(figure, Figure)
-    assert len(figure.axes) == 3
-    assert figure.axes[0].get_title() == ("CIFAR10, p = 10\nVAE 1645.7, paper 1645.7")
-    drawn = sum(len(line.get_xdata()) for line in figure.axes[0].lines if line.get_marker() == "D")
-    assert drawn == 1, "one best method"
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert "published" in labels
-    assert any("p > 0.01" in label for label in labels)
+def test_the_committed_table_6_is_that_of_the_committed_record(tmp_path):
+    shutil.copy(RESULTS / "table6.json", tmp_path)
+    table6.main(table6.Options(render=True, out=tmp_path))
+    for kind in ("md", "csv", "tex"):
+        made, committed = (folder / f"table6.{kind}" for folder in (tmp_path, RESULTS))
+        assert made.read_text() == committed.read_text()
 
 
-@pytest.fixture(scope="module")
-def times(tmp_path_factory):
-    out = tmp_path_factory.mktemp("table6")
+@pytest.mark.slow
+def test_table_6_times_every_guide(tmp_path):
     options = table6.Options(
         guides=("vae", "vlae:1", "gp"), latent_dims=(2,), repeats=3, train_images=64,
-        omniglot="absent-omniglot", out=out,
+        omniglot="absent-omniglot", out=tmp_path,
     )  # fmt: skip
     table6.main(options)
-    return out
-
-
-def test_table_6_is_a_benchmark(times):
-    content = read_json(times / "table6.json")
-    assert content["batch_size"] == 128
-    assert content["device"]
-    assert content["threads"] >= 1
+    content = read_json(tmp_path / "table6.json")
     rows = content["rows"]
     assert {(row["guide"], row["decoder"]) for row in rows} == {
         (guide, decoder) for guide in ("vae", "vlae:1", "gp") for decoder in ("fc", "conv")
     }
-    for row in rows:
-        assert len(row["samples_ms"]) == 3
-        low, median, high = np.quantile(row["samples_ms"], [0.25, 0.5, 0.75])
-        assert (row["ms_low"], row["ms"], row["ms_high"]) == pytest.approx((low, median, high))
-        gp = next(r for r in rows if r["guide"] == "gp" and r["decoder"] == row["decoder"])
-        assert row["ratio"] == pytest.approx(row["ms"] / gp["ms"])
+    assert all(len(row["samples_ms"]) == 3 for row in rows)
     assert [entry["data"] for entry in content["not_run"]] == ["omniglot"]
-    for kind in ("md", "tex", "csv", "png"):
-        assert (times / f"table6.{kind}").stat().st_size > 500
-    text = (times / "table6.md").read_text()
-    assert content["device"] in text
-    assert "not run" in text
+    assert content["device"] in (tmp_path / "table6.md").read_text()
 
 
-def test_table_6_renders_known_times(tmp_path):
+def test_table_6_has_medians_quartiles_and_ratios(tmp_path):
     rows = [
         {"guide": guide, "data": "mnist", "decoder": "fc", "latent_dim": 10, "samples_ms": samples}
         for guide, samples in (("gp", [1.0, 2.0, 3.0]), ("vlae:8", [5.0, 7.0, 20.0]))
     ]
     table = table6.summarise(rows)
     vlae = table.set_index("guide").loc["vlae:8"]
-    assert (vlae["ms"], vlae["ms_low"], vlae["ms_high"]) == (7.0, 6.0, 13.5)
-    assert vlae["ratio"] == 3.5
+    assert vlae[["ms", "ms_low", "ms_high", "ratio"]].tolist() == [7.0, 6.0, 13.5, 3.5]
     frame = table6.frame(json.loads(table.to_json(orient="records")), (10, 50))
-    cell = frame[
+    cells = frame[
         (frame["guide"] == "vlae:8") & (frame["data"] == "mnist") & (frame["latent_dim"] == 10)
     ].set_index("decoder")
-    assert cell.loc["fc", "published"] == 20.7
-    assert cell.loc["fc", "published_ratio"] == pytest.approx(20.7 / 5.7)
-    assert math.isnan(cell.loc["conv", "ms"])
-    text = table6.markdown(frame, "caption")
-    assert "| VLAE(8) | 7.0 (6.0 to 13.5) | 3.50 | 20.7 (3.63) |" in text
+    assert cells.loc["fc", "published"] == 20.7
+    assert cells.loc["fc", "published_ratio"] == pytest.approx(20.7 / 5.7)
+    assert math.isnan(cells.loc["conv", "ms"])
+    blocks = table6.blocks_of(frame)
+    rows = dict(blocks[0].rows)
+    assert list(rows["VLAE(8)"])[:3] == ["7.0 (6.0 to 13.5)", "3.50", "20.7 (3.63)"]
