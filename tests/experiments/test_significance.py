@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from _significance import compare_methods, holm, order_change
+from _significance import compare_methods, holm
 from scipy import integrate
 from scipy.special import gammaln
 
@@ -105,13 +105,3 @@ def test_holm_keeps_the_family_wise_error():
     p = np.random.default_rng(0).uniform(size=(2000, 8))
     wrong = np.mean([(holm(family) <= 0.05).any() for family in p])
     assert abs(wrong - 0.05) < 4 * math.sqrt(0.05 * 0.95 / 2000)
-
-
-def test_order_changes():
-    same = order_change({"a": 1.0, "b": 2.0, "c": 0.0}, {"b": 8.0, "a": 7.0})
-    assert same is not None
-    assert (same.methods, same.swapped, same.pairs, same.best) == (2, 0, 1, ("b", "b"))
-    turned = order_change({"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 3.0, "b": 2.0, "c": 1.0})
-    assert turned is not None
-    assert (turned.swapped, turned.pairs, turned.best) == (3, 3, ("c", "a"))
-    assert order_change({"a": 1.0}, {"a": 1.0}) is None
