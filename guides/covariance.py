@@ -19,6 +19,8 @@ from torch.distributions import (
 
 from guides.gaussian import GaussianGuide
 from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.model.image_model import ImageModel
+from pyro_gpvae.model.networks import call_network
 
 __all__ = ["FullCovarianceGuide", "LowRankGuide"]
 
@@ -29,11 +31,11 @@ class FullCovarianceGuide(GaussianGuide):
     .. math:: q(z|x) = N(z; m(x), L(x) L(x)^\top), \qquad
         L = \mathrm{diag}(s) + \mathrm{lower}(\mathrm{Linear}(\phi(x)))
 
-    The p(p − 1)/2 elements below the diagonal start at zero, where q is the VAE's. Trained with
-    the analytic KL.
+    The p(p − 1)/2 elements below the diagonal start at zero, so that the guide starts as the VAE.
+    For p = 1 it is the VAE. It is trained with the analytic KL.
 
     Arguments:
-        model: The model, which tells the image shape and the dimension p of z.
+        model: The model, which determines the image shape and the dimension p of z.
         encoder: A module from images (B, C, H, W) to features (B, d).
         warm_start: A trained VAE guide whose encoder is copied.
 
@@ -46,7 +48,7 @@ class FullCovarianceGuide(GaussianGuide):
 
     def __init__(
         self,
-        model: Any,
+        model: ImageModel,
         encoder: nn.Module | None = None,
         *,
         warm_start: GaussianGuide | None = None,
@@ -65,7 +67,7 @@ class FullCovarianceGuide(GaussianGuide):
         features, loc, log_scale = self.encode(x)
         rows, columns = torch.tril_indices(self.latent_dim, self.latent_dim, -1, device=loc.device)
         scale_tril = torch.diag_embed(log_scale.exp())
-        scale_tril[..., rows, columns] = self.lower(features)
+        scale_tril[..., rows, columns] = call_network(self.lower, features)
         q = dist.MultivariateNormal(loc, scale_tril=scale_tril)
         check_finite("the variance", q.variance)
         return q
@@ -77,16 +79,16 @@ class LowRankGuide(GaussianGuide):
     .. math:: q(z|x) = N(z; m(x), D(x) + F(x) F(x)^\top), \qquad
         D = \mathrm{diag}(s^2), \quad F = \mathrm{diag}(s)\, \mathrm{Linear}(\phi(x))
 
-    with F of shape (p, r). Rank 0 is the VAE. F starts small but not at zero, a saddle point.
-    Trained with the analytic KL. Where F drowns D, so that :math:`I + F^\top D^{-1} F` is
-    singular to rounding, D is widened until it is not.
+    with F of shape (p, r). Rank 0 is the VAE. F starts small but not at zero, which is a saddle
+    point. The guide is trained with the analytic KL. If F is so large that
+    :math:`I + F^\top D^{-1} F` is singular to rounding, D is increased until it is not.
 
     References:
         Ong, Nott and Smith, *Gaussian Variational Approximation with a Factor Covariance
         Structure*, 2018. https://arxiv.org/abs/1701.03208
 
     Arguments:
-        model: The model, which tells the image shape and the dimension p of z.
+        model: The model, which determines the image shape and the dimension p of z.
         rank: The number r of columns of F, 0 to p.
         encoder: A module from images (B, C, H, W) to features (B, d).
         warm_start: A trained VAE guide whose encoder is copied.
@@ -103,7 +105,7 @@ class LowRankGuide(GaussianGuide):
 
     def __init__(
         self,
-        model: Any,
+        model: ImageModel,
         rank: int = 2,
         encoder: nn.Module | None = None,
         *,
@@ -123,9 +125,9 @@ class LowRankGuide(GaussianGuide):
             return super().posterior(x)
         features, loc, log_scale = self.encode(x)
         scale = log_scale.exp()
-        factor = self.factor(features).unflatten(-1, (self.latent_dim, self.rank))
-        # I + GᵀG is factorised, G = D^(-1/2) F, which rounding makes singular where tr GᵀG is
-        # near 1/eps: D grows with what exceeds a hundredth of that, and never for an ordinary q
+        factor = call_network(self.factor, features).unflatten(-1, (self.latent_dim, self.rank))
+        # I + GᵀG with G = D^(-1/2) F is factorised. Rounding makes it singular if tr GᵀG is near
+        # 1/eps, so D grows with what exceeds a hundredth of that. An ordinary q never does.
         limit = 0.01 / torch.finfo(factor.dtype).eps
         jitter = (factor.square().sum((-2, -1)) / limit - 1).clamp(min=0).unsqueeze(-1)
         variance = scale.square() * (1 + jitter)
@@ -135,10 +137,10 @@ class LowRankGuide(GaussianGuide):
 
 
 class LowRankNormal(dist.LowRankMultivariateNormal):
-    """A normal distribution with covariance diag(D) + F Fᵀ that is never read from Python.
+    r"""A normal distribution with covariance diag(D) + F Fᵀ, without host synchronisation.
 
-    Torch's looks whether :math:`I + F^T D^{-1} F` has a Cholesky factor, and a GPU would have to
-    wait for that. Only rounding can take it away, see :class:`LowRankGuide`.
+    The constructor of torch's class checks that :math:`I + F^\top D^{-1} F` has a Cholesky
+    factor, for which the host has to wait for a GPU. :class:`LowRankGuide` makes sure that it has.
 
     Arguments:
         loc: The mean (..., p).
@@ -169,10 +171,10 @@ class LowRankNormal(dist.LowRankMultivariateNormal):
 def _kl_gaussian_independent_normal(
     q: MultivariateNormal | LowRankMultivariateNormal, p: Independent[Any]
 ) -> Tensor:
-    """KL(q ‖ p) against independent normals, which torch and Pyro leave to sampling.
+    """KL(q ‖ p) for independent normals p, which neither torch nor Pyro has in closed form.
 
-    Only the mean, the variances and the entropy of q enter. This is what makes
-    ``TraceMeanField_ELBO`` analytic for the guides above.
+    Only the mean, the variances and the entropy of q enter. With it ``TraceMeanField_ELBO`` is
+    analytic for the guides of this file.
     """
     normal = p.base_dist
     if not isinstance(normal, Normal) or p.reinterpreted_batch_ndims != 1:

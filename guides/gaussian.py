@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -16,6 +15,7 @@ from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import Program
 from pyro_gpvae.model.elbo import Objective
+from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.likelihoods import bounded
 from pyro_gpvae.model.networks import build_encoder, call_network, feature_dim
 
@@ -28,25 +28,25 @@ class GaussianGuide(Program):
     .. math:: q(z|x) = N(z; m(x), \mathrm{diag}\, s(x)^2),
         \qquad (m, \log s) = \mathrm{Linear}(\phi(x))
 
-    Trained with the analytic KL (``TraceMeanField_ELBO``). Other guides extend this class: they
-    replace :meth:`posterior`, and keep the encoder. All scales are
-    :func:`pyro_gpvae.model.likelihoods.bounded`.
+    It is trained with the analytic KL (``TraceMeanField_ELBO``). Other guides extend this class:
+    they replace :meth:`posterior` and keep the encoder. All scales are
+    :func:`pyro_gpvae.model.likelihoods.bounded`. An image costs one pass of the encoder.
 
     References:
         Kingma and Welling, *Auto-Encoding Variational Bayes*, 2014.
         https://arxiv.org/abs/1312.6114
 
     Arguments:
-        model: The model, which tells the image shape and the dimension p of z.
-        encoder: A module from images (B, C, H, W) to features (B, d). By default that of the
-            paper's Tables 1-3.
+        model: The model, which determines the image shape and the dimension p of z.
+        encoder: A module from images (B, C, H, W) to features φ (B, d). The default is the
+            encoder of the paper's Tables 1-3.
         warm_start: A trained guide of this family, whose encoder is copied instead.
 
     Raises:
         ValueError: If both an encoder and a warm start are given, or they do not fit.
-        NonFiniteError: From :meth:`posterior`, if the encoder's output is not finite; names the
-            images. (Like the arguments of distributions, not checked where
-            ``pyro.enable_validation(False)`` says so.)
+        NonFiniteError: From :meth:`posterior`, if the encoder's output is not finite. The message
+            names the images. ``pyro.enable_validation(False)`` switches the check off, as it does
+            for the arguments of distributions.
 
     Example:
         >>> import torch
@@ -59,7 +59,7 @@ class GaussianGuide(Program):
 
     def __init__(
         self,
-        model: Any,
+        model: ImageModel,
         encoder: nn.Module | None = None,
         *,
         warm_start: GaussianGuide | None = None,
@@ -94,7 +94,7 @@ class GaussianGuide(Program):
             )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the features φ (B, d), the mean m (B, p) and log s (B, p) of images x."""
+        """Returns the features φ (B, d), the mean m (B, p) and log s (B, p) of the images x."""
         features = call_network(self.encoder, x)
         output = call_network(self.head, features)
         check_finite("the encoder's mean or log-scale", output)
@@ -112,4 +112,5 @@ class GaussianGuide(Program):
         return z
 
     def elbo(self) -> Objective:
+        """Returns Pyro's ELBO with analytic KL divergences."""
         return TraceMeanField_ELBO()

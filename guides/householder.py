@@ -3,7 +3,6 @@ r"""HF: a full covariance from Householder reflections of the VAE's Gaussian."""
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -11,14 +10,16 @@ from pyro.distributions import TorchDistribution
 from pyro.distributions.transforms import ConditionalHouseholder
 from torch import Tensor, nn
 
+from guides._flows import FlowPosterior
 from guides.gaussian import GaussianGuide
-from guides.iaf import FlowPosterior
+from pyro_gpvae.model.image_model import ImageModel
+from pyro_gpvae.model.networks import call_network
 
 __all__ = ["HouseholderGuide"]
 
 
 class HouseholderGuide(GaussianGuide):
-    r"""A Gaussian turned by T reflections that depend on the image.
+    r"""A Gaussian rotated by T reflections that depend on the image.
 
     .. math::
         z_0 \sim N(m(x), \mathrm{diag}\, s(x)^2), \qquad
@@ -28,17 +29,18 @@ class HouseholderGuide(GaussianGuide):
     so that :math:`q(z|x) = N(z; Hm, H\, \mathrm{diag}(s^2)\, H^\top)` with the orthogonal
     matrix :math:`H = H_T \cdots H_1`; the log-determinant is 0. T = 0 is the VAE.
 
-    A warm start copies the VAE's encoder, but the reflections, which start at random, then turn
-    its mean as well: train some epochs before comparing.
+    Reflections cost O(T p²) for each image and O(T p) for each sample. A warm start copies the
+    VAE's encoder, but the reflections start at random and also move its mean, so train some
+    epochs before comparing.
 
     References:
         Tomczak and Welling, *Improving Variational Auto-Encoders using Householder Flow*, 2016.
         https://arxiv.org/abs/1611.09630
 
     Arguments:
-        model: The model, which tells the image shape and the dimension p of z.
+        model: The model, which determines the image shape and the dimension p of z.
         num_reflections: The number T of reflections. Any orthogonal matrix is a product of p
-            of them; with more there is a warning.
+            reflections, so that a larger number raises a warning.
         encoder: A module from images (B, C, H, W) to features (B, d).
         warm_start: A trained VAE guide whose encoder is copied.
 
@@ -56,7 +58,7 @@ class HouseholderGuide(GaussianGuide):
 
     def __init__(
         self,
-        model: Any,
+        model: ImageModel,
         num_reflections: int = 1,
         encoder: nn.Module | None = None,
         *,
@@ -72,14 +74,14 @@ class HouseholderGuide(GaussianGuide):
                 f"{model.latent_dim}, which already gives every orthogonal matrix",
                 stacklevel=2,
             )
-        # the Gaussian first: under a seed it then starts where the VAE starts
+        # the encoder is initialised first, so that under a seed it equals the VAE's
         super().__init__(model, encoder, warm_start=warm_start)
         self.num_reflections = num_reflections
         self.flow: ConditionalHouseholder | None = None
         if num_reflections > 0:
             vectors = _Vectors(self.feature_dim, self.latent_dim, num_reflections)
             with warnings.catch_warnings():
-                # Pyro warns as well where there are more reflections than dimensions
+                # Pyro warns as well if there are more reflections than dimensions
                 warnings.filterwarnings("ignore", "Number of Householder transforms")
                 self.flow = ConditionalHouseholder(self.latent_dim, vectors, num_reflections)
 
@@ -93,7 +95,7 @@ class HouseholderGuide(GaussianGuide):
 
 
 class _Vectors(nn.Module):
-    """The normals of T mirrors, from features (..., d): T tensors (..., p), or one if T = 1."""
+    """The vectors v₁ ... v_T of features (..., d): T tensors (..., p), or one tensor if T = 1."""
 
     def __init__(self, feature_dim: int, latent_dim: int, count: int) -> None:
         super().__init__()
@@ -103,15 +105,15 @@ class _Vectors(nn.Module):
     def forward(self, features: Tensor) -> Tensor | tuple[Tensor, ...]:
         vectors, v = [], features
         for layer in self.layers:
-            v = layer(v)
+            v = call_network(layer, v)
             vectors.append(_nonzero(v))
         return tuple(vectors) if len(vectors) > 1 else vectors[0]
 
 
 def _nonzero(v: Tensor) -> Tensor:
-    """v, or the first unit vector where v is zero: Pyro divides by the norm as it stands.
+    """Returns v, or the first unit vector if v is zero, because Pyro divides by its norm.
 
-    Where the norm overflows, v in units of its largest element.
+    If the norm overflows, v is divided by its largest element.
     """
     first = torch.zeros_like(v)
     first[..., 0] = 1

@@ -3,7 +3,6 @@ r"""ME: a mixture of encoders, trained jointly."""
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from guides.gaussian import GaussianGuide
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.model.elbo import Objective
+from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.likelihoods import bounded
+from pyro_gpvae.model.networks import call_network
 from pyro_gpvae.model.stratified import StratifiedELBO, gaussian_mixture
 
 __all__ = ["MixtureGuide"]
@@ -26,21 +27,27 @@ class MixtureGuide(GaussianGuide):
         (m_k, \log s_k) = \mathrm{Linear}_k(\phi_k(x)), \quad
         \alpha(x) = \mathrm{softmax}_k(\mathrm{Linear}'_k(\phi_k(x)))
 
-    All components have encoders of their own and are trained together on the stratified ELBO
-    (:class:`pyro_gpvae.model.stratified.StratifiedELBO`); the weights start equal. Evaluation draws
-    i.i.d. from Q. With one component this is the VAE, objective included.
+    Each component has an encoder of its own. All are trained together on the stratified ELBO
+
+    .. math::
+        \sum_k \alpha_k(x) \, E_{N(z_k; m_k, s_k^2)}
+            [\log p(x|z_k) + \log p(z_k) - \log Q(z_k|x)]
+
+    (:class:`pyro_gpvae.model.stratified.StratifiedELBO`), which costs M passes of the decoder for
+    each image. The weights start equal. Evaluation draws i.i.d. from Q. With one component the
+    guide is the VAE, and so is its objective.
 
     References:
         Kim, *Gaussian Process Modeling of Approximate Inference Errors for Variational
         Autoencoders*, 2022: the baseline "ME".
 
     Arguments:
-        model: The model, which tells the image shape and the dimension p of z.
+        model: The model, which determines the image shape and the dimension p of z.
         num_components: The number M of components.
-        encoder: A module from images (B, C, H, W) to features (B, d), of the first component.
-            The others have copies of it, with parameters drawn anew.
-        warm_start: A trained guide whose encoder is copied instead, by all components. The
-            first starts as it was; the heads of the others are disturbed a little.
+        encoder: A module from images (B, C, H, W) to features (B, d), used by the first
+            component. The others have copies of it that are initialised again.
+        warm_start: A trained guide whose encoder is copied by all components instead. The first
+            component starts as the trained guide; the heads of the others are perturbed.
 
     Raises:
         ValueError: If there are no components, or encoder and warm start do not fit.
@@ -55,7 +62,7 @@ class MixtureGuide(GaussianGuide):
 
     def __init__(
         self,
-        model: Any,
+        model: ImageModel,
         num_components: int = 2,
         encoder: nn.Module | None = None,
         *,
@@ -68,9 +75,9 @@ class MixtureGuide(GaussianGuide):
         # component 1 is the VAE's encoder and head; these lists hold components 2 to M
         self.encoders, self.heads = nn.ModuleList(), nn.ModuleList()
         for _ in range(num_components - 1):
-            encoder, head = copy.deepcopy(self.encoder), _drawn_anew(copy.deepcopy(self.head))
+            encoder, head = copy.deepcopy(self.encoder), _initialised(copy.deepcopy(self.head))
             if warm_start is None:
-                _drawn_anew(encoder)
+                _initialised(encoder)
             else:
                 _mix_in(head, self.head, 0.1)
             self.encoders.append(encoder)
@@ -78,14 +85,14 @@ class MixtureGuide(GaussianGuide):
         self.gates = self._build_gates()
 
     def components(self, x: Tensor, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns log α (B, M), the means (B, M, p) and the log scales (B, M, p) of images x.
+        """Returns log α (B, M), the means (B, M, p) and the log scales (B, M, p) of the images x.
 
-        Given a count, those of the mixture of the first components alone.
+        With a count, it returns those of the mixture of the first components alone.
         """
         encoders = [self.encoder, *self.encoders][:count]
         heads = [self.head, *self.heads][:count]
-        features = [encoder(x) for encoder in encoders]
-        outputs = [head(phi) for head, phi in zip(heads, features, strict=True)]
+        features = [call_network(encoder, x) for encoder in encoders]
+        outputs = [call_network(head, phi) for head, phi in zip(heads, features, strict=True)]
         log_mass = self._log_mass(features)
         check_finite("a component's mean, log-scale or weight", torch.cat([*outputs, log_mass], -1))
         loc, log_scale = torch.stack(outputs, dim=-2).chunk(2, dim=-1)
@@ -99,36 +106,36 @@ class MixtureGuide(GaussianGuide):
         return gaussian_mixture(log_mass, loc, log_scale.exp())
 
     def elbo(self) -> Objective:
-        """The stratified ELBO; with one component the VAE's, whose KL is analytic."""
+        """Returns the stratified ELBO, or for one component that of the VAE (analytic KL)."""
         return super().elbo() if self.num_components == 1 else StratifiedELBO(max_plate_nesting=1)
 
     def diagnostics(self, x: Tensor) -> dict[str, Tensor]:
-        """The mean weight of every component; one without mass learns nothing."""
+        """Returns the mean weight of each component. A component without weight learns nothing."""
         mass = self.components(x)[0].exp().mean(0)
         return {f"mass_{k}": value for k, value in enumerate(mass, start=1)}
 
     def _build_gates(self) -> nn.ModuleList:
         count = self.num_components if self.num_components > 1 else 0
-        return nn.ModuleList(gate(self.feature_dim, 0.0) for _ in range(count))
+        return nn.ModuleList(build_gate(self.feature_dim, 0.0) for _ in range(count))
 
     def _log_mass(self, features: list[Tensor]) -> Tensor:
-        """log α (B, M) from the features (B, d) of each component."""
+        """Returns log α (B, M) from the features (B, d) of each component."""
         if len(features) == 1:
             return features[0].new_zeros(len(features[0]), 1)
-        logits = [layer(phi) for layer, phi in zip(self.gates, features, strict=False)]
+        logits = [call_network(gate, phi) for gate, phi in zip(self.gates, features, strict=False)]
         return torch.cat(logits, dim=-1).log_softmax(-1)
 
 
-def gate(feature_dim: int, logit: float) -> nn.Linear:
-    """A map from features to one logit, which starts as a constant."""
+def build_gate(feature_dim: int, logit: float) -> nn.Linear:
+    """Returns a map from features to one logit, which starts as a constant."""
     layer = nn.Linear(feature_dim, 1)
     nn.init.zeros_(layer.weight)
     nn.init.constant_(layer.bias, logit)
     return layer
 
 
-def _drawn_anew(module: nn.Module) -> nn.Module:
-    """Initialises all layers of a module again."""
+def _initialised(module: nn.Module) -> nn.Module:
+    """Initialises all layers of a module again, and returns it."""
     for layer in module.modules():
         if callable(reset := getattr(layer, "reset_parameters", None)):
             reset()
@@ -137,6 +144,6 @@ def _drawn_anew(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _mix_in(head: nn.Module, trained: nn.Module, share: float) -> None:
-    """Makes a head the trained one plus a share of itself."""
+    """Sets a head to the trained one plus a share of its own parameters."""
     for mine, theirs in zip(head.parameters(), trained.parameters(), strict=True):
         mine.mul_(share).add_(theirs)

@@ -1,30 +1,33 @@
-r"""RME: a mixture of encoders that grows, each component trained against those before it."""
+r"""RME: a mixture of encoders that grows; each component is trained against those before it."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from pyro.distributions import TorchDistribution
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from guides.gaussian import GaussianGuide
-from guides.mixture import MixtureGuide, gate
+from guides.mixture import MixtureGuide, build_gate
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._plates import DATA_PLATE
+from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.model.elbo import Block
+from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.likelihoods import bounded
+from pyro_gpvae.model.networks import call_network
 from pyro_gpvae.model.stratified import gaussian_mixture
 
 __all__ = ["RecursiveMixtureGuide"]
 
-# draws for KL(q_m ‖ Q_{m-1}), which need no decoder
+# number of draws for KL(q_m ‖ Q_{m-1}), which need no decoder
 _NUM_DRAWS = 16
 
 
@@ -35,36 +38,37 @@ class RecursiveMixtureGuide(MixtureGuide):
         Q_m(z|x) = (1 - \varepsilon_m(x)) \, Q_{m-1}(z|x) + \varepsilon_m(x) \, q_m(z|x),
         \qquad \varepsilon_m(x) = \mathrm{sigmoid}(\mathrm{Linear}'_m(\phi_m(x)))
 
-    On every minibatch, in this order, each with an optimiser of its own:
+    On every minibatch these are trained in turn, each with an optimiser of its own:
 
     1. for m = 1 ... M, the encoder of component m, on
 
        .. math:: ELBO(q_m; x) + \eta \min\{KL(q_m \| Q_{m-1}), C\}
 
-       (the first without the second term), everything else fixed: it goes where the posterior
-       has mass that the mixture so far has missed;
+       (the first component without the second term), with all else fixed. The component moves to
+       where the posterior has mass that the mixture so far has missed;
     2. the weights :math:`\varepsilon`, on the stratified ELBO of the mixture :math:`Q_M`;
-    3. the model, on the same.
+    3. the model, on the same objective.
 
     With η = 1 and a divergence below C, the entropies cancel and the objective is
     :math:`E_{q_m}[\log p(x, z) - \log Q_{m-1}(z|x)]`, the functional gradient of
-    :math:`KL(Q \| p(z|x))`. It has no optimum but a point mass, so C decides how narrow or how
-    far away a component becomes. C counts nats of all p dimensions together: 20 is little for
-    p = 50, and for p = 1 more than lies between the modes of most posteriors.
+    :math:`KL(Q \| p(z|x))`. Its only optimum is a point mass, so C determines how narrow or how
+    far away a component becomes. C counts the nats of all p dimensions together: 20 is small for
+    p = 50, and for p = 1 it exceeds the divergence between the modes of most posteriors.
 
-    :func:`pyro_gpvae.fit` follows :meth:`blocks`. Under :class:`pyro.infer.SVI` with
-    :meth:`elbo`, the same mixture trains jointly, as :class:`guides.mixture.MixtureGuide` does.
+    :func:`pyro_gpvae.fit` trains the :meth:`blocks`; a minibatch costs 3 M passes of the
+    decoder and their gradients. Under :class:`pyro.infer.SVI` with :meth:`elbo`, the same mixture
+    is trained jointly, as :class:`guides.mixture.MixtureGuide` is.
 
     References:
         Kim and Pavlovic, *Recursive Inference for Variational Autoencoders*, 2020.
         https://papers.nips.cc/paper/2020/hash/e3844e186e6eb8736e9f53c0c5889527-Abstract.html
 
     Arguments:
-        model: The model, which tells the image shape and the dimension p of z.
+        model: The model, which determines the image shape and the dimension p of z.
         num_components: The number M of components.
         encoder: See :class:`guides.mixture.MixtureGuide`.
-        repulsion: How strongly η a component is driven from those before it.
-        max_divergence: The divergence C in nats beyond which it is driven no further.
+        repulsion: The strength η with which a component is driven away from those before it.
+        max_divergence: The divergence C, in nats, beyond which it is not driven further.
         warm_start: See :class:`guides.mixture.MixtureGuide`.
 
     Raises:
@@ -81,7 +85,7 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def __init__(
         self,
-        model: Any,
+        model: ImageModel,
         num_components: int = 2,
         encoder: nn.Module | None = None,
         *,
@@ -97,18 +101,18 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.repulsion = repulsion
         self.max_divergence = max_divergence
 
-    def blocks(self, model: Any) -> list[Block]:
-        """The objectives in turn: every component, the weights, the model.
+    def blocks(self, model: PyroProgram) -> list[Block]:
+        """Returns the objectives in their order: each component, the weights, the model.
 
         Parameters that require no gradient are left out, so that a guide can be trained for a
         fixed model.
 
         Raises:
-            ValueError: If the model is not a module, whose parameters could be found.
+            ValueError: If the model is not a module, so that its parameters are not known.
         """
         if not isinstance(model, nn.Module):
             raise ValueError(
-                "the model is trained in a block of its own: it must be a torch.nn.Module, "
+                "the model is trained in a block of its own, so it must be a torch.nn.Module, "
                 f"got {type(model).__name__}"
             )
         theta = list(model.parameters())
@@ -132,8 +136,8 @@ class RecursiveMixtureGuide(MixtureGuide):
         """Returns the Pyro guide q_m(z|x), whose ELBO is the objective of component m."""
 
         def guide(x: Tensor) -> None:
-            phi = [self.encoder, *self.encoders][m - 1](x)
-            output = [self.head, *self.heads][m - 1](phi)
+            phi = call_network([self.encoder, *self.encoders][m - 1], x)
+            output = call_network([self.head, *self.heads][m - 1], phi)
             check_finite(f"the mean or log-scale of component {m}", output)
             loc, log_scale = output.chunk(2, dim=-1)
             q = dist.Normal(loc, bounded(log_scale).exp()).to_event(1)
@@ -148,8 +152,8 @@ class RecursiveMixtureGuide(MixtureGuide):
 
         return guide
 
-    def _divergence(self, q: Any, x: Tensor, m: int) -> Tensor:
-        """Monte-Carlo estimate (B,) of KL(q_m ‖ Q_{m-1}), differentiable in q_m alone."""
+    def _divergence(self, q: TorchDistribution, x: Tensor, m: int) -> Tensor:
+        """Returns a Monte-Carlo estimate (B,) of KL(q_m ‖ Q_{m-1}), differentiable in q_m alone."""
         with torch.no_grad():
             log_mass, loc, log_scale = self.components(x, count=m - 1)
             previous = gaussian_mixture(log_mass, loc, log_scale.exp())
@@ -159,14 +163,13 @@ class RecursiveMixtureGuide(MixtureGuide):
 
     def _build_gates(self) -> nn.ModuleList:
         # ε_m = 1/m, so that all components start with equal mass
-        return nn.ModuleList(
-            gate(self.feature_dim, -math.log(m - 1)) for m in range(2, self.num_components + 1)
-        )
+        logits = (-math.log(m - 1) for m in range(2, self.num_components + 1))
+        return nn.ModuleList(build_gate(self.feature_dim, logit) for logit in logits)
 
     def _log_mass(self, features: list[Tensor]) -> Tensor:
         log_mass = features[0].new_zeros(len(features[0]), 1)
         for layer, phi in zip(self.gates, features[1:], strict=False):
-            logit = layer(phi)
+            logit = call_network(layer, phi)
             log_mass = torch.cat([log_mass + F.logsigmoid(-logit), F.logsigmoid(logit)], dim=-1)
         return log_mass
 

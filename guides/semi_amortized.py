@@ -1,9 +1,8 @@
-r"""SA: the encoder's Gaussian is refined for each image by gradient steps on its own ELBO."""
+r"""SA: gradient steps on the ELBO of each image refine the encoder's Gaussian."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -16,32 +15,38 @@ from torch.distributions import kl_divergence
 from guides.gaussian import GaussianGuide
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._programs import BorrowedModules
+from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.likelihoods import bounded
 
 __all__ = ["RefiningGuide", "SemiAmortizedGuide"]
 
+# the rate of log s relative to that of the mean, ρ
+_LOG_SCALE_RATE = 0.1
+# a step of less than 1/256 of the largest is not worth another pass of the decoder
+_MAX_HALVINGS = 8
+
 
 class RefiningGuide(GaussianGuide):
-    r"""A Gaussian guide that starts from the encoder and is refined in k steps for each image.
+    r"""A Gaussian that starts from the encoder and is refined in k steps for each image.
 
     .. math:: \lambda_0 = (m(x), \log s(x)), \qquad
         \lambda_{t+1} = \mathrm{step}(x, \lambda_t, \nabla_\lambda L(\lambda_t; x)), \qquad
         q(z|x) = N(z; \lambda_k)
 
-    with the ELBO of one image, estimated with noise that is drawn anew in each step:
+    with the ELBO of one image, estimated with fresh noise in each step:
 
     .. math:: L(m, \log s; x) = \tfrac1S \textstyle\sum_i \log p(x | m + s \epsilon_i)
         - KL(N(m, \mathrm{diag}\, s^2) \| p(z)), \qquad \epsilon_i \sim N(0, I).
 
-    Subclasses define :meth:`step`. The refinement runs once per image, whatever the number of
-    samples that are then drawn from q; it works inside ``torch.no_grad()``, and outside it
-    gradients flow through the steps to the encoder and the decoder.
+    Subclasses define :meth:`step`. The refinement runs once for each image, whatever the number of
+    samples that are then drawn from q. It works inside ``torch.no_grad()``; outside it, gradients
+    flow through the steps to the encoder and the decoder. A step costs S passes of the decoder and
+    their gradient; training differentiates through them.
 
     Arguments:
-        model: The model. Its decoder is used but stays the model's: it is neither among the
-            parameters of the guide nor in its ``state_dict``, and must be moved to another
-            device or dtype with the model.
-        num_steps: The number k of steps; none is the VAE.
+        model: The model. Its decoder is used, but it is neither among the parameters of the guide
+            nor in its ``state_dict``, and is moved to another device or dtype with the model.
+        num_steps: The number k of steps. k = 0 is the VAE.
         encoder: A module from images (B, C, H, W) to features (B, d).
         num_samples: The number S of samples in each ELBO. The second half is the negative of
             the first: the error of the mean's gradient is then of order s² instead of s.
@@ -53,7 +58,7 @@ class RefiningGuide(GaussianGuide):
 
     def __init__(
         self,
-        model: Any,
+        model: ImageModel,
         num_steps: int,
         encoder: nn.Module | None = None,
         *,
@@ -67,9 +72,7 @@ class RefiningGuide(GaussianGuide):
         super().__init__(model, encoder, warm_start=warm_start)
         self.num_steps = num_steps
         self.num_samples = num_samples
-        self._model = BorrowedModules(
-            (model,)
-        )  # in a tuple, so that its parameters are not the guide's
+        self._model = BorrowedModules((model,))
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Returns the refined q(z|x): batch shape (B,), event shape (p,)."""
@@ -80,7 +83,7 @@ class RefiningGuide(GaussianGuide):
     def path(self, x: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """Returns λ₀ ... λₖ, each the mean and log s (B, p), and the ELBO (B,) before each step.
 
-        The ELBO is the estimate whose gradient the step uses: noisy, but unbiased.
+        The ELBO is the noisy but unbiased estimate whose gradient the step uses.
         """
         _, loc, log_scale = self.encode(x)
         path, elbos = [(loc, log_scale)], []
@@ -93,11 +96,11 @@ class RefiningGuide(GaussianGuide):
         return path, elbos
 
     def step(self, x: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the next mean and log s (B, p), and the ELBO (B,) at the present ones."""
+        """Returns the next mean and log s (B, p), and the ELBO (B,) at the current ones."""
         raise NotImplementedError
 
     def image_elbo(self, x: Tensor, loc: Tensor, log_scale: Tensor, noise: Tensor) -> Tensor:
-        """The ELBO (B,) in nats: a sum over pixels, never a mean over the batch.
+        """Returns the ELBO of each image, (B,), in nats: a sum over pixels, not a mean over images.
 
         Arguments:
             x: Images (B, C, H, W).
@@ -106,8 +109,8 @@ class RefiningGuide(GaussianGuide):
         """
         (model,) = self._model
         scale = bounded(log_scale).exp()
-        # The sites of the steps are no sites of the guide, and a line search may try values
-        # that validation would refuse: they get an ELBO of -inf or NaN instead.
+        # The sites of the steps are not sites of the guide. A line search may try values that
+        # validation would refuse; their ELBO is -inf or NaN instead.
         with poutine.block(), pyro.validation_enabled(False):
             log_likelihood = model.likelihood(loc + scale * noise).log_prob(x).mean(0)
             kl = kl_divergence(dist.Normal(loc, scale).to_event(1), model.prior())
@@ -119,8 +122,8 @@ class RefiningGuide(GaussianGuide):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the ELBO (B,) and its gradients with respect to the mean and log s, (B, p).
 
-        Where gradients are enabled the ELBO is differentiable, and so are its gradients unless
-        second_order is false. Where they are not, nothing is kept.
+        If gradients are enabled, the ELBO is differentiable, and with ``second_order`` so are its
+        gradients. If they are not, no graph is kept.
         """
         training = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -129,7 +132,7 @@ class RefiningGuide(GaussianGuide):
                 for value in (loc, log_scale)
             )
             elbo = self.image_elbo(x, loc, log_scale, noise)
-            # images do not interact: the gradient of the sum is the gradient of each
+            # images do not interact, so the gradient of the sum holds the gradient of each
             grad_loc, grad_log_scale = torch.autograd.grad(
                 elbo.sum(),
                 (loc, log_scale),
@@ -158,16 +161,18 @@ class SemiAmortizedGuide(RefiningGuide):
         \gamma = \min\Bigl(1, \frac{c}{\max(1, \eta) \|\nabla L\|}\Bigr)
 
     where the norm is one over all of an image's parameters, and that of the Fisher metric: c
-    bounds a step in units of posterior standard deviations. Otherwise both preconditioners are
-    1 and the norm is Euclidean, as published.
+    bounds a step in units of posterior standard deviations. Without ``natural`` both
+    preconditioners are 1 and the norm is Euclidean, as published. The rate of log s relative to
+    the mean is :math:`\rho = 0.1`: the gradient of log s is much noisier, and at ρ = 1 its noise
+    costs much of what later steps gain.
 
     No fixed :math:`\eta` is safe. In the units of q the curvature of the ELBO is 1 if the
-    posterior is uncorrelated, and up to p if it is not, so that the iteration may diverge from
-    :math:`\eta = 2/p` on. With ``line_search``, each image therefore takes the first of
-    η, η/2, η/4, ... that raises its own ELBO on the noise of the gradient, and if none does it
-    stays where it is. The factor is a constant to the outer gradient.
+    posterior is uncorrelated and up to p otherwise, so that the iteration may diverge if
+    :math:`\eta > 2/p`. With ``line_search``, each image therefore takes the first of
+    η, η/2, η/4, ... that raises its own ELBO on the noise of the gradient. If none does, the image
+    keeps its q. The outer gradient treats the factor as a constant.
 
-    An image's result does not depend on the other images of its batch.
+    The result of an image does not depend on the other images of its batch.
 
     References:
         Kim et al., *Semi-Amortized Variational Autoencoders*, 2018.
@@ -175,22 +180,20 @@ class SemiAmortizedGuide(RefiningGuide):
 
     Arguments:
         model, num_steps, encoder, num_samples, warm_start: See :class:`RefiningGuide`.
-        step_size: :math:`\eta`; with the line search, the largest that is tried.
+        step_size: :math:`\eta`. With the line search it is the largest that is tried.
         natural: Whether to take natural-gradient steps.
         line_search: Whether to shorten the step of an image until its ELBO rises. Without it
-            choose a small step size, and mind that some images may still diverge.
-        log_scale_rate: :math:`\rho`, the rate of log s relative to that of the mean. The
-            gradient of log s is much the noisier: at 1 its noise costs much of what later steps
-            gain, and is the first to make a fixed step size diverge.
+            choose a small step size; some images may still diverge.
         max_norm: c. The published value for plain gradients is 5.
         legacy_sign: Adds the gradient of the *negative* ELBO, averaged over the batch, with
-            plain steps and no line search: a suspected explanation of published results in
-            which SA gains nothing. Only to test that: it lowers the ELBO on a fixed decoder, and
-            an image's result depends on the size of its batch.
+            ρ = 1, plain steps and no line search. This is a suspected explanation of published
+            results in which SA gains nothing, and the option only serves to test it: the steps
+            lower the ELBO on a fixed decoder, and the result of an image depends on the size of
+            its batch.
 
     Raises:
-        ValueError: If num_steps is negative, num_samples less than 1, or step_size,
-            log_scale_rate or max_norm is not positive.
+        ValueError: If num_steps is negative, num_samples less than 1, or step_size or max_norm
+            is not positive.
 
     Example:
         >>> from pyro_gpvae import ImageModel
@@ -201,46 +204,39 @@ class SemiAmortizedGuide(RefiningGuide):
 
     def __init__(
         self,
-        model: Any,
+        model: ImageModel,
         num_steps: int = 4,
         encoder: nn.Module | None = None,
         *,
         step_size: float = 1.0,
         natural: bool = True,
         line_search: bool = True,
-        log_scale_rate: float = 0.1,
         num_samples: int = 2,
         max_norm: float = 10.0,
         legacy_sign: bool = False,
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        for name, value in (
-            ("step_size", step_size),
-            ("log_scale_rate", log_scale_rate),
-            ("max_norm", max_norm),
-        ):
+        for name, value in (("step_size", step_size), ("max_norm", max_norm)):
             if not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         super().__init__(model, num_steps, encoder, num_samples=num_samples, warm_start=warm_start)
         self.step_size = step_size
         self.natural = natural
         self.line_search = line_search
-        self.log_scale_rate = log_scale_rate
         self.max_norm = max_norm
         self.legacy_sign = legacy_sign
 
     def step(self, x: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the next mean and log s (B, p), and the ELBO (B,) at the present ones."""
+        """Returns the next mean and log s (B, p), and the ELBO (B,) at the current ones."""
         noise = self.draw_noise(loc)
         elbo, *gradient = self.gradient(x, loc, log_scale, noise)
         d_loc, d_log_scale = self._direction(log_scale, *gradient)
-        if self.legacy_sign:
-            return loc + self.step_size * d_loc, log_scale + self.step_size * d_log_scale, elbo
-        d_log_scale = self.log_scale_rate * d_log_scale
-        if not self.line_search:
+        if not self.legacy_sign:
+            d_log_scale = _LOG_SCALE_RATE * d_log_scale
+        if self.legacy_sign or not self.line_search:
             return loc + self.step_size * d_loc, log_scale + self.step_size * d_log_scale, elbo
         rate = self._line_search(x, loc, log_scale, d_loc, d_log_scale, noise, elbo)
-        # not just a product with a rate of 0: where an image stays, its gradient may be infinite
+        # a product with a rate of 0 is not enough: the gradient may be infinite
         return (
             torch.where(rate > 0, loc + rate * d_loc, loc),
             torch.where(rate > 0, log_scale + rate * d_log_scale, log_scale),
@@ -250,7 +246,7 @@ class SemiAmortizedGuide(RefiningGuide):
     def _direction(
         self, log_scale: Tensor, grad_loc: Tensor, grad_log_scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The preconditioned and clipped gradient with respect to the mean and log s."""
+        """Returns the preconditioned and clipped gradient with respect to the mean and log s."""
         metric: tuple[Tensor | float, float] = (1.0, 1.0)
         if self.legacy_sign:
             grad_loc, grad_log_scale = -grad_loc / len(grad_loc), -grad_log_scale / len(grad_loc)
@@ -258,7 +254,7 @@ class SemiAmortizedGuide(RefiningGuide):
             metric = (log_scale.exp(), math.sqrt(0.5))  # inverse roots of the Fisher information
         white = metric[0] * grad_loc, metric[1] * grad_log_scale
         norm = torch.linalg.vector_norm(torch.cat(white, dim=-1), dim=-1, keepdim=True)
-        # of the gradient, and for rates above 1 of the step
+        # c bounds the gradient, and the step if η > 1
         clip = self.max_norm / (max(self.step_size, 1.0) * norm).clamp(min=self.max_norm)
         return metric[0] * clip * white[0], metric[1] * clip * white[1]
 
@@ -273,10 +269,10 @@ class SemiAmortizedGuide(RefiningGuide):
         noise: Tensor,
         elbo: Tensor,
     ) -> Tensor:
-        """Rates (B, 1) that raise the ELBO of each image, 0 where none is found.
+        """Returns rates (B, 1) that raise the ELBO of each image, 0 where none is found.
 
-        The whole batch is evaluated until its last image is served: images that have their rate
-        keep it, so that the result does not depend on what else is in the batch.
+        The whole batch is evaluated until every image has a rate. An image that has one keeps it,
+        so that the result does not depend on the other images of the batch.
         """
         rate = torch.full_like(loc[:, :1], self.step_size)
         rises = torch.zeros_like(rate, dtype=torch.bool)
@@ -288,7 +284,3 @@ class SemiAmortizedGuide(RefiningGuide):
             if rises.all():
                 break
         return torch.where(rises, rate, 0.0)
-
-
-# a step of less than 1/256 of the largest is not worth another pass of the decoder
-_MAX_HALVINGS = 8

@@ -26,7 +26,6 @@ FAMILIES = [
     "rme:3",
     "sa:2,line_search=False",
     "iterative:2",
-    "iterative:2,objective=sum,second_order=True",
 ]
 #: Those that read the device: a Cholesky factor may fail, a search looks at what it found.
 READERS = ["sa:1", "vlae:1", "vlae:1,step=damped"]

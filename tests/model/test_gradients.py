@@ -40,14 +40,11 @@ GUIDES = [
     "sa:2",
     "sa:2,natural=False,line_search=False,step_size=0.01",
     "sa:1,legacy_sign=True,step_size=0.01",
-    "iterative:2,second_order=True",
-    "iterative:2,second_order=True,objective=sum,num_samples=3",
     "iterative:2",
-    "iterative:2,objective=sum",
+    "iterative:2,num_samples=3",
     "vlae:0",
     "vlae:2",
     "vlae:2,step=damped",
-    "vlae:1,solver=cg",
     "instance",
     "instance:full",
 ]
@@ -150,7 +147,7 @@ def blocks_of(spec, model, guide, x):
 def test_gradients_are_the_slopes_of_the_loss(spec):
     model, guide = model_and_guide(spec)
     x = images(3)
-    if spec.startswith("iterative") and not guide.second_order:
+    if spec.startswith("iterative"):
         frozen_inner_gradients(guide)
     blocks = blocks_of(spec, model, guide, x)
     assert blocks
@@ -159,7 +156,7 @@ def test_gradients_are_the_slopes_of_the_loss(spec):
         check(block.elbo, model, program, list(block.parameters), x)
 
 
-@pytest.mark.parametrize("spec", ["vae", "me:2", "sa:1", "iterative:1,second_order=True", "vlae:1"])
+@pytest.mark.parametrize("spec", ["vae", "me:2", "sa:1", "vlae:1"])
 def test_binary_pixels(spec):
     model, guide = model_and_guide(spec, "bernoulli")
     x = images(3).round()

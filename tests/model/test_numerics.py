@@ -103,7 +103,6 @@ PRECISE = [
     "vlae:0",
     "vlae:2",
     "vlae:2,step=damped",
-    "vlae:2,solver=cg",
     "instance:num_starts=1",
     "instance:full,num_starts=1",
 ]
@@ -238,11 +237,10 @@ EXTREME = [
     "rme:3",
     "sa:2",
     "sa:2,natural=False,line_search=False",
-    "iterative:2,objective=sum",
+    "iterative:2",
     "vlae:0",
     "vlae:2",
     "vlae:2,step=damped",
-    "vlae:1,solver=cg",
     "instance:max_steps=10",
     "instance:full,max_steps=10",
 ]
