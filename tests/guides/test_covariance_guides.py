@@ -15,7 +15,7 @@ from toy import (
 
 from guides import GaussianGuide
 from guides.covariance import FullCovarianceGuide, LowRankGuide, LowRankNormal
-from pyro_gpvae import fit, log_weights
+from pyro_gpvae import log_weights
 
 FAMILIES = {
     "full": FullCovarianceGuide,
@@ -60,31 +60,6 @@ def by_hand(guide, x):
     return loc, torch.stack(covariance)
 
 
-def same_as_vae(build_guide, model):
-    x = images(4)
-    torch.manual_seed(2)
-    vae = GaussianGuide(model, linear_encoder()).double()
-    torch.manual_seed(2)
-    guide = build_guide().double()
-    assert guide.state_dict().keys() == vae.state_dict().keys()
-    results = []
-    for g in (vae, guide):
-        torch.manual_seed(3)
-        z = g(x)
-        results.append((z, g.posterior(x).log_prob(z), g.elbo().differentiable_loss(model, g, x)))
-    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_rank_zero_is_the_vae():
-    model = linear_model()
-    assert same_as_vae(lambda: LowRankGuide(model, 0, linear_encoder()), model)
-
-
-def test_one_dimension_has_no_correlations():
-    model = linear_model(1)
-    assert same_as_vae(lambda: FullCovarianceGuide(model, linear_encoder()), model)
-
-
 def test_full_covariance_starts_as_the_vae():
     model, x = linear_model(3), images(4)
     vae = GaussianGuide(model, linear_encoder()).double()
@@ -95,16 +70,6 @@ def test_full_covariance_starts_as_the_vae():
         expected = dist.Normal(loc, log_scale.exp()).to_event(1)
         close(guide.posterior(x).log_prob(z), expected.log_prob(z))
     close(FullCovarianceGuide(model, warm_start=vae).double().encode(x)[1], vae.encode(x)[1])
-
-
-@every_family
-def test_it_starts_from_the_encoder_of_the_vae(name):
-    model = linear_model()
-    torch.manual_seed(2)
-    vae = GaussianGuide(model, linear_encoder()).double()
-    torch.manual_seed(2)
-    state = FAMILIES[name](model, linear_encoder()).double().state_dict()
-    assert all(torch.equal(state[k], v) for k, v in vae.state_dict().items())
 
 
 @every_family
@@ -154,15 +119,6 @@ def test_kl_is_analytic(name):
     close(loss, (kl - log_likelihood).sum())
 
 
-@every_family
-def test_an_image_does_not_depend_on_its_batch(name):
-    model, x = linear_model(3), images(5)
-    guide = build(model, name)
-    z = torch.randn(2, 5, 3).double()
-    alone = [guide.posterior(x[i : i + 1]).log_prob(z[:, i : i + 1]) for i in range(5)]
-    close(guide.posterior(x).log_prob(z), torch.cat(alone, dim=1))
-
-
 @pytest.mark.parametrize("name", ["full", "rank2"])
 def test_the_exact_posterior_is_in_the_family(name):
     # a correlated Gaussian posterior: then every weight is p(x)
@@ -187,34 +143,6 @@ def test_the_exact_posterior_is_in_the_family(name):
             guide.factor.bias.copy_((vectors * (values / noise - 1).sqrt()).flatten())
     weights = log_weights(model, guide, x, 10)
     close(weights, exact_evidence(model, x).expand(10, 5), 1e-8)
-
-
-@every_family
-def test_fit_trains_every_parameter(name):
-    model = linear_model(sigma=1.0)
-    torch.manual_seed(2)
-    guide = FAMILIES[name](model, linear_encoder()).double()
-    data = (images(64) * 255).to(torch.uint8)
-    before = {k: p.detach().clone() for k, p in guide.named_parameters()}
-    history = fit(
-        model, guide, data, epochs=10, batch_size=16, learning_rate=1e-2, progress=False
-    ).frame()
-    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
-    for key, parameter in guide.named_parameters():
-        assert parameter.isfinite().all(), key
-        assert not torch.equal(parameter, before[key]), key
-
-
-@every_family
-def test_state_survives_saving(name, tmp_path):
-    model, x = linear_model(3), images(4)
-    guide, other = build(model, name), build(model, name, seed=9)
-    torch.save(guide.state_dict(), tmp_path / "guide.pt")
-    z = torch.randn(4, 3).double()
-    expected = guide.posterior(x).log_prob(z)
-    assert not torch.allclose(other.posterior(x).log_prob(z), expected)
-    other.load_state_dict(torch.load(tmp_path / "guide.pt"))
-    assert torch.equal(other.posterior(x).log_prob(z), expected)
 
 
 @pytest.mark.parametrize("rank", [-1, 1.5, 3, 99])

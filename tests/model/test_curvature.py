@@ -1,0 +1,167 @@
+"""Jacobians of any decoder, and the Gauss-Newton precision of the posterior."""
+
+import pyro
+import pytest
+import torch
+from torch import nn
+from torch.distributions import constraints
+
+from guides import LaplaceGuide
+from pyro_gpvae import ImageModel, log_evidence, make_guide
+from pyro_gpvae.model.curvature import decoder_jacobian, inverse_cholesky, linearize
+
+SHAPE, P = (1, 8, 8), 3
+RELU = nn.ReLU()
+
+
+def model_of(*hidden, sigma=0.3, likelihood="gaussian", seed=0):
+    """A small model in float64; linear in z if no hidden layers are given."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(P, 64)]
+    if hidden:
+        layers = [nn.Linear(P, 16), *hidden, nn.Linear(16, 64)]
+    decoder = nn.Sequential(*layers, nn.Unflatten(1, SHAPE))
+    return ImageModel(SHAPE, P, decoder, sigma=sigma, likelihood=likelihood).double()
+
+
+def images(count=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64)
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_jacobian_of_the_convolutional_decoder_of_table_1():
+    torch.manual_seed(0)
+    decoder = ImageModel((1, 28, 28), 10).double().decoder
+    z = torch.randn(3, 10).double().requires_grad_()
+    output, jacobian = decoder_jacobian(decoder, z)
+    assert jacobian.shape == (3, 784, 10)
+    expected = decoder(z).flatten(1)
+    close(output, expected, 1e-12)
+    for pixel in range(3, 784, 25):  # a backward pass gives a row for every image
+        (row,) = torch.autograd.grad(expected[:, pixel].sum(), z, retain_graph=True)
+        assert row.abs().max() > 1e-4
+        close(jacobian[:, pixel], row, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        nn.Sequential(nn.Linear(P, 8, bias=False), nn.ReLU(), nn.Linear(8, 64)),
+        nn.Sequential(nn.Linear(P, 8), nn.LayerNorm(8), nn.ELU(), nn.Linear(8, 64)),
+        nn.Sequential(
+            nn.Sequential(nn.Linear(P, 36), nn.ReLU(inplace=True), nn.Unflatten(1, (4, 3, 3))),
+            nn.ConvTranspose2d(4, 2, 4, 2, 1),
+            nn.Conv2d(2, 1, 3, padding=1, bias=False),
+            nn.Tanh(),
+        ),
+        nn.Sequential(nn.Linear(P, 8), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 9))),
+        nn.Sequential(nn.Linear(P, 8), RELU, nn.Linear(8, 8), RELU, nn.Linear(8, 64)),
+        nn.Linear(P, 64),
+        nn.Sequential(),
+    ],
+    ids=["relu", "norm", "convolutions", "parametrised", "shared", "one layer", "no layer"],
+)
+def test_jacobian_of_any_decoder(decoder):
+    torch.manual_seed(0)
+    decoder.double().eval()
+    z = torch.randn(2, P).double()
+    output, jacobian = decoder_jacobian(decoder, z)
+    close(output, decoder(z).flatten(1), 1e-12)
+    for i in range(2):
+        expected = torch.autograd.functional.jacobian(lambda z: decoder(z[None]).flatten(), z[i])
+        close(jacobian[i], expected, 1e-12)
+
+
+@pytest.mark.parametrize("guide", ["vlae:4", "instance:full"])
+def test_a_layer_in_two_places_counts_twice(guide):
+    torch.manual_seed(2)
+    elbos, middle = [], nn.Linear(16, 16)
+    for second in (RELU, nn.ReLU()):
+        model = model_of(RELU, middle, second)
+        q = make_guide(guide, model).double()
+        elbos.append(log_evidence(model, q, images(), 5, seed=0).elbo)
+    assert torch.equal(*elbos)
+
+
+def test_hooks_and_subclasses_are_not_taken_for_what_they_extend():
+    class Squared(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    torch.manual_seed(0)
+    hooked = nn.Linear(4, 5)
+    hooked.register_forward_hook(lambda module, inputs, output: output.sin())
+    whole = nn.Sequential(Squared(P, 4), hooked).double()
+    whole.register_forward_hook(lambda module, inputs, output: output.exp())
+    z = torch.randn(1, P).double()
+    _, jacobian = decoder_jacobian(whole, z)
+    expected = torch.autograd.functional.jacobian(lambda z: whole(z[None])[0], z[0])
+    close(jacobian[0], expected, 1e-12)
+
+
+def test_jacobian_of_a_users_pyro_decoder():
+    class Decoder(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = pyro.nn.PyroModule[nn.Linear](P, 64)
+            self.gain = pyro.nn.PyroParam(torch.tensor(2.0), constraints.positive)
+
+        def forward(self, z):
+            return (self.gain * self.layer(z).sin()).unflatten(-1, SHAPE)
+
+    torch.manual_seed(0)
+    model = ImageModel(SHAPE, P, Decoder(), sigma=0.3)
+    z = torch.randn(P)
+    _, jacobian = decoder_jacobian(model.decoder, z[None])
+    expected = torch.autograd.functional.jacobian(lambda z: model.decoder(z[None]).flatten(), z)
+    close(jacobian[0], expected, 1e-5)
+    with pyro.get_param_store().scope():
+        guide = LaplaceGuide(model, 1)
+        guide.elbo().differentiable_loss(model, guide, images().float()).backward()
+        assert model.decoder.layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_gradient_and_curvature_of_the_log_joint(likelihood):
+    # of a linear decoder, the Gauss-Newton matrix is the Hessian itself
+    model, x = model_of(likelihood=likelihood), images(1).round()
+    z = torch.randn(P, dtype=torch.float64)
+
+    def log_joint(z):
+        return model.log_joint(x, z[None])[0]
+
+    gradient, precision = linearize(model, x, z[None])
+    close(gradient[0], torch.autograd.functional.jacobian(log_joint, z), 1e-10)
+    close(precision[0], -torch.autograd.functional.hessian(log_joint, z), 1e-10)
+
+
+def test_a_dead_direction_keeps_the_prior_in_float32():
+    # JᵀJ/σ² is 1e7 in the other directions, where float32 cannot see the I of the prior
+    model = model_of(sigma=1e-3).float()
+    with torch.no_grad():
+        model.decoder[0].weight[:, 2] = model.decoder[0].weight[:, 0]
+    _, precision = linearize(model, images().float(), torch.zeros(4, P))
+    dead = torch.tensor([1.0, 0.0, -1.0]) / 2**0.5
+    factor = inverse_cholesky(precision)[0].float()
+    close((factor.mT @ dead).square().sum(-1), torch.ones(4), 1e-2)
+
+
+def test_a_singular_precision_names_the_image():
+    precision = torch.eye(2).double().repeat(3, 1, 1)
+    precision[1, 1, 1] = -1
+    with pytest.raises(torch.linalg.LinAlgError, match="precision of image 1 is singular"):
+        inverse_cholesky(precision)
+    with pytest.raises(torch.linalg.LinAlgError, match="image 7 is singular"):
+        inverse_cholesky(precision, torch.tensor([2, 7, 9]))
+
+
+def test_jitter_helps_where_it_is_needed_and_nowhere_else():
+    good = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    bad = torch.ones(2, 2).double() - 1e-9 * torch.eye(2).double()
+    factor, _ = inverse_cholesky(torch.stack([good, bad]))
+    close(factor[0] @ factor[0].T, good.inverse(), 1e-14)
+    assert factor[1].isfinite().all()
