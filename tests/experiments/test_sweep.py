@@ -6,12 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import _ray
 import pandas as pd
 import pytest
 import sweep
 import torch
 from _costs import seconds
-from _plans import read_plan
+from _read_plan import read_plan
+from _state import finished_runs, load_images_once, warn_of_commits
 
 from pyro_gpvae import train_run
 from pyro_gpvae.core._files import InUseError, locked, read_json, write_json
@@ -67,7 +69,7 @@ def test_the_plans_are_the_papers_tables():
     steps = [f"{name}:{k}" for name in ("sa", "vlae") for k in (1, 2, 4, 8)]
     assert {c.config.guide for c in five.cells} == {"vae", "gp", *steps}
     for plan in (four, five):
-        assert plan.cut == {}
+        assert plan.budget_overrides == {}
         gp = [c for c in plan.cells if c.config.guide == "gp"]
         assert all(c.config.warm_start and c.config.epochs == 2000 for c in gp)
         controls = [c for c in plan.cells if c.config.guide == "vae" and c.method != "vae"]
@@ -92,7 +94,7 @@ def test_cuts_are_kept_with_the_plan(tiny):
     plan = read_plan(tiny, epochs=7, seeds=2)
     assert {c.config.epochs for c in plan.cells} == {7}
     assert len(plan.cells) == 8
-    about = plan.about(plan.cells[0])
+    about = plan.metadata(plan.cells[0])
     assert about["cut"]["epochs"] == {"used": 7, "full": 2000}
     assert about["cut"]["seeds"] == {"used": 2, "full": 5}
     assert about["cut"]["train_images"] == {"used": 256, "full": None}
@@ -190,27 +192,26 @@ def test_finished_runs_that_do_not_fit_are_refused(tiny, tmp_path):
     plan = read_plan(tiny, epochs=1, seeds=1)
     cell, out = plan.cells[0], tmp_path / "out"
     train_run(cell.config, out / cell.name, progress=False)
-    frame = sweep.finished_runs(plan, out)
+    frame = finished_runs(plan, out)
     assert list(frame["run"]) == [cell.name]
     assert list(frame["method"]) == ["vae"]
-    options = sweep.Options(plan=tiny, root=None)
-    assert list(sweep.load_images_once(plan, frame, out, options, {"mnist5k"})) == ["mnist5k"]
+    assert list(load_images_once(plan, frame, out, {"mnist5k"})) == ["mnist5k"]
     other = frame.assign(train_sha256="0" * 64)
     with pytest.raises(ValueError, match=rf"{cell.name}/record.json: data.train_sha256 is not"):
-        sweep.load_images_once(plan, other, out, options, {"mnist5k"})
+        load_images_once(plan, other, out, {"mnist5k"})
     with pytest.warns(UserWarning, match=rf"commit is 123 in .*{cell.name}/record.json"):
-        sweep.warn_of_commits(frame.assign(commit="123"), out)
+        warn_of_commits(frame.assign(commit="123"), out)
 
     record = out / cell.name / "record.json"
     content = record.read_text()
     record.write_text(content.replace("log_evidence", "log_evidenc"))
     with pytest.raises(ValueError, match=rf"{cell.name}/record.json.*Delete the folder"):
-        sweep.finished_runs(plan, out)
+        finished_runs(plan, out)
     write_json(record, read_json(record) | {"config": read_json(record)["config"] | {"epochs": 9}})
     record.write_text(record.read_text().replace('log_evidenc"', 'log_evidence"'))
     (out / cell.name / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"record.json: config.epochs is 9, the plan says 1"):
-        sweep.finished_runs(plan, out)
+        finished_runs(plan, out)
 
 
 def test_two_sweeps_do_not_share_a_folder(tiny, tmp_path):
@@ -221,14 +222,34 @@ def test_two_sweeps_do_not_share_a_folder(tiny, tmp_path):
         sweep.main(sweep.Options(plan=tiny, out=tmp_path))
 
 
-def test_without_ray_the_error_says_what_to_do(tiny, tmp_path, monkeypatch):
+def test_without_ray_a_sweep_trains_in_turn(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pyro-gpvae\[sweep\].*pyro-gpvae train"):
-        sweep.main(sweep.Options(plan=tiny, out=tmp_path / "out"))
+    options = {"plan": tiny, "out": tmp_path / "out", "epochs": 1, "seeds": 1}
+    where = ("decoder=fc", "seed=0")
+    with pytest.raises(ImportError, match=r"pyro-gpvae\[sweep\].*--in-turn"):
+        sweep.main(sweep.Options(**options, where=where))
+    before = os.getcwd()
+    assert sweep.main(sweep.Options(**options, where=where, in_turn=True)) == 0
+    assert os.getcwd() == before
+    assert "CUT BUDGET" in (tmp_path / "out" / "tiny.md").read_text()
+    found = {name: path.stat().st_mtime_ns for name, path in records(tmp_path / "out").items()}
+    assert [name.split("-")[3] for name in found] == ["gp", "vae"]
+    assert sweep.main(sweep.Options(**options, where=where, in_turn=True)) == 0
+    assert found == {n: p.stat().st_mtime_ns for n, p in records(tmp_path / "out").items()}
+
+
+def test_a_plan_imports_no_code_unless_it_is_trusted(tiny, tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny.write_text(TINY.replace('guide = "gp"', 'guide = "stranger:Guide"'))
+    with pytest.raises(ValueError, match=r"stranger:Guide.*--trust-guide"):
+        sweep.main(sweep.Options(plan=tiny, out=tmp_path / "out", dry_run=True))
+    with pytest.raises(SystemExit, match="imported"):
+        read_plan(tiny, trust_guide=True)
 
 
 def test_time_left_follows_what_runs_took():
-    left = sweep._time_left
+    left = _ray.time_left
     costs = {"a": 10.0, "b": 10.0, "c": 30.0}
     assert left(costs, {"a"}, {"a": 0.0, "b": 20.0}, {"a": 20.0}, now=25.0) == 15 + 60
     assert left(dict.fromkeys("abc"), {"a"}, {}, {"a": 20.0}, now=25.0) == 40
@@ -296,6 +317,7 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_a_lost_node_and_a_killed_driver_cost_nothing(cluster, start, tiny, tmp_path, monkeypatch):
     """Every cell is recorded once, with the scores of a sweep that nothing disturbs: its cells
     trained one after the other, in one process, without checkpoints and without Ray."""

@@ -1,0 +1,218 @@
+"""Trains the cells of a plan with Ray Tune, on this machine or on a cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from _costs import duration
+
+from pyro_gpvae.data.images import ImageData
+
+#: Trains one cell: takes its name, and its images.
+TrainCell = Any
+
+
+@contextmanager
+def cluster(address: str | None, images: Mapping[str, ImageData]) -> Iterator[dict[str, Any]]:
+    """Connects to Ray, or starts it on this machine, and sends it the images.
+
+    Arguments:
+        address: Address of a cluster; None starts Ray on this machine.
+        images: Data sets by name.
+
+    Returns:
+        References to the arrays of each data set.
+
+    Raises:
+        ImportError: If Ray is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables but ours
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            'Ray is not installed: pip install "pyro-gpvae[sweep]", or train in turn with --in-turn'
+        ) from error
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    if address is None:
+        # its memory is that of the images, which all runs read in place
+        size = sum(data.train.nbytes + data.test.nbytes for data in images.values())
+        memory = int(1.2 * size) + 100 * 2**20
+        ray.init(include_dashboard=False, object_store_memory=memory, **quiet)
+    else:
+        ray.init(address=address, **quiet)
+    try:
+        yield {name: ray.put(_arrays(data)) for name, data in images.items()}
+    finally:
+        ray.shutdown()
+
+
+def tune_cells(
+    train_cell: TrainCell,
+    names: Sequence[str],
+    data_of: Mapping[str, str],
+    images: Mapping[str, Any],
+    out: Path,
+    costs: Mapping[str, float | None],
+    *,
+    identity: Sequence[str],
+    cpus: int,
+    gpus: float,
+    retries: int,
+) -> dict[str, str]:
+    """Gives cells that do not wait for each other to Ray Tune.
+
+    Arguments:
+        train_cell: A function of a cell's name and images. It can be pickled.
+        names: The cells to train.
+        data_of: The data set of each cell.
+        images: References to the images, see :func:`cluster`.
+        out: The results folder.
+        costs: Seconds that each cell of the plan costs, for the time that is left.
+        identity: Names by which the experiment is found again after a restart.
+        cpus, gpus: Resources of each run.
+        retries: How often a cell is tried again.
+
+    Returns:
+        The cells that failed, and why.
+    """
+    import ray
+    from ray import tune
+
+    resources = {"cpu": cpus, "gpu": gpus}
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            _trial, train_cell=train_cell, data_of=data_of, images=images, out=str(out), cpus=cpus
+        ),
+        resources,
+    )
+    digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:12]
+    experiment = out / ".ray" / digest
+    tuner = None
+    if tune.Tuner.can_restore(str(experiment)):
+        try:
+            tuner = tune.Tuner.restore(str(experiment), trainable, restart_errored=True)
+        except Exception as error:  # killed while it wrote its state; the records are complete
+            print(f"Ray Tune cannot restore its state ({error}) and starts again", flush=True)
+            shutil.rmtree(experiment)
+    if tuner is None:
+        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        slots = min(int(total.get(kind.upper(), 0) / n) for kind, n in resources.items() if n)
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"cell": tune.grid_search(list(names))},
+            tune_config=tune.TuneConfig(reuse_actors=True),
+            run_config=tune.RunConfig(
+                name=experiment.name,
+                storage_path=str(experiment.parent),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=retries),
+                callbacks=[_progress(out, dict(costs), max(1, slots))],
+            ),
+        )
+    results = tuner.fit()
+    failed = {}
+    for number in range(len(results)):
+        result = results[number]
+        if result.error is not None and result.config is not None:
+            failed[str(result.config["cell"])] = str(result.error).strip().split("\n")[-1]
+    missing = [n for n in names if n not in failed and not (out / n / "record.json").exists()]
+    shutil.rmtree(experiment, ignore_errors=True)
+    return failed | dict.fromkeys(missing, "not finished: start again")
+
+
+def _trial(
+    config: dict[str, str],
+    *,
+    train_cell: TrainCell,
+    data_of: Mapping[str, str],
+    images: Mapping[str, Any],
+    out: str,
+    cpus: int,
+) -> None:
+    """Trains a cell in a process of a worker."""
+    import ray
+    from ray import tune
+
+    os.chdir(out)  # records name warm starts without a path
+    torch.set_num_threads(cpus)
+    arrays = ray.get(images[data_of[config["cell"]]])
+    with warnings.catch_warnings():  # they lie in shared memory, which is only read
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        parts = {part: torch.from_numpy(arrays[part]) for part in ("train", "test")}
+    score = train_cell(config["cell"], ImageData(arrays["name"], **parts, note=arrays["note"]))
+    tune.report({"log_evidence": score})
+
+
+def _arrays(data: ImageData) -> dict[str, Any]:
+    arrays = {"train": data.train.numpy(), "test": data.test.numpy()}
+    return {"name": data.name, "note": data.note, **arrays}
+
+
+def _progress(out: Path, costs: Mapping[str, float | None], slots: int) -> Any:
+    """Returns a callback of Ray Tune that prints what is done and what is left."""
+    from ray import tune
+
+    class Progress(tune.Callback):
+        """Prints the number of finished cells; it starts anew after a restart."""
+
+        def __init__(self) -> None:
+            self.started: dict[str, float] = {}
+            self.took: dict[str, float] = {}
+            self.printed = ("", 0.0)
+
+        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            self.started[trial.config["cell"]] = time.time()
+
+        def on_trial_complete(
+            self, iteration: int, trials: list[Any], trial: Any, **_: Any
+        ) -> None:
+            name = trial.config["cell"]
+            self.took[name] = time.time() - self.started.get(name, time.time())
+
+        def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+            states = [trial.status for trial in trials]
+            state = f"{states.count('RUNNING')} running, {states.count('ERROR')} failed"
+            key = f"{states.count('ERROR')} {states.count('TERMINATED')}"
+            now = time.time()
+            if key == self.printed[0] and now - self.printed[1] < 60:
+                return
+            self.printed = key, now
+            done = {name for name in costs if (out / name / "record.json").exists()}
+            failed = {t.config["cell"] for t in trials if t.status == "ERROR"}
+            left = time_left(costs, done | failed, self.started, self.took, now)
+            when = "" if left is None else f"; about {duration(left / slots)} left"
+            print(f"{len(done)} of {len(costs)} cells done, {state}{when}", flush=True)
+
+    return Progress()
+
+
+def time_left(
+    costs: Mapping[str, float | None],
+    ended: Collection[str],
+    started: Mapping[str, float],
+    took: Mapping[str, float],
+    now: float,
+) -> float | None:
+    """Returns the seconds that are left: costs, in proportion to what finished runs took."""
+    known = {name: cost for name in took if (cost := costs[name]) is not None}
+    ratio = sum(took[name] for name in known) / sum(known.values()) if known else 1.0
+    typical = sum(took.values()) / len(took) if took else None
+    left = 0.0
+    for name in costs.keys() - set(ended):
+        cost = costs[name]
+        whole = typical if cost is None else cost * ratio
+        if whole is None:
+            return None
+        left += max(0.0, whole - (now - started[name] if name in started else 0.0))
+    return left

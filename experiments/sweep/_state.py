@@ -1,0 +1,127 @@
+"""The state of a sweep: finished runs, their images, and what is left."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from _costs import duration
+from _plans import WHERE_IT_RUNS, Plan
+
+from pyro_gpvae.core._environment import environment, sha256
+from pyro_gpvae.core._files import partial_folder, read_json
+from pyro_gpvae.data.images import ImageData, load_data
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.folder import load_images
+from pyro_gpvae.runs.results import COLUMNS, read_results
+
+
+def load_images_once(
+    plan: Plan,
+    frame: pd.DataFrame,
+    out: Path,
+    names: set[str],
+    root: str | None = None,
+    download: bool = False,
+) -> dict[str, ImageData]:
+    """Loads whole data sets; ValueError if finished runs were on other images."""
+    images = {name: load_data(name, root=root, download=download) for name in sorted(names)}
+    finished = frame.set_index("run")
+
+    @cache
+    def hashes(name: str, *cuts: Any) -> dict[str, str]:
+        used = load_images(RunConfig(**dict(zip(_CUTS, cuts, strict=True))), images[name])
+        return {"train_sha256": sha256(used.train), "test_sha256": sha256(used.test)}
+
+    for cell in plan.cells:
+        if cell.config.data not in images:
+            continue
+        expected = hashes(cell.config.data, *(getattr(cell.config, name) for name in _CUTS))
+        for name, value in expected.items():
+            if cell.name in finished.index and finished.loc[cell.name, name] != value:
+                raise ValueError(
+                    f"{out / cell.name / 'record.json'}: data.{name} is not that of the images "
+                    f"of {cell.config.data!r} here: point --root to those, or choose another --out"
+                )
+    return images
+
+
+_CUTS = ("train_images", "test_images", "likelihood")
+
+
+def finished_runs(plan: Plan, out: Path) -> pd.DataFrame:
+    """Returns the plan's runs in the results folder, under the plan's names of methods.
+
+    Raises:
+        ValueError: If one is damaged, or has other options than its cell. Names file and field.
+    """
+    frame: pd.DataFrame = pd.DataFrame(columns=COLUMNS)
+    skipped: list[str] = []
+    if out.is_dir():
+        frame, skipped = read_results(out)
+    cells = {cell.name: cell for cell in plan.cells}
+    for line in skipped:
+        if any(line.startswith(f"{out / name}{os.sep}") for name in cells):
+            raise ValueError(f"{line}. Delete the folder to train the cell again")
+    frame = frame[frame["run"].isin(list(cells))].reset_index(drop=True)
+    for name in frame["run"]:
+        source = out / name / "record.json"
+        found = read_json(source)["config"]
+        for option in fields(RunConfig):
+            value, wanted = found.get(option.name), getattr(cells[name].config, option.name)
+            if option.name not in WHERE_IT_RUNS and value != wanted:
+                raise ValueError(
+                    f"{source}: config.{option.name} is {value!r}, the plan says {wanted!r}: "
+                    "delete the folder, or choose another --out"
+                )
+    order = {name: number for number, name in enumerate(cells)}
+    frame = frame.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
+    return frame.assign(method=[cells[name].method for name in frame["run"]])
+
+
+def warn_of_commits(frame: pd.DataFrame, out: Path) -> None:
+    """Warns of finished runs that were trained with other code."""
+    commit = environment(torch.device("cpu"))["commit"]
+    others = frame[frame["commit"] != commit]
+    if len(others):
+        first = others.iloc[0]
+        warnings.warn(
+            f"{len(others)} finished runs were trained with other code than this ({commit}): "
+            f"commit is {first['commit']} in {out / first['run'] / 'record.json'}. They are kept, "
+            "and the table says so. For runs of one commit, choose another --out.",
+            stacklevel=2,
+        )
+
+
+def describe(plan: Plan, out: Path, done: set[str], costs: Mapping[str, float | None]) -> str:
+    """Describes the cells, which of them are done, and what the others cost."""
+    lines = []
+    for cell in plan.cells:
+        cost = costs[cell.name]
+        state = "done" if cell.name in done else ""
+        if not state and partial_folder(out / cell.name).is_dir():
+            state = "partial"
+        lines.append(
+            f"{cell.name:<60} {'unknown' if cost is None else duration(cost):>12}  "
+            f"{cell.config.epochs:,} epochs  {state:<6}{cell.method}"
+        )
+    left = [cost for name, cost in costs.items() if name not in done]
+    known = [cost for cost in left if cost is not None]
+    lines.append(
+        f"{len(plan.cells)} cells, {len(done)} done. Left: {duration(sum(known))} in all, one at "
+        f"a time"
+        + (f", and {len(left) - len(known)} without a recorded step time" * (left != known))
+    )
+    cut = [
+        f"{k} {v['used']} (the paper: {v['full'] or 'all'})"
+        for k, v in plan.budget_overrides.items()
+    ]
+    lines.append(f"CUT BUDGET: {', '.join(cut)}" if cut else "The paper's budget.")
+    return "\n".join(lines)
