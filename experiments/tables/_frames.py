@@ -27,7 +27,10 @@ def published_scores(column: str = "score") -> pd.DataFrame:
 
 
 def estimate(name: str) -> Callable[[Record], float | None]:
-    """Returns a function that reads an estimate of a proposal comparison from a record."""
+    """Returns a function that reads an estimate of a proposal comparison from a record.
+
+    The committed records have the older part "companion", and the ELBO of the same images.
+    """
     part, number = {
         "ELBO": ("own", "elbo"),
         OWN: ("own", "log_evidence"),
@@ -35,12 +38,26 @@ def estimate(name: str) -> Callable[[Record], float | None]:
         OPTIMUM: ("optimum", "log_evidence"),
         "AIS": ("annealed", "log_evidence"),
     }[name]
+    ends = {OWN: ")", WIDTH: ", width c", OPTIMUM: ", instance:full", "AIS": ")"}
 
     def read(record: Record) -> float | None:
-        parent = f"{part_of(record)}.{part}"
-        return None if "missing" in record[parent] else record.number(f"{parent}.{number}")
+        if part_of(record) == "companion":
+            parent = f"companion.{part}"
+            return None if "missing" in record[parent] else record.number(f"{parent}.{number}")
+        method = "AIS(" if name == "AIS" else "IWAE("
+        for row in record["reference.estimates"]:
+            if name in ends and row.startswith(method) and row.endswith(f"{ends[name]}"):
+                return record.number(f"reference.estimates.{row}.log_evidence")
+        return None
 
     return read
+
+
+def _factor(record: Record) -> float:
+    if part_of(record) == "reference":
+        c = record["reference.mean_width"]
+        return math.nan if c is None else float(c)
+    return float(record["companion.width"].get("factor", math.nan))
 
 
 def score_frame(
@@ -104,15 +121,15 @@ def score_frame(
 
 
 def with_factors(frame: pd.DataFrame, collected: Collected) -> pd.DataFrame:
-    """Adds the mean width factor c, and leaves out columns without a record."""
+    """Adds the mean width factor c, and leaves out columns and scores without a record."""
     factors = {
-        (row.label, *key): sum(r[f"{part_of(r)}.width.factor"] for r in cell) / len(cell)
+        (row.label, *key): sum(map(_factor, cell)) / len(cell)
         for (row, key), cell in collected.cells.items()
-        if all("missing" not in r[f"{part_of(r)}.width"] for r in cell)
     }
     keys = zip(frame["method"], frame["data"], frame["latent_dim"], frame["decoder"], strict=True)
     frame = frame.assign(factor=[factors.get(key, math.nan) for key in keys])
     run = frame.groupby(["panel", "column"])["seeds"].transform("max") > 0
+    run &= frame.groupby("score")["seeds"].transform("max") > 0
     return frame[run].reset_index(drop=True)
 
 
@@ -128,7 +145,8 @@ def order_text(frame: pd.DataFrame) -> str:
     """Says whether methods have the same order with their own q and with the optimal proposal."""
     changes, compared = [], 0
     for (_, label), rows in frame.groupby(["panel", "column"], sort=False):
-        means = rows.pivot(index="method", columns="score", values="mean")[[OWN, OPTIMUM]].dropna()
+        means = rows.pivot(index="method", columns="score", values="mean")
+        means = means.reindex(columns=[OWN, OPTIMUM]).dropna()
         if len(means) < 2:
             continue
         compared += 1

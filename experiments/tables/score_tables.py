@@ -156,7 +156,8 @@ def score_blocks(frame: pd.DataFrame) -> list[Block]:
 
 def proposal_blocks(frame: pd.DataFrame) -> list[Block]:
     """Returns a block for each column: all scores, with the difference to the VAE in brackets."""
-    heads = [h for name in PROPOSALS for h in ((name, "c") if name == WIDTH else (name,))]
+    scores = dict.fromkeys(frame["score"])
+    heads = [h for name in scores for h in ((name, "c") if name == WIDTH else (name,))]
     blocks = []
     for (panel, column), part in frame.groupby(["panel", "column"], sort=False):
         rows = []
@@ -218,16 +219,22 @@ def score_caption(collected: Collected, order: str) -> str:
 def proposal_caption(collected: Collected, order: str) -> str:
     """Says what the proposals are, the budget, the tests and how many optima converged."""
     parts = [record[part_of(record)] for record in collected.records]
-    left = sum(int(part["optimum"]["not_converged"]) for part in parts)
     count = sum(int(part["num_images"]) for part in parts)
-    sources = sorted({str(part["validation"]) for part in parts})
+    if part_of(collected.records[0]) == "companion":
+        left = sum(int(part["optimum"]["not_converged"]) for part in parts)
+        sources = sorted({str(part["validation"]) for part in parts})
+        notes = f"The optimum of {left:,} of {count:,} images had not converged. "
+        notes += f"c was chosen on {' or on '.join(sources)}."
+    else:
+        left = sum(int(part["not_trusted"]) for part in parts)
+        notes = f"The reference of {left:,} of {count:,} images is not reliable. "
+        notes += "c was chosen for each image with random numbers of its own."
     return (
         "The same models with better and better proposals, in nats per image: mean ± standard "
         "deviation over seeds, in brackets the difference to the row of the VAE. ELBO and IWAE "
         "with the guide's own q; IWAE with its spread multiplied by the best factor c; IWAE with "
         "the optimal full Gaussian of each image, the reference; annealed importance sampling "
-        f"(AIS) from there. {_budget_text(collected)} {_MARKS} The optimum of {left:,} of "
-        f"{count:,} images had not converged. c was chosen on {' or on '.join(sources)}. {order}"
+        f"(AIS) from there. {_budget_text(collected)} {_MARKS} {notes} {order}"
     )
 
 

@@ -465,6 +465,31 @@ def test_every_score_of_a_proposal_comparison_is_ranked_and_tested(tmp_path):
                                       "120.0 (1 seed) (-10.0)", "not run"]  # fmt: skip
 
 
+def test_evaluations_with_reference_estimates(tmp_path):
+    rows = {"IWAE(100)": 105.0, "IWAE(100), width c": 106.0, "IWAE(100), instance:full": 108.0,
+            "AIS(30)": 107.0, "AIS(30), prior": 1.0}  # fmt: skip
+    for seed in range(2):
+        content = write(tmp_path / f"vae-{seed}", record(seed=seed))
+        evaluation = content | {
+            "run": str(tmp_path / f"vae-{seed}"),
+            "guide": "vae",
+            "trained_guide": "vae",
+            "recorded": content["scores"],
+            "reference": {
+                "num_images": 8, "num_samples": 100, "not_trusted": 1, "mean_width": 1.5,
+                "estimates": {name: {"log_evidence": v + seed} for name, v in rows.items()},
+            },
+        }  # fmt: skip
+        write(tmp_path / f"evaluation-{seed}", evaluation)
+    make(SMALL, tmp_path, tmp_path / "out")
+    compared = pd.read_csv(tmp_path / "out" / "small_proposals.csv")
+    means = compared[compared["method"] == "VAE"].set_index("score")["mean"]
+    assert means.tolist() == [105.5, 106.5, 108.5, 107.5], "there is no ELBO of these images"
+    text = (tmp_path / "out" / "small_proposals.md").read_text()
+    assert "| 1.50 |" in text
+    assert "The reference of 2 of 16 images is not reliable." in text
+
+
 def test_the_order_may_stay(tmp_path):
     with_evaluations(tmp_path / "runs", 140.0)
     make(SMALL, tmp_path / "runs", tmp_path / "out")
