@@ -1,4 +1,4 @@
-r"""Generated images: samples, reconstructions, paths and traversals, from a folder of generate."""
+r"""Generated images: samples, reconstructions, interpolations and traversals."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from pyro_gpvae.plots._style import COLOURS, finish
+from pyro_gpvae.plots._style import COLOURS, finish, tidy
 from pyro_gpvae.plots.images import image_grid, reconstructions, show_pixels, tile, to_pixels
 
 __all__ = ["active_units_chart", "generated_figures", "image_table", "traversals"]
 
-#: Dimensions that a picture of traversals shows, at most.
+#: The largest number of dimensions in a figure of traversals.
 _MAX_ROWS = 20
 
 
 def generated_figures(
     arrays: Mapping[str, ArrayLike], record: Mapping[str, Any]
 ) -> dict[str, Figure]:
-    """Draws the figures of ``pyro-gpvae generate``, by file name.
+    """Returns the figures of ``pyro-gpvae generate`` by file name.
 
     Arguments:
         arrays: The content of its ``arrays.npz``, as :func:`numpy.load` reads it.
@@ -76,8 +76,8 @@ def generated_figures(
             arrays["traversal_values"],
             np.asarray(arrays["reconstructions_z"])[0],
             variances,
-            f"The {mean} where one dimension runs and the others stay at the posterior mean of "
-            f"test image {shown[0]}; triangles mark its own values. {caption}",
+            f"The {mean} where one dimension varies and the others stay at the posterior mean of "
+            f"test image {shown[0]}; triangles mark the values of the image itself. {caption}",
         ),
         "active_units.png": active_units_chart(
             variances, record["active_units"]["threshold"], _information(record) + caption
@@ -93,21 +93,21 @@ def image_table(
     column_name: str,
     caption: str = "",
 ) -> Figure:
-    """Draws images in rows and columns with names.
+    """Draws images in labelled rows and columns.
 
     Arguments:
         images: Floats in [0, 1], (R, S, H, W, C).
-        rows, columns: The R and S names.
-        row_name, column_name: What they are: the labels of the axes.
-        caption: A line below.
+        rows, columns: The R and S labels.
+        row_name, column_name: The labels of the axes.
+        caption: Text below the figure.
 
     Raises:
-        ValueError: If there is not one name for each row and column.
+        ValueError: If the number of labels is not that of rows or columns.
     """
     table = np.asarray(images)
     if table.ndim != 5 or table.shape[:2] != (len(rows), len(columns)):
         raise ValueError(
-            f"expected images of shape ({len(rows)}, {len(columns)}, H, W, C), one for each name, "
+            f"expected images of shape ({len(rows)}, {len(columns)}, H, W, C), one for each label, "
             f"got {table.shape}"
         )
     height, width = table.shape[2:4]
@@ -136,14 +136,14 @@ def traversals(
     variances: ArrayLike,
     caption: str = "",
 ) -> Figure:
-    """Draws what each latent dimension does, the most active first, at most 20 of them.
+    """Draws the effect of each latent dimension, the 20 most active ones first to last.
 
     Arguments:
         images: Decoded images (p, S, C, H, W), floats in [0, 1].
-        values: The S values of a dimension, in standard deviations of the prior, evenly spaced.
-        own: The values that the image itself has, (p,): marked where they are in range.
-        variances: Var_x(E_q[z_j|x]) of each dimension, (p,), which orders and labels the rows.
-        caption: A line below.
+        values: The S evenly spaced values of a dimension, in standard deviations of the prior.
+        own: The latent vector of the image itself, (p,); values within the range are marked.
+        variances: Var_x(E_q[z_j|x]) of each dimension, (p,); it orders and labels the rows.
+        caption: Text below the figure.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -178,15 +178,15 @@ def traversals(
 
 
 def active_units_chart(variances: ArrayLike, threshold: float, caption: str = "") -> Figure:
-    """Draws how much each dimension's posterior mean varies with the image.
+    """Draws the variance over images of the posterior mean of each latent dimension.
 
     Arguments:
         variances: Var_x(E_q[z_j|x]) of each dimension, (p,).
-        threshold: What makes a dimension active.
-        caption: A line below.
+        threshold: The variance above which a dimension is active.
+        caption: Text below the figure.
 
     Raises:
-        ValueError: If variances is not one positive number or zero for each dimension.
+        ValueError: If variances is not a vector of nonnegative numbers.
     """
     variance = np.asarray(variances, dtype=float)
     if variance.ndim != 1 or not len(variance) or not (variance >= 0).all():
@@ -197,7 +197,7 @@ def active_units_chart(variances: ArrayLike, threshold: float, caption: str = ""
     active = variance[order] > threshold
     figure = Figure(figsize=(max(6.0, 0.22 * len(order) + 2.5), 3.6), dpi=150)
     axes = figure.subplots()
-    # a zero has no logarithm: its point is at the lower end
+    # zero has no logarithm: it is drawn at the lower end of the axis
     low = min(threshold, max(float(variance.min()), 1e-4)) / 3
     for chosen, colour, marker, label in (
         (active, COLOURS[0], "o", "active"),
@@ -212,16 +212,15 @@ def active_units_chart(variances: ArrayLike, threshold: float, caption: str = ""
     axes.set_yscale("log")
     axes.set_ylim(low, max(float(variance.max()), threshold) * 2)
     axes.set_xticks(range(len(order)), [str(j) for j in order], fontsize=8)
-    axes.grid(axis="y", alpha=0.25)
+    tidy(axes, "y")
     axes.set_xlabel("latent dimension, the most active first")
     axes.set_ylabel("variance of $E_q[z_j|x]$\n(prior variance = 1)")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return finish(figure, caption)
 
 
 def _information(record: Mapping[str, Any]) -> str:
-    """A sentence or two on the mutual information."""
+    """Returns the part of a caption that gives the mutual information."""
     found = record["information"]
     if found is None:
         return f"N = {record['active_units']['num_images']} test images. "
@@ -234,14 +233,14 @@ def _information(record: Mapping[str, Any]) -> str:
 
 
 def _table(images: ArrayLike) -> NDArray[np.floating[Any]]:
-    """Images (R, S, C, H, W) as floats (R, S, H, W, C) in [0, 1]."""
+    """Returns images (R, S, C, H, W) as floats (R, S, H, W, C) in [0, 1]."""
     array = np.asarray(images)
     flat = to_pixels(array.reshape(-1, *array.shape[2:]))
     return flat.reshape(*array.shape[:2], *flat.shape[1:])
 
 
 def _ticks(axes: Axes, rows: int, columns: int, height: int, width: int) -> None:
-    """Puts a tick at the middle of each row and column of a mosaic."""
+    """Puts a tick at the centre of each row and column of a mosaic."""
     axes.set_yticks([row * (height + 2) + (height - 1) / 2 for row in range(rows)])
     axes.set_xticks([column * (width + 2) + (width - 1) / 2 for column in range(columns)])
     axes.tick_params(length=0)
