@@ -22,6 +22,7 @@ from pyro_gpvae import (
 from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 from pyro_gpvae.model.stratified import gaussian_mixture
 
+pytestmark = pytest.mark.slow
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 SHAPE, P = (1, 2, 3), 3

@@ -22,6 +22,7 @@ from pyro_gpvae import (
 )
 from pyro_gpvae.evaluation.importance import ParetoWarning
 
+pytestmark = pytest.mark.slow
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
