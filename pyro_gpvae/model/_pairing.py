@@ -52,6 +52,8 @@ def pair(model: PyroProgram, guide: PyroProgram) -> PyroProgram:
         >>> poutine.trace(program).get_trace(torch.zeros(1, 1, 28, 28)).stochastic_nodes
         ['W', 'U', 'data', 'z']
     """
+    if isinstance(model, Paired):  # with this guide or another one
+        model = model.model
     if isinstance(guide, HasGlobalPrior) and guide.global_prior():
         return Paired(model, guide)
     return model
