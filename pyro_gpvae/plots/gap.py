@@ -121,6 +121,8 @@ def uncertainty_scatter(
         if float(table[name].min()) > 0 and float(table[name].max() / table[name].min()) > 20:
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
+        else:
+            axes.locator_params(axis="x", nbins=4)  # long numbers would overlap
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
         axes.set_xlabel(label)

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
@@ -28,10 +27,6 @@ def generated_figures(
     Arguments:
         arrays: The content of its ``arrays.npz``, as :func:`numpy.load` reads it.
         record: The content of its ``latent.json``.
-
-    Example:
-        >>> figures = generated_figures(np.load("arrays.npz"), json.load(open("latent.json")))
-        ... # doctest: +SKIP
     """
     run, shown = record["run"], np.asarray(arrays["image_index"])
     caption = (
@@ -121,9 +116,10 @@ def image_table(
     )
     axes = figure.subplots()
     show_pixels(axes, tile(table.reshape(-1, *table.shape[2:]), len(columns)))
-    _ticks(axes, len(rows), len(columns), height, width)
-    axes.set_yticklabels(rows, fontsize=8)
-    axes.set_xticklabels(columns, fontsize=8)
+    # at the centre of each row and column
+    axes.set_yticks(np.arange(len(rows)) * (height + 2) + (height - 1) / 2, rows, fontsize=8)
+    axes.set_xticks(np.arange(len(columns)) * (width + 2) + (width - 1) / 2, columns, fontsize=8)
+    axes.tick_params(length=0)
     axes.set_ylabel(row_name, fontsize=9)
     axes.set_xlabel(column_name, fontsize=9)
     return finish(figure, caption)
@@ -237,10 +233,3 @@ def _table(images: ArrayLike) -> NDArray[np.floating[Any]]:
     array = np.asarray(images)
     flat = to_pixels(array.reshape(-1, *array.shape[2:]))
     return flat.reshape(*array.shape[:2], *flat.shape[1:])
-
-
-def _ticks(axes: Axes, rows: int, columns: int, height: int, width: int) -> None:
-    """Puts a tick at the centre of each row and column of a mosaic."""
-    axes.set_yticks([row * (height + 2) + (height - 1) / 2 for row in range(rows)])
-    axes.set_xticks([column * (width + 2) + (width - 1) / 2 for column in range(columns)])
-    axes.tick_params(length=0)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
 
 import pytest
 
@@ -143,7 +142,3 @@ def test_the_working_directory_is_on_the_path_for_one_import_only(tmp_path, monk
     with pytest.raises(ValueError, match="RuntimeError: broken"):
         load_guide("broken_guide:G")
     assert sys.path == before
-
-
-def test_an_entry_point_without_a_distribution_has_a_name():
-    assert "unknown" in _registry.distribution_name(EntryPoint("a", "b:C", "d"))

@@ -60,6 +60,7 @@ def check_pictures(folder, names):
 
 
 class TestDemo:
+    @pytest.mark.slow
     def test_it_writes_every_file_it_promises(self, tmp_path, capsys, monkeypatch):
         monkeypatch.chdir(tmp_path)
         options = {"train_images": 64, "test_images": 8, "num_samples": 3, "latent_dim": 2}
@@ -127,6 +128,7 @@ class TestGap:
         unknown = words(gap_markdown(table.assign(kl_global=math.nan), ""))
         assert "| not known | 3 of 4 |" in unknown
 
+    @pytest.mark.slow
     def test_a_stopped_measurement_continues(self, runs, tmp_path, monkeypatch):
         monkeypatch.setattr(gap, "BATCH", 4)
         monkeypatch.setattr(gap_chunks, "BATCH", 4)
@@ -167,6 +169,7 @@ class TestGap:
             pd.testing.assert_frame_equal(found, expected, check_exact=True)
             assert chunk.read_bytes() == whole
 
+    @pytest.mark.slow
     def test_it_writes_tables_and_a_picture_and_replaces_them_only_when_told(self, runs, tmp_path):
         options = REPORT | {"num_images": 4, "num_chains": 2, "num_steps": 3}
         text = report_gaps([runs / "vae", runs / "gp"], tmp_path, **options)
