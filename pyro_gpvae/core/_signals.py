@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupts", "Terminated", "stopped", "terminating"]
+__all__ = ["Interrupts", "Terminated", "stopped"]
 
 
 class Terminated(SystemExit):
@@ -55,18 +53,3 @@ class Interrupts:
 def stopped(number: int, message: str) -> BaseException:
     """The exception that a signal stands for: KeyboardInterrupt, or Terminated."""
     return Terminated(message) if number == signal.SIGTERM else KeyboardInterrupt(message)
-
-
-@contextmanager
-def terminating() -> Iterator[None]:
-    """Turns SIGTERM into :class:`Terminated` inside the block, so that what was begun is undone."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise stopped(number, "nothing half-written")
-
-    previous: Any = signal.getsignal(signal.SIGTERM)
-    try:
-        signal.signal(signal.SIGTERM, end)
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
