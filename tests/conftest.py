@@ -7,8 +7,6 @@ import torch
 # read by CUDA's libraries at their first call
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 HAS_GPU = torch.cuda.is_available()
-# its device would be torch's accelerator, beside the GPU
-collect_ignore = ["test_emulated.py"] if HAS_GPU else []
 
 
 @pytest.fixture(autouse=True)

@@ -93,12 +93,11 @@ def on_batches(step: Step, images: Tensor, batch_size: int) -> Program:
     return lambda: step(next(batches))
 
 
-def ours(net: Net, guide: str, images: Tensor, backend: Backend) -> TrainingStep:
+def ours(net: Net, guide: str, images: Tensor, backend: Backend) -> Step:
     """Returns a step of this package."""
     model, made = (program.to(images.device).train() for program in programs_of(net, guide))
-    return TrainingStep(
-        model, made, images, batch_size=net.batch_size, learning_rate=5e-4, backend=backend
-    )
+    step = TrainingStep(model, made, images[: net.batch_size], len(images), backend=backend)
+    return lambda index: step(images[index])
 
 
 def programs_of(net: Net, guide: str) -> tuple[ImageModel, Any]:

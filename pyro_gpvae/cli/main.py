@@ -21,6 +21,7 @@ from pyro_gpvae.cli.guides import Guides
 from pyro_gpvae.cli.results import Results
 from pyro_gpvae.cli.train import Train
 from pyro_gpvae.cli.uncertainty import Uncertainty
+from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._signals import Terminated
 
 __all__ = ["main"]
@@ -63,13 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ending_on_signals(), warnings.catch_warnings():
             command: Any = tyro.cli(
-                _Command,
+                _Command,  # type: ignore[arg-type]
                 prog="pyro-gpvae",
                 description=_DESCRIPTION,
                 args=arguments or ["--help"],
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
             warnings.showwarning = _show_warning
+            keep_freed_memory()
             command.run()
     except KeyboardInterrupt as error:
         print(f"\npyro-gpvae: interrupted: {one_line(error)}", file=sys.stderr)
@@ -92,9 +94,8 @@ def _is_expected(error: Exception) -> bool:
     from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
     from pyro_gpvae.core._errors import NonFiniteError
-    from pyro_gpvae.training.checkpoint import NewerFormatError
 
-    return isinstance(error, NonFiniteError | NewerFormatError | LinAlgError)
+    return isinstance(error, NonFiniteError | LinAlgError)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

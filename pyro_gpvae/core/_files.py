@@ -136,7 +136,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
     Raises:
         InUseError: If another process holds it; ``what`` says what that one does.
     """
-    lock = FileLock(path, timeout=0)
+    # one lock for a path in this process: who holds it may take it again
+    lock = FileLock(path, timeout=0, is_singleton=True)
     try:
         lock.acquire()
     except Timeout as error:
@@ -232,7 +233,7 @@ def work_folder(
         try:
             yield folder
         except BaseException:
-            if not any((folder / CHECKPOINTS).glob("step-*")):  # nothing to continue
+            if not any((folder / CHECKPOINTS).glob("checkpoint*.pt")):  # nothing to continue
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         check_replaceable(path, overwrite or resume, files)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_gpvae.data._files import Parts, open_regular, to_parts
+from pyro_gpvae.data._files import Parts, open_regular, to_images, to_labels
 
 __all__ = ["import_torchvision", "read_published"]
 
@@ -66,12 +66,18 @@ def read_published(name: str, root: Path, download: bool) -> Parts:
         train, test = (kind(root, part, download=download) for part in (True, False))
     if name == "celeba":
         return _faces(root, train.filename), _faces(root, test.filename), None, None
-    pixels = [np.asarray(part.data) for part in (train, test)]
+    parts = [np.asarray(part.data) for part in (train, test)]
     if name == "svhn":  # (N, C, H, W)
-        pixels = [np.moveaxis(part, 1, -1) for part in pixels]
-    labels = [np.asarray(x.labels if name == "svhn" else x.targets) for x in (train, test)]
-    keys = ("train", "test", "train_labels", "test_labels")
-    return to_parts(dict(zip(keys, [*pixels, *labels], strict=True)))
+        parts = [np.moveaxis(part, 1, -1) for part in parts]
+    labels = [
+        np.asarray(getattr(x, "labels" if name == "svhn" else "targets")) for x in (train, test)
+    ]
+    return (
+        to_images(parts[0], "train"),
+        to_images(parts[1], "test"),
+        to_labels(labels[0], "train_labels"),
+        to_labels(labels[1], "test_labels"),
+    )
 
 
 def _faces(root: Path, names: list[str]) -> Tensor:

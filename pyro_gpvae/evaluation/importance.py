@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._errors import NonFiniteError, name_images, nonfinite_as_error, unvalidated
 from pyro_gpvae.core._memory import bytes_each, free_memory
 from pyro_gpvae.core._plates import DATA_PLATE, in_data_plate, is_global
@@ -100,8 +99,6 @@ def log_weights(
     check_batch(model, x)
     _check_pixels(x)
     device, _ = device_and_dtype(model, x, guide)
-    if device.type == "cpu":
-        keep_freed_memory()
     scored = _lower_decoder(model, precision)
     if chunk_size is None:
         chunk_size = chunk_size_for(model, guide, x, memory)

@@ -27,7 +27,7 @@ from pyro_gpvae.model.guide import available_guides, load_guide, make_guide
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.networks import ImageShape, build_decoder
 from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.training.checkpoint import load_weights
+from pyro_gpvae.runs.weights import load_weights
 
 __all__ = [
     "RUN_FILES",

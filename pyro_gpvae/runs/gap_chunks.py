@@ -18,7 +18,7 @@ from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._files import write_text
 from pyro_gpvae.evaluation.gap import BATCH, decompose
 from pyro_gpvae.runs.folder import Run, load_run
-from pyro_gpvae.training.checkpoint import weights_sha256
+from pyro_gpvae.runs.weights import weights_sha256
 
 __all__ = ["describe", "measure_gaps", "read_table"]
 

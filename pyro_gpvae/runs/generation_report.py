@@ -85,8 +85,7 @@ def report_generation(
         test = run.data.test[:latent_images]
         units = active_units(run.model, run.guide, test, seed=seed, progress=progress)
         information = None
-        has_density = isinstance(run.guide, HasPosterior)
-        if has_density:
+        if isinstance(run.guide, HasPosterior):  # it needs the density q(z|x)
             information = mutual_information(
                 run.model, run.guide, test, num_samples, seed=seed, progress=progress
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import ImageData, load_data, split_validation
 from pyro_gpvae.model.guide import make_guide
 from pyro_gpvae.model.image_model import initial_sigma
-from pyro_gpvae.model.networks import ImageShape
+from pyro_gpvae.model.networks import ImageShape, autocast_networks
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.evaluate import diagnostics, evaluate, with_chunk_size
 from pyro_gpvae.runs.folder import (
@@ -45,7 +46,8 @@ from pyro_gpvae.runs.folder import (
     warm_guide,
     warm_start,
 )
-from pyro_gpvae.training.checkpoint import Checkpoints, OnError, save_weights, weights_sha256
+from pyro_gpvae.runs.weights import save_weights, weights_sha256
+from pyro_gpvae.training.checkpoint import Checkpoints, OnError
 from pyro_gpvae.training.loop import History, fit
 
 __all__ = ["Begun", "complete_run", "resume_run", "train_into", "train_run"]
@@ -195,7 +197,7 @@ def _train_beside(
     ``saving`` are arguments of :class:`Checkpoints`, ``how`` of :func:`train_into`.
     """
     with work_folder(out, overwrite=overwrite, files=_REPLACEABLE, resume=resume) as folder:
-        checkpoints = Checkpoints(folder / CHECKPOINTS, **saving)
+        checkpoints = Checkpoints(folder / CHECKPOINTS, resume=True, **saving)
         if not resume:
             write_json(folder / "config.json", dataclasses.asdict(_resolved(config)))
         return train_into(folder, config, start, checkpoints=checkpoints, **how)
@@ -216,16 +218,17 @@ def train_into(
     begun = Begun(config, start, data)
     if checkpoints is not None:
         begun.check(folder)
-    history = fit(
-        begun.model,
-        begun.guide,
-        begun.train,
-        seed=config.seed,
-        progress=progress if isinstance(progress, str) or not progress else config.guide,
-        checkpoints=checkpoints,
-        resume=checkpoints is not None,
-        **begun.options,
-    )
+    lowered = config.precision == "bf16"
+    with autocast_networks(torch.bfloat16) if lowered else nullcontext():
+        history = fit(
+            begun.model,
+            begun.guide,
+            begun.train,
+            seed=config.seed,
+            progress=progress if isinstance(progress, str) or not progress else config.guide,
+            checkpoints=checkpoints,
+            **begun.options,
+        )
     return begun.finish(folder, history, plan=plan)
 
 
@@ -274,15 +277,15 @@ class Begun:
                 f"the guide {config.guide!r} is a {type(self.guide).__name__}, expected a "
                 "torch.nn.Module or PyroModule: only a module's weights can be saved"
             )
+        self.model.to(self.device)
+        self.guide.to(self.device)
         self.options: dict[str, Any] = {
             "epochs": config.epochs,
             "batch_size": config.batch_size,
             "learning_rate": config.learning_rate,
             "validation": validation,
-            "device": self.device,
             "on_nonfinite": config.on_nonfinite,
             "backend": config.backend,
-            "precision": None if config.precision == "default" else config.precision,
         }
 
     def check(self, folder: Path) -> None:
@@ -295,7 +298,6 @@ class Begun:
         trained: History,
         *,
         plan: Mapping[str, Any] | None = None,
-        stacked: int | None = None,
     ) -> dict[str, Any]:
         """Evaluates the trained guide, and writes the files of the run.
 
@@ -303,7 +305,6 @@ class Begun:
             folder: Where to.
             trained: The history.
             plan: What the record says of the plan that the run is part of.
-            stacked: The number of runs that were trained in one program with it, itself included.
         """
         data, device = self.data, self.device
         history = trained.frame()
@@ -338,8 +339,6 @@ class Begun:
             record["warm_start"] = self.start.record
         if plan is not None:
             record["plan"] = dict(plan)
-        if stacked is not None:  # the seconds of training are those of all
-            record["stacked"] = stacked
         save_weights(folder / "weights.safetensors", self.model, self.guide)
         write_text(folder / "history.csv", history.to_csv(index=False))
         write_text(folder / "scores.csv", table.to_csv(index=False))

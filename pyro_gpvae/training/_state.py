@@ -1,253 +1,218 @@
-r"""What changes while a training goes on: all that a checkpoint must hold."""
+r"""The state of a training: everything that a checkpoint must hold."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_gpvae.core._seeds import random_state, set_random_state
-from pyro_gpvae.training.checkpoint import TrainingState, copy_tensors, state_of
+from pyro_gpvae.training._batches import Batch, Batches
+from pyro_gpvae.training.checkpoint import Checkpoint, check_extra_state, copy_tensors
 from pyro_gpvae.training.step import TrainingStep
 
-__all__ = ["Progress", "merge_states", "split_state"]
+__all__ = ["TrainingState"]
 
 
-class Progress:
-    """What changes while a training goes on: all that a checkpoint must hold."""
+class TrainingState:
+    """The state of a training: everything that a checkpoint must hold.
+
+    Arguments:
+        training_step: The step, with its parameters, optimisers and counters.
+        data: The training images.
+        options: What a training that continues from a checkpoint must have in common with it.
+
+    Attributes:
+        epoch: The number of finished epochs.
+        batch: The number of minibatches seen in this epoch.
+        step: The number of steps made.
+        rows: The history, one dictionary for each finished epoch.
+        recent: The minibatches since :attr:`skips_seen` was read.
+        skips_seen: The number of skipped updates when the device was last read.
+    """
 
     def __init__(
-        self,
-        stepper: TrainingStep,
-        options: Mapping[str, Any],
-        generator: torch.Generator | None = None,
-        begin: float | None = None,
+        self, training_step: TrainingStep, data: Batches, options: Mapping[str, Any]
     ) -> None:
-        self.generator = generator  # of the run's own noise, if that is not the global one
-        self.optimizers = stepper.optimizers
-        self.tally = stepper.tally
-        self.options = dict(options)
-        self.device = stepper.device
-        self.images_device = stepper.images.device
-        self.modules = stepper.modules
-        self.parameters = stepper.parameters
-        self.permutations = torch.Generator().manual_seed(self.options["seed"])
-        self.epoch = self.step = 0
-        self.skips_known = 0  # when the device was last read
+        for role, module in training_step.modules.items():
+            check_extra_state(role, module)
+        self.training_step = training_step
+        self.data = data
+        self.options = {**options, **_trained(training_step)}
+        self.epoch = self.batch = self.step = self.skips_seen = 0
         self.rows: list[dict[str, float]] = []
-        self._begin = time.monotonic() if begin is None else begin
-        self._start_epoch()
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers as they are now, and parameters of programs without modules."""
-        found = {n: p for n, p in self.parameters.items() if n.startswith("param.")}
-        for role, module in self.modules.items():
-            found |= state_of(role, module)
-        return found
-
-    @property
-    def buffers(self) -> dict[str, Tensor]:
-        """Buffers that are not persistent, and therefore not among the weights."""
-        named = {
-            f"{role}.{name}": buffer
-            for role, module in self.modules.items()
-            for name, buffer in module.named_buffers()
-        }
-        return {name: named[name] for name in named.keys() - self.weights.keys()}
-
-    def _start_epoch(self) -> None:
-        order = torch.randperm(self.options["num_images"], generator=self.permutations)
-        self.order = order.to(self.images_device)
-        self.position = 0
-        self.tally.start_epoch()
+        self.recent: list[Batch] = []
+        self._generator = torch.Generator().manual_seed(self.options["seed"])
+        self._start_of_epoch = self._generator.get_state()
+        self._begin = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, those of earlier processes included."""
+        """Seconds of training, with those before the checkpoint it continues from."""
         return time.monotonic() - self._begin
 
     @property
-    def seen(self) -> int:
-        """Images of this epoch whose loss is finite; reads the device."""
-        return int(self.tally.seen)
-
-    @property
     def skipped(self) -> int:
-        """Updates that were not made; reads the device."""
-        return int(self.tally.skipped)
+        """The number of updates that were not made; reads the device."""
+        return int(self.training_step.counters.skipped)
 
-    def next(self) -> Tensor:
-        """The numbers of the images of the next minibatch."""
-        index = self.order[self.position : self.position + self.options["batch_size"]]
-        self.position += len(index)
-        self.step += 1
-        return index
-
-    def following(self) -> Tensor | None:
-        """What :meth:`next` will return; None at the end of an epoch."""
-        index = self.order[self.position : self.position + self.options["batch_size"]]
-        return index if len(index) else None
+    def batches(self) -> Iterator[Batch]:
+        """Iterates over the minibatches that are left in this epoch."""
+        for batch in self.data.epoch(self._generator, skip=self.batch):
+            self.batch += 1
+            self.step += 1
+            self.recent.append(batch)
+            yield batch
 
     def end_epoch(self) -> float:
-        """Returns the mean loss of the epoch, and draws the order of the next."""
-        mean = float(self.tally.loss) / self.seen if self.seen else math.nan
+        """Starts the next epoch, and returns the mean loss of this one; reads the device."""
+        counters = self.training_step.counters
+        seen = int(counters.seen)
+        mean = float(counters.loss) / seen if seen else math.nan
+        counters.start_epoch()
         self.epoch += 1
-        self._start_epoch()
+        self.batch = 0
+        self._start_of_epoch = self._generator.get_state()
         return mean
 
-    @property
-    def _own(self) -> str:
-        """Which of the random states is that of the run's own generator."""
-        return "cuda" if self.device.type == "cuda" else "torch"
+    def capture(self) -> Checkpoint:
+        """Returns the state, to be written at once: its tensors are not copies."""
+        step = self.training_step
+        state = {
+            "options": self.options,
+            "weights": _parameters(step),
+            "buffers": _buffers(step),
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in step.optimizers],
+            "random": {**random_state(step.device), "permutations": self._start_of_epoch},
+            "counters": [float(getattr(step.counters, name)) for name in _COUNTERS],
+            "position": [self.epoch, self.batch],
+            "seconds": self.seconds,
+            "rows": self.rows,
+        }
+        return Checkpoint(self.step, state)
 
-    def capture(self) -> TrainingState:
-        tensors = {f"weights.{name}": tensor for name, tensor in self.weights.items()}
-        tensors |= {f"buffers.{name}": tensor for name, tensor in self.buffers.items()}
-        for number, optimizer in enumerate(self.optimizers):
-            for index, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"moments.{number}.{index}.{key}": m for key, m in moments.items()}
-        random = random_state(self.device)
-        if self.generator is not None:
-            random[self._own] = self.generator.get_state()
-        tensors |= {f"random.{n}": t for n, t in random.items()}
-        tensors["random.permutations"] = self.permutations.get_state()
-        tensors |= {"order": self.order, "loss": self.tally.loss}
-        names = ("options", "epoch", "position", "seen", "skipped", "seconds", "rows")
-        return TrainingState(self.step, tensors, {name: getattr(self, name) for name in names})
-
-    def restore(self, saved: TrainingState) -> None:
-        """Puts everything back as :meth:`capture` found it.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Sets the state that :meth:`capture` returned.
 
         Raises:
-            ValueError: If the checkpoint is of another training, or makes no sense.
+            ValueError: If the checkpoint is of another training, or inconsistent.
         """
-        name = f"the checkpoint of step {saved.step}"
+        name = f"the checkpoint of step {checkpoint.step}"
         try:
-            self._check(saved.values, name)
-            self._restore(saved, name)
+            self._check_options(checkpoint.state["options"], name)
+            self._restore_weights(checkpoint.state["weights"], name)
+            self._restore_buffers(checkpoint.state["buffers"])
+            self._restore_optimizers(checkpoint.state["optimizers"])
+            self._restore_position(checkpoint)
+            self._restore_random(dict(checkpoint.state["random"]))
         except (AttributeError, LookupError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{name} makes no sense: {error!r}; delete it") from error
+            raise ValueError(f"{name} is inconsistent: {error!r}; delete it") from error
 
-    def _check(self, values: Mapping[str, Any], name: str) -> None:
-        """Compares the options, and the types and ranges of all that is no tensor."""
+    def _check_options(self, options: Mapping[str, Any], name: str) -> None:
         for option, wanted in self.options.items():
-            # older versions did not save the options of objectives
-            known = wanted if option.startswith("objective ") else None
-            found = values["options"].get(option, known)
-            if found != wanted:
+            if options[option] != wanted:
                 raise ValueError(
-                    f"{name} is of another training: its {option} is {found}, not {wanted}"
+                    f"{name} is of another training: its {option} is {options[option]}, "
+                    f"not {wanted}"
                 )
-        counts = [values[key] for key in ("epoch", "position", "seen", "skipped")]
-        whole = all(type(count) is int and count >= 0 for count in counts)
-        seconds = values["seconds"]
-        if not whole or counts[1] > self.options["num_images"] or not isinstance(seconds, float):
-            raise TypeError(f"{counts} and {seconds} seconds are no place in a training")
-        if len(values["rows"]) != values["epoch"] or not all(
-            isinstance(row, dict) for row in values["rows"]
-        ):
-            raise TypeError("its history is not one row an epoch")
 
-    def _restore(self, saved: TrainingState, name: str) -> None:
-        values, tensors = saved.values, dict(saved.tensors)
-
-        def take(prefix: str) -> dict[str, Tensor]:
-            found = [key for key in tensors if key.startswith(prefix)]
-            return {key.removeprefix(prefix): tensors.pop(key) for key in found}
-
-        weights, expected = take("weights."), self.weights
-        for key in weights.keys() & expected.keys():
-            if weights[key].dtype != expected[key].dtype:
+    def _restore_weights(self, saved: Mapping[str, Tensor], name: str) -> None:
+        expected = _parameters(self.training_step)
+        for key in saved.keys() & expected.keys():
+            if saved[key].dtype != expected[key].dtype:
                 raise ValueError(
-                    f"{name} is of another training: {key} is {weights[key].dtype} there, "
+                    f"{name} is of another training: {key} is {saved[key].dtype} there, "
                     f"{expected[key].dtype} here"
                 )
-        copy_tensors(weights, expected, name)
-        buffers = self.buffers
-        for key, tensor in take("buffers.").items():
-            # a cache of a shape that its program chooses by itself is left to it
-            if key not in buffers or buffers[key].shape != tensor.shape:
-                continue
-            if not torch.equal(buffers[key], tensor.to(buffers[key])):  # else it may be expanded
-                buffers[key].copy_(tensor)
-        for number, optimizer in enumerate(self.optimizers):
-            moments: dict[int, dict[str, Tensor]] = {}
-            trained = optimizer.param_groups[0]["params"]
-            for key, tensor in take(f"moments.{number}.").items():
-                index, _, moment = key.partition(".")
-                parameter = trained[int(index)]
-                if tensor.shape != (torch.Size() if moment == "step" else parameter.shape):
-                    raise ValueError(f"{name}: {moment} has shape {tuple(tensor.shape)}")
-                if moment != "step":
-                    # Adam's fused kernels go through both in the order of memory
-                    tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-                moments.setdefault(int(index), {})[moment] = tensor
-            if any(m.keys() != {"step", "exp_avg", "exp_avg_sq"} for m in moments.values()):
-                raise KeyError("moments of Adam are missing")
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        if take("moments."):
-            raise KeyError("it has moments of other parameters")
-        self.permutations.set_state(tensors.pop("random.permutations"))
-        random = take("random.")
-        if self.device.type == "cuda" and "cuda" not in random:
+        copy_tensors(saved, expected, name)
+
+    def _restore_buffers(self, saved: Mapping[str, Tensor]) -> None:
+        for key, buffer in _buffers(self.training_step).items():
+            # a buffer that its program resizes by itself is left to the program
+            if key in saved and saved[key].shape == buffer.shape:
+                value = saved[key].to(buffer)
+                if not torch.equal(buffer, value):  # an expanded one cannot be written to
+                    buffer.copy_(value)
+
+    def _restore_optimizers(self, saved: list[dict[int, dict[str, Tensor]]]) -> None:
+        _require(len(saved) == len(self.training_step.optimizers), "moments of each optimiser")
+        for optimizer, state in zip(self.training_step.optimizers, saved, strict=True):
+            parameters = optimizer.param_groups[0]["params"]
+            for index, moments in state.items():
+                _require(moments.keys() == {"step", "exp_avg", "exp_avg_sq"}, "moments of Adam")
+                _require(moments["step"].shape == (), "a number of steps")
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    fits = moments[moment].shape == parameters[index].shape
+                    _require(fits, f"{moment} in the shape of its parameter")
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+    def _restore_position(self, checkpoint: Checkpoint) -> None:
+        state, counters = checkpoint.state, self.training_step.counters
+        epoch, batch = state["position"]
+        _require(type(epoch) is type(batch) is int, "a position")
+        _require(0 <= batch <= len(self.data), "a position")
+        _require(epoch == len(state["rows"]), "one row an epoch")
+        _require(len(state["counters"]) == len(_COUNTERS), "all counters")
+        for name, value in zip(_COUNTERS, state["counters"], strict=True):
+            getattr(counters, name).fill_(value)
+        self.epoch, self.batch, self.step = epoch, batch, checkpoint.step
+        self.rows = [dict(row) for row in state["rows"]]
+        self.skips_seen = self.skipped
+        self._begin = time.monotonic() - state["seconds"]
+
+    def _restore_random(self, random: dict[str, Tensor]) -> None:
+        device = self.training_step.device
+        self._start_of_epoch = random.pop("permutations")
+        self._generator.set_state(self._start_of_epoch)
+        if device.type == "cuda" and "cuda" not in random:
             warnings.warn(
-                "the checkpoint was written on another device: the training goes on with other "
+                "the checkpoint was written on another device: the training continues with other "
                 "random numbers",
                 stacklevel=4,
             )
-        set_random_state(random, self.device)
-        if self.generator is not None and self._own in random:
-            self.generator.set_state(random[self._own])
-        order = tensors["order"]
-        if not torch.equal(order.sort().values, torch.arange(self.options["num_images"])):
-            raise TypeError("its order of images is no permutation")
-        self.order = order.to(self.images_device)
-        self.tally.loss.copy_(tensors["loss"])
-        self.tally.seen.fill_(values["seen"])
-        self.tally.skipped.fill_(values["skipped"])
-        self.skips_known = values["skipped"]
-        self.step = saved.step
-        for key in ("epoch", "position", "rows"):
-            setattr(self, key, values[key])
-        self._begin = time.monotonic() - values["seconds"]
+        set_random_state(random, device)
 
 
-def merge_states(states: Sequence[TrainingState]) -> TrainingState:
-    """One state of several runs that go on together."""
-    if len(states) == 1:
-        return states[0]
-    tensors = {f"{i}.{n}": t for i, state in enumerate(states) for n, t in state.tensors.items()}
-    return TrainingState(states[0].step, tensors, {"runs": [state.values for state in states]})
+_COUNTERS = ("loss", "seen", "skipped")
 
 
-def split_state(merged: TrainingState, count: int) -> list[TrainingState]:
-    """The states of the runs that :func:`merge_states` merged.
+def _parameters(step: TrainingStep) -> dict[str, Tensor]:
+    """All parameters by name, without gradients."""
+    return {name: parameter.detach() for name, parameter in step.parameters.items()}
 
-    Raises:
-        ValueError: If it holds another number of runs.
-    """
-    runs = merged.values.get("runs", [merged.values])
-    if not isinstance(runs, list) or not all(isinstance(values, dict) for values in runs):
-        raise ValueError(f"the checkpoint of step {merged.step} makes no sense; delete it")
-    found = len(runs)
-    if found != count:
-        raise ValueError(
-            f"the checkpoint of step {merged.step} is of {found} runs, not {count}: "
-            "give the same seeds"
-        )
-    if count == 1:
-        return [merged]
-    parts = []
-    for i, values in enumerate(merged.values["runs"]):
-        prefix = f"{i}."
-        tensors = {
-            n.removeprefix(prefix): t for n, t in merged.tensors.items() if n.startswith(prefix)
-        }
-        parts.append(TrainingState(merged.step, tensors, values))
-    return parts
+
+def _buffers(step: TrainingStep) -> dict[str, Tensor]:
+    """All buffers by name, also those that are not persistent."""
+    return {
+        f"{role}.{name}": buffer
+        for role, module in step.modules.items()
+        for name, buffer in module.named_buffers()
+    }
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise TypeError(f"expected {what}")
+
+
+def _trained(step: TrainingStep) -> dict[str, Any]:
+    """The objectives of a step with their options, and the names of what they train."""
+    names = {id(p): name for name, p in step.parameters.items()}
+    taken = inspect.signature(ELBO.__init__).parameters
+    found: dict[str, Any] = {
+        "objectives": [type(block.elbo).__name__ for block in step.blocks],
+        "trained": [[names.get(id(p), "?") for p in block.parameters] for block in step.blocks],
+    }
+    for number, block in enumerate(step.blocks):
+        for name, value in getattr(block.elbo, "__dict__", {}).items():
+            # other attributes may be state, which is not part of a checkpoint
+            if name in taken and isinstance(value, int | float | str | bool | None):
+                found[f"objective {number}'s {name}"] = repr(value)
+    return found

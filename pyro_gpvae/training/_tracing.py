@@ -1,4 +1,4 @@
-r"""A training objective as one pure function of tensors: no Pyro, no Python, no hidden noise."""
+r"""Traces a training objective and its gradient into a function of tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +19,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_gpvae.core._errors import UnsupportedError, unvalidated
 from pyro_gpvae.core._seeds import preserve_rng, random_state
 
-__all__ = [
-    "Draw",
-    "PureLoss",
-    "attributes",
-    "pure_loss",
-    "snapshot",
-]
+__all__ = ["TracedLoss", "snapshot", "trace_loss"]
 
-#: Random operators whose numbers depend on the shape, dtype and device of the result alone, as a
-#: method that fills a tensor with them, and its arguments if they are not the operator's own.
+#: Random operators whose numbers depend only on the shape, dtype and device of the result: the
+#: method that fills a tensor with them, and its arguments if they are not those of the operator.
 _NOISE: dict[str, tuple[str, tuple[float, ...] | None]] = {
     "aten::normal_": ("normal_", None),
     "aten::normal_functional": ("normal_", None),
@@ -41,42 +35,40 @@ _NOISE: dict[str, tuple[str, tuple[float, ...] | None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Draw:
-    """One random operator of a program: how to draw its numbers again.
+class Draw(NamedTuple):
+    """How to repeat one random operator of a program.
 
     Attributes:
-        method: The method of a tensor that fills it with them, such as ``normal_``.
-        arguments: Of the method.
-        size, stride, dtype, device: Of the tensor.
+        method: The method of a tensor that fills it with random numbers, such as ``normal_``.
+        arguments: The arguments of the method.
+        like: A tensor of the same size, strides, dtype and device.
     """
 
     method: str
     arguments: tuple[float, ...]
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    like: Tensor
 
-    def __call__(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draws from the given generator, or from the global one of the device."""
-        empty = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        result: Tensor = getattr(empty, self.method)(*self.arguments, generator=generator)
+    def __call__(self) -> Tensor:
+        """Draws from the global generator of the device."""
+        empty = torch.empty_strided(
+            self.like.shape, self.like.stride(), dtype=self.like.dtype, device=self.like.device
+        )
+        result: Tensor = getattr(empty, self.method)(*self.arguments)
         return result
 
 
 @dataclass(frozen=True)
-class PureLoss:
-    """An objective as a function of tensors: (parameters, others, x, noise) to (loss, gradients).
+class TracedLoss:
+    """An objective and its gradient as a function of tensors.
 
     Attributes:
-        graph: The function as a graph of ATen operators, of images, :attr:`inputs` and noise, one
-            argument each; it returns the loss and the gradients. It holds for the shape of x it
-            was made with. It writes to nothing but ``others``, and there only what the program
-            does (the running statistics of batch normalisation).
-        leaves: The parameters it is differentiated in, by name: what an optimiser trains.
+        graph: The function as a graph of ATen operators. Its arguments are images, all of
+            :attr:`inputs` and the noise; it returns the loss and the gradients. It is valid for
+            the shape of the images it was traced with. It writes to nothing but ``others``, and
+            there only what the program does, such as running statistics.
+        leaves: The parameters in which it is differentiated, by name.
         others: All other parameters and buffers, by name.
-        used: Which parameters have a gradient.
+        used: The names of the parameters that have a gradient.
         draws: The random numbers it needs, in the order of the program.
     """
 
@@ -86,13 +78,13 @@ class PureLoss:
     used: tuple[str, ...]
     draws: tuple[Draw, ...]
 
-    def noise(self, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Draws the noise of one evaluation: that which the program itself would have drawn."""
-        return [draw(generator) for draw in self.draws]
+    def noise(self) -> list[Tensor]:
+        """Draws the random numbers that the program itself would have drawn."""
+        return [draw() for draw in self.draws]
 
     @cached_property
     def inputs(self) -> list[Tensor]:
-        """What the graph takes between the images and the noise."""
+        """The arguments of the graph between the images and the noise."""
         return [*(leaf.detach() for leaf in self.leaves.values()), *self.others.values()]
 
     def __call__(self, x: Tensor, noise: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -102,54 +94,43 @@ class PureLoss:
         return loss, gradients
 
 
-def pure_loss(
+def trace_loss(
     loss: Callable[[Tensor], Tensor],
     modules: Mapping[str, nn.Module],
     parameters: Sequence[Tensor],
     x: Tensor,
-) -> PureLoss:
-    r"""Traces an objective and its gradient, through Pyro's handlers, into a :class:`PureLoss`.
+) -> TracedLoss:
+    r"""Traces an objective and its gradient, through Pyro's handlers, into a graph of tensors.
 
-    The global random state is as before afterwards, and so are all tensors.
+    Changes neither tensors nor the global random state.
 
     Arguments:
-        loss: From images x (B, C, H, W) to a scalar.
+        loss: A function from images x (B, C, H, W) to a scalar.
         modules: All modules that it uses.
-        parameters: Those of their parameters in which to differentiate.
-        x: Images of the shape to come.
+        parameters: The parameters of these modules in which to differentiate.
+        x: Images of the shape that the graph will be called with.
 
     Raises:
         UnsupportedError: If the program reads a tensor in Python, such as ``if x.sum() > 0``, or
-            changes attributes of a module when it is called (its graph would freeze either); if
-            it draws numbers whose distribution depends on tensors other than by
+            changes attributes of a module when it is called, since the graph would freeze either;
+            if it draws numbers whose distribution depends on tensors other than by
             reparametrisation; or if a parameter belongs to none of the modules.
 
     Example:
         >>> linear = nn.Linear(2, 1)
-        >>> pure = pure_loss(
+        >>> traced = trace_loss(
         ...     lambda x: (linear(x) + torch.randn(len(x), 1)).square().sum(),
         ...     {"linear": linear}, list(linear.parameters()), torch.zeros(5, 2))
-        >>> len(pure.draws), pure.used
+        >>> len(traced.draws), traced.used
         (1, ('linear.weight', 'linear.bias'))
-        >>> value, gradients = pure(torch.ones(5, 2), pure.noise())
+        >>> value, gradients = traced(torch.ones(5, 2), traced.noise())
     """
     container = nn.ModuleDict(modules)
     tensors: dict[str, Tensor] = dict(container.named_parameters())
     tensors |= dict(container.named_buffers())
-    ids = {id(tensor): name for name, tensor in tensors.items()}
-    missing = [tuple(p.shape) for p in parameters if id(p) not in ids]
-    if missing:
-        raise UnsupportedError(
-            f"parameters of shape {', '.join(map(str, missing[:3]))} belong to no module that is "
-            "the model or the guide, but to pyro.param or pyro.module statements: make it a "
-            "torch.nn.Module or pyro_gpvae.Program that holds them"
-        )
-    trained = {ids[id(p)]: p for p in parameters}
-    hooked = [name for name, p in trained.items() if _hooks(p)]
-    if hooked:
-        raise UnsupportedError(
-            f"its parameter {hooked[0]} has a hook, which a graph would not call"
-        )
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    _check_parameters(parameters, names)
+    trained = {names[id(p)]: p for p in parameters}
     others = {n: t.detach() for n, t in tensors.items() if n not in trained}
     used: list[str] = []
 
@@ -162,12 +143,12 @@ def pure_loss(
         used[:] = [n for n, g in zip(trained, gradients, strict=True) if g is not None]
         return [value.detach(), *(g.detach() for g in gradients if g is not None)]
 
-    before = attributes(container)
+    before = _attributes(container)
     inputs = [x, *(p.detach() for p in trained.values()), *(t.clone() for t in others.values())]
     with unvalidated(), preserve_rng(x.device):
-        drawn_elsewhere = _outside_torch(x.device)
+        outside_torch = _states_outside_torch(x.device)
         try:
-            # backward on a GPU has a thread of its own, which nobody traces
+            # backward on a GPU has a thread of its own, which is not traced
             with torch.autograd.set_multithreading_enabled(False):
                 traced = make_fx(function)(*inputs)
         except RuntimeError as error:
@@ -176,19 +157,36 @@ def pure_loss(
             raise UnsupportedError(
                 "it reads a tensor in Python, as in `if x.sum() > 0`, .item() or float(x)"
             ) from error
-        if _outside_torch(x.device) != drawn_elsewhere:
+        if _states_outside_torch(x.device) != outside_torch:
             raise UnsupportedError("it draws random numbers of numpy or Python: use pyro.sample")
-    after = attributes(container)
+    after = _attributes(container)
     changed = [name for name in after if name not in before or before[name] != after[name]]
     if changed:
         raise UnsupportedError(f"a call changes its attribute {changed[0]}, which a graph cannot")
-    _refuse_state(traced)  # before functionalize stumbles over it
+    _check_graph(traced)  # before functionalize fails with a message of its own
     draws = _lift_noise(traced)
     with preserve_rng(x.device):
         noise = [draw() for draw in draws]
-        # without writes to temporary tensors, which stacked seeds could not be
+        # a graph of operators without side effects, but for writes to its inputs
         graph = make_fx(functionalize(traced))(*inputs, *noise)
-    return PureLoss(graph, trained, others, tuple(used), draws)
+    return TracedLoss(graph, trained, others, tuple(used), draws)
+
+
+def _check_parameters(parameters: Sequence[Tensor], names: Mapping[int, str]) -> None:
+    """Refuses parameters that belong to no module, or have a hook."""
+    missing = [tuple(p.shape) for p in parameters if id(p) not in names]
+    if missing:
+        raise UnsupportedError(
+            f"parameters of shape {', '.join(map(str, missing[:3]))} belong to no module that is "
+            "the model or the guide, but to pyro.param or pyro.module statements: make it a "
+            "torch.nn.Module or pyro_gpvae.Program that holds them"
+        )
+    for parameter in parameters:
+        own: Any = parameter
+        if own._backward_hooks or own._post_accumulate_grad_hooks:
+            raise UnsupportedError(
+                f"its parameter {names[id(parameter)]} has a hook, which a graph would not call"
+            )
 
 
 @contextmanager
@@ -223,56 +221,47 @@ def _replaced(
             store[name] = tensor
 
 
-def _hooks(parameter: Tensor) -> bool:
-    """Whether something is to be called with the gradient of a parameter."""
-    own: Any = parameter
-    return bool(own._backward_hooks or own._post_accumulate_grad_hooks)
-
-
-def _outside_torch(device: torch.device) -> dict[str, list[float]]:
+def _states_outside_torch(device: torch.device) -> dict[str, list[float]]:
     """The global random states of numpy and Python."""
     return {n: t.tolist() for n, t in random_state(device).items() if n not in ("torch", "cuda")}
 
 
-def attributes(container: nn.Module, of_tensor: Callable[[Tensor], Any] = id) -> dict[str, Any]:
-    """What modules keep in Python, which a graph would freeze as it is today."""
+def _attributes(container: nn.Module) -> dict[str, Any]:
+    """The attributes of modules in Python, which a graph would freeze."""
     return {
-        f"{prefix}.{name}": snapshot(value, of_tensor)
+        f"{prefix}.{name}": snapshot(value)
         for prefix, module in container.named_modules()
         for name, value in vars(module).items()
-        if name not in _OF_ALL_MODULES
+        if name not in _ATTRIBUTES_OF_EVERY_MODULE
     }
 
 
-_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+_ATTRIBUTES_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def snapshot(
-    value: Any, of_tensor: Callable[[Tensor], Any] = id, inside: tuple[int, ...] = ()
-) -> Any:
-    """Numbers and texts, also inside collections and plain objects, as they are now.
+def snapshot(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """Returns the numbers and texts in a value, also inside collections and plain objects.
 
     Arguments:
-        value: Anything.
-        of_tensor: What stands for a tensor.
-        inside: The ids of what it is part of.
+        value: Anything; the identity of a tensor stands for it.
+        inside: The ids of the values it is part of.
     """
     if isinstance(value, Tensor):
-        return of_tensor(value)
+        return id(value)
     if value is None or isinstance(value, int | str | bool | np.generic):
         return value
     if isinstance(value, float):
-        return repr(value)  # one that is not a number is equal to none
+        return repr(value)  # NaN is not equal to itself
     if id(value) in inside:
         return None
     inside = (*inside, id(value))
     if isinstance(value, dict):
-        return {key: snapshot(inner, of_tensor, inside) for key, inner in value.items()}
+        return {key: snapshot(inner, inside) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return type(value).__name__, [snapshot(inner, of_tensor, inside) for inner in value]
+        return type(value).__name__, [snapshot(inner, inside) for inner in value]
     if isinstance(value, nn.Module | type | FunctionType | ModuleType):
         return None
-    return snapshot(getattr(value, "__dict__", None), of_tensor, inside)
+    return snapshot(getattr(value, "__dict__", None), inside)
 
 
 def _lift_noise(traced: GraphModule) -> tuple[Draw, ...]:
@@ -296,16 +285,7 @@ def _lift_noise(traced: GraphModule) -> tuple[Draw, ...]:
         method, arguments = _NOISE[operator]
         own = tuple(float(a) for a in node.args[1:])
         value = node.meta["val"]
-        draws.append(
-            Draw(
-                method,
-                own if arguments is None else arguments,
-                tuple(value.shape),
-                tuple(value.stride()),
-                value.dtype,
-                value.device,
-            )
-        )
+        draws.append(Draw(method, own if arguments is None else arguments, value))
     last = [node for node in graph.nodes if node.op == "placeholder"][-1]
     with graph.inserting_after(last):
         for i in reversed(range(len(nodes))):
@@ -346,9 +326,9 @@ def _shape_depends_on_data(node: Node) -> bool:
     return any(i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices)
 
 
-def _refuse_state(graph: GraphModule) -> None:
-    """Refuses a graph that trains, or writes to, tensors that are not among its inputs, or whose
-    shapes depend on data."""
+def _check_graph(graph: GraphModule) -> None:
+    """Refuses a graph that trains or writes to tensors that are not among its inputs, and one with
+    shapes that depend on data."""
     for node in graph.graph.nodes:
         if _shape_depends_on_data(node):
             raise UnsupportedError(

@@ -306,14 +306,14 @@ def decoded(guide):
     """Latent vectors that one training step decodes with a gradient, for an image."""
     model, count = ImageModel((1, 28, 28), latent_dim=2), 0
     images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
-    step = TrainingStep(model, make_guide(guide, model), images, batch_size=4)
+    step = TrainingStep(model, make_guide(guide, model), images, num_images=4)
 
     def add(module, args, output):
         nonlocal count
         count += args[0].shape[:-1].numel() if torch.is_grad_enabled() else 0
 
     model.decoder.register_forward_hook(add)
-    step(torch.arange(4))
+    step(images)
     return count / 4
 
 

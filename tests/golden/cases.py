@@ -63,7 +63,7 @@ from pyro_gpvae.testing import linear_gaussian, simulation_based_calibration
 
 Numbers = dict[str, Any]
 
-TRAIN = partial(fit, batch_size=15, learning_rate=0.01, seed=5, device="cpu", progress=False)
+TRAIN = partial(fit, batch_size=15, learning_rate=0.01, seed=5, progress=False)
 EAGER = {"backend": "eager"}
 COMPILED = {"backend": "compiled"}
 EVIDENCE = partial(log_evidence, num_samples=20, chunk_size=100, seed=7)
@@ -485,8 +485,8 @@ def resumed_fit(spec: str, step: int | None) -> Numbers:
                     model, guide, digits()[0], checkpoints=Checkpoints(folder, every=1), **options
                 )
         model, guide = pair(spec)
-        saving = Checkpoints(folder, every=1)
-        history = TRAIN(model, guide, digits()[0], checkpoints=saving, resume=True, **options)
+        saving = Checkpoints(folder, every=1, resume=True)
+        history = TRAIN(model, guide, digits()[0], checkpoints=saving, **options)
         return of_training(history, model, guide)
 
 

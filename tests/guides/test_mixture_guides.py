@@ -197,7 +197,7 @@ def test_blocks_leave_out_what_is_frozen():
     guide.head.requires_grad_(False)
     before = copy.deepcopy(guide.state_dict())
     assert len(guide.blocks(model)) == 3
-    fit(model, guide, pixels(), epochs=1, batch_size=20, progress=False, device="cpu")
+    fit(model, guide, pixels(), epochs=1, batch_size=20, progress=False)
     after = guide.state_dict()
     assert torch.equal(before["encoder.1.weight"], after["encoder.1.weight"])
     assert not torch.equal(before["encoders.0.1.weight"], after["encoders.0.1.weight"])
@@ -238,7 +238,7 @@ def fitted(family, bimodal, count, **options):
     guide = family(model, count, encoder, **options).double()
     fit(
         model, guide, x.repeat(50, 1, 1, 1), epochs=6, batch_size=25, learning_rate=0.03,
-        progress=False, device="cpu",
+        progress=False,
     )  # fmt: skip
     with torch.no_grad():
         bound = quadrature_bound(model, guide.posterior(x.double() / 255), x.double() / 255)

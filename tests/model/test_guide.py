@@ -84,7 +84,7 @@ def test_no_steps_flows_or_further_components_is_the_vae_bit_for_bit(spec):
     for name in ("vae", spec):
         m = model()
         guide = make_guide(name, m)
-        history = fit(m, guide, x, epochs=2, batch_size=8, device="cpu", progress=False).frame()
+        history = fit(m, guide, x, epochs=2, batch_size=8, progress=False).frame()
         evidence = log_evidence(m, guide, x, 5, seed=0)
         results.append(
             [
@@ -110,7 +110,7 @@ def test_on_cuda(spec):
     m = model().cuda()
     guide = make_guide(spec, m).cuda()
     if not spec.startswith("instance"):
-        fit(m, guide, x, epochs=2, batch_size=8, device="cuda", progress=False)
+        fit(m, guide, x, epochs=2, batch_size=8, progress=False)
     on_cuda = log_evidence(m, guide, x, 500, seed=0)
     assert on_cuda.log_evidence.device.type == "cuda"
     m, guide = m.cpu(), guide.cpu()
@@ -126,7 +126,7 @@ def test_trains_evaluates_and_reloads(spec, likelihood):
     x = torch.randint(0, 2, (12, *SHAPE), dtype=torch.uint8) * 255
     m = ImageModel(SHAPE, 2, likelihood=likelihood)
     guide = make_guide(spec, m)
-    fit(m, guide, x, epochs=1, batch_size=8, device="cpu", progress=False)
+    fit(m, guide, x, epochs=1, batch_size=8, progress=False)
     before = log_evidence(m, guide, x, 5, seed=0).log_evidence
     assert bool(before.isfinite().all())
     other = ImageModel(SHAPE, 2, likelihood=likelihood)

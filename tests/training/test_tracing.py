@@ -1,4 +1,4 @@
-"""A Pyro objective as a pure function of tensors: the same numbers, and no side effects."""
+"""A Pyro objective as a traced function of tensors: the same numbers, and no side effects."""
 
 import random
 
@@ -18,14 +18,14 @@ from pyro_gpvae import PerImage, pair
 from pyro_gpvae.core._errors import UnsupportedError, unvalidated
 from pyro_gpvae.core._seeds import random_state
 from pyro_gpvae.model.elbo import Block, without_host_sync
-from pyro_gpvae.training._tracing import pure_loss
+from pyro_gpvae.training._tracing import trace_loss
 
 N = 50
 B = 8
 
 
 class Objective:
-    """The objective of a block of a guide, eager and pure."""
+    """The objective of a block of a guide, eager and traced."""
 
     def __init__(self, model, guide, block=None, elbo=None):
         self.model, self.guide = model, guide
@@ -41,9 +41,9 @@ class Objective:
     def __call__(self, x):
         return self.objective.differentiable_loss(*self.programs, x)
 
-    def pure(self, x):
+    def traced(self, x):
         modules = {"model": self.model, "guide": self.guide}
-        return pure_loss(self, modules, self.parameters, x)
+        return trace_loss(self, modules, self.parameters, x)
 
     def eager(self, x):
         """Loss and gradients by parameter."""
@@ -53,18 +53,18 @@ class Objective:
         pairs = zip(self.parameters, gradients, strict=True)
         return loss.detach(), {id(p): g for p, g in pairs if g is not None}
 
-    def assert_pure(self, pure, x, seed=3):
-        """The pure function has the value and the gradients of the eager way."""
+    def assert_same(self, traced, x, seed=3):
+        """The traced function has the value and the gradients of the eager way."""
         torch.manual_seed(seed)
         loss, gradients = self.eager(x)
         after = torch.random.get_rng_state()
         torch.manual_seed(seed)
-        found, pure_gradients = pure(x, pure.noise())
+        found, pure_gradients = traced(x, traced.noise())
         assert torch.equal(torch.random.get_rng_state(), after)  # the same noise, and no more
         torch.testing.assert_close(found, loss, rtol=1e-10, atol=1e-10)
-        assert {id(pure.leaves[name]) for name in pure.used} == gradients.keys()
-        for name, gradient in zip(pure.used, pure_gradients, strict=True):
-            expected = gradients[id(pure.leaves[name])]
+        assert {id(traced.leaves[name]) for name in traced.used} == gradients.keys()
+        for name, gradient in zip(traced.used, pure_gradients, strict=True):
+            expected = gradients[id(traced.leaves[name])]
             torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -86,29 +86,17 @@ def test_every_family_has_the_same_loss_and_gradients(spec):
     model, guide = make(spec)
     disturb(guide)
     for objective in objectives(model, guide):
-        pure = objective.pure(images(B, seed=4))
-        objective.assert_pure(pure, images(B))
+        traced = objective.traced(images(B, seed=4))
+        objective.assert_same(traced, images(B))
         disturb(model, guide)  # it sees what an optimiser does to the parameters
-        objective.assert_pure(pure, images(B, seed=5), seed=6)
+        objective.assert_same(traced, images(B, seed=5), seed=6)
 
 
 @pytest.mark.parametrize("spec", READERS)
 def test_families_that_read_the_device_say_so(spec):
     (objective,) = objectives(*make(spec))
     with pytest.raises(UnsupportedError, match=r"reads a tensor in Python, as in .*\.item\(\)"):
-        objective.pure(images(B))
-
-
-@pytest.mark.parametrize("spec", ["gp", "lowrank:1"])
-def test_noise_of_a_generator_is_that_of_the_global_one(spec):
-    pure = objectives(*make(spec))[0].pure(images(B))
-    torch.manual_seed(9)
-    expected = pure.noise()
-    found = pure.noise(torch.Generator().manual_seed(9))
-    assert expected
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    again = pure.noise(torch.Generator().manual_seed(10))
-    assert not any(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+        objective.traced(images(B))
 
 
 def normalised():
@@ -130,7 +118,7 @@ def test_tracing_leaves_no_trace(make_pair):
     random.gauss(0, 1), np.random.normal()  # noqa: NPY002 (both keep a second number)
     state = random_state(torch.device("cpu"))
     for objective in objectives(model, guide):
-        objective.pure(images(B))
+        objective.traced(images(B))
     now = random_state(torch.device("cpu"))
     assert all(torch.equal(now[name], value) for name, value in state.items())
     assert all(torch.equal(v, before[n]) for n, v in modules.state_dict().items())
@@ -145,26 +133,26 @@ def test_tracing_leaves_no_trace(make_pair):
 
 def test_a_module_that_model_and_guide_share():
     objective = Objective(*normalised())
-    objective.assert_pure(objective.pure(images(B)), images(B))
+    objective.assert_same(objective.traced(images(B)), images(B))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_running_statistics_are_written_where_they_are(training):
     results = []
-    for kind in ("eager", "pure"):
+    for kind in ("eager", "traced"):
         model, guide = normalised()
         guide.train(training)
         objective = Objective(model, guide)
-        pure = objective.pure(images(B)) if kind == "pure" else None
+        traced = objective.traced(images(B)) if kind == "traced" else None
         torch.manual_seed(1)
         for x in images(3 * B, seed=7).split(B):
-            objective.eager(x) if pure is None else pure(x, pure.noise())
+            objective.eager(x) if traced is None else traced(x, traced.noise())
         layer = guide.encoder[3]
         assert int(layer.num_batches_tracked) == (3 if training else 0)
         results.append((layer.running_mean, layer.running_var))
     assert torch.equal(results[0][0], torch.zeros(3).double()) is not training
-    for eager, pure in zip(*results, strict=True):
-        torch.testing.assert_close(pure, eager, rtol=1e-12, atol=1e-12)
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-12, atol=1e-12)
 
 
 class Guide(GaussianGuide):
@@ -312,7 +300,7 @@ def test_what_no_graph_can_hold_is_refused(forward, words):
         Objective(*guide_of(forward))(images(B))  # eager, it works
     leaves = dict(guide.named_parameters())
     with pytest.raises(UnsupportedError, match=words):
-        objective.pure(images(B))
+        objective.traced(images(B))
     assert all(p is leaves[n] for n, p in guide.named_parameters())
 
 
@@ -332,9 +320,9 @@ def test_parameters_of_param_statements_are_refused():
         return objective.differentiable_loss(PerImage(model, N), PerImage(guide, N), x)
 
     with pytest.raises(UnsupportedError, match=r"\(2,\) belong to no module.*pyro.param"):
-        pure_loss(loss, {"model": model}, [*model.parameters(), loc], images(B))
+        trace_loss(loss, {"model": model}, [*model.parameters(), loc], images(B))
     with pytest.raises(UnsupportedError, match=r"a parameter of shape \(2,\) that belongs to no"):
-        pure_loss(loss, {"model": model}, list(model.parameters()), images(B))
+        trace_loss(loss, {"model": model}, list(model.parameters()), images(B))
 
 
 def test_a_parameter_outside_the_modules_is_refused():
@@ -342,7 +330,7 @@ def test_a_parameter_outside_the_modules_is_refused():
     hidden = nn.Parameter(torch.zeros(2, dtype=torch.float64))
     guide.posterior = lambda x: dist.Normal(x.flatten(1)[:, :2] + hidden, 1.0).to_event(1)
     with pytest.raises(UnsupportedError, match=r"a parameter of shape \(2,\) that belongs to no"):
-        Objective(model, guide).pure(images(B))
+        Objective(model, guide).traced(images(B))
 
 
 class Counted(Trace_ELBO):
@@ -356,7 +344,7 @@ class Counted(Trace_ELBO):
 def test_pyros_own_objective_reads_the_device():
     objective = Objective(*guide_of(Guide.forward), elbo=Counted())
     with pytest.raises(UnsupportedError, match="reads a tensor in Python"):
-        objective.pure(images(B))
+        objective.traced(images(B))
 
 
 def test_errors_of_the_program_stay_what_they_are():
@@ -368,7 +356,7 @@ def test_errors_of_the_program_stay_what_they_are():
     type(guide).forward = breaks
     leaves = dict(guide.named_parameters())
     with pytest.raises(RuntimeError, match="mine"):
-        objective.pure(images(B))
+        objective.traced(images(B))
     assert all(p is leaves[n] for n, p in guide.named_parameters())
 
 
@@ -419,28 +407,28 @@ def test_a_guide_of_ones_own_with_several_sites(elbo, options):
         guide = Several(model).double()
     with poutine.scale(scale=0.5):
         objective = Objective(model, guide, elbo=elbo(**options))
-        pure = objective.pure(images(B))
-        objective.assert_pure(pure, images(B, seed=8))
-    assert {draw.method for draw in pure.draws} == {"normal_", "uniform_", "exponential_"}
+        traced = objective.traced(images(B))
+        objective.assert_same(traced, images(B, seed=8))
+    assert {draw.method for draw in traced.draws} == {"normal_", "uniform_", "exponential_"}
 
 
 def test_a_subset_of_parameters_sees_what_happens_to_the_others():
     model, guide = make("gp")
     block = Block(TraceMeanField_ELBO(), list(guide.parameters()))
     objective = Objective(model, guide, block)
-    pure = objective.pure(images(B))
-    assert all(name.startswith("guide.") for name in pure.leaves)
+    traced = objective.traced(images(B))
+    assert all(name.startswith("guide.") for name in traced.leaves)
     disturb(model)
-    objective.assert_pure(pure, images(B))
+    objective.assert_same(traced, images(B))
 
 
 def test_frozen_parameters_have_no_gradient():
     model, guide = make("vae")
     model.decoder.requires_grad_(False)
     objective = Objective(model, guide)
-    pure = objective.pure(images(B))
-    assert "model.decoder.0.weight" in pure.others
-    objective.assert_pure(pure, images(B))
+    traced = objective.traced(images(B))
+    assert "model.decoder.0.weight" in traced.others
+    objective.assert_same(traced, images(B))
 
 
 @pytest.mark.parametrize("count", [1, 2, 33])
@@ -448,10 +436,10 @@ def test_any_size_of_minibatch_and_float32(count):
     model, guide = make("vae", torch.float32)
     objective = Objective(model, guide)
     x = images(count).float()
-    pure = objective.pure(x)
+    traced = objective.traced(x)
     torch.manual_seed(0)
     expected, _ = objective.eager(x)
     torch.manual_seed(0)
-    found, gradients = pure(x, pure.noise())
+    found, gradients = traced(x, traced.noise())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert {g.dtype for g in gradients} == {torch.float32}

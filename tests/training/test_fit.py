@@ -17,7 +17,7 @@ from pyro_gpvae.data.images import split_validation
 from pyro_gpvae.evaluation.annealing import annealed_evidence
 from pyro_gpvae.evaluation.generation import reconstruct
 from pyro_gpvae.model.elbo import Block
-from pyro_gpvae.training.checkpoint import load_weights, save_weights
+from pyro_gpvae.runs.weights import load_weights, save_weights
 
 
 def uint8(count):
@@ -314,7 +314,7 @@ def test_broken_parameters_are_named_as_such():
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (images(5), {}, "uint8"),
+        (uint8(5).long(), {}, "must be uint8 values 0 to 255 or floats, got torch.int64"),
         (uint8(5)[0], {}, r"\(1, 2, 3\)"),
         (uint8(5)[:0], {}, "(?i)empty|at least one|no image"),
         (torch.zeros(3, 1, 9, 9, dtype=torch.uint8), {}, r"expects images \(B, 1, 2, 3\)"),
