@@ -1,12 +1,12 @@
-r"""What the options are worth: evidence of held-out training images, for the runs of a plan.
+r"""What the options of GPVAE, SA and RME gain: log p(x) of held-out training images.
 
     python experiments/sweep/sweep.py --plan experiments/plans/evidence_ablation.toml \
         --out runs/ablation
     python experiments/studies/ablation.py runs/ablation --out experiments/results
 
-The images that a run held out (``validation``) decide nothing but this table: log p(x) by K
-importance samples with the guide's own q, and the ELBO. The test images are not looked at.
-Writes ablation.json and ablation.md.
+Scores log p(x) by K importance samples with the guide's own q, and the ELBO, on the images that a
+run held out (``validation``). They are used for nothing else, and no test image is used. Writes
+ablation.json and ablation.md; ``--render`` makes the latter again.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ from typing import Annotated, Any
 
 import pandas as pd
 import tyro
+from _study import publish
 
 from pyro_gpvae import load_run, log_evidence
-from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.data.images import split_validation
 from pyro_gpvae.runs.results import seeds_text
 
 
 @dataclass
 class Options:
-    """What the options are worth.
+    """Options of the study.
 
     Attributes:
-        runs: The folder of the runs.
-        out: Where the table goes.
-        images: How many of the held-out images to use.
-        samples: K.
-        seed: Of the samples.
+        runs: Folder of the runs.
+        out: Folder of the results.
+        images: Number of held-out images to use.
+        samples: Importance samples K.
+        seed: Seed of the samples.
+        render: Only make the page again from the record.
     """
 
-    runs: Annotated[Path, tyro.conf.Positional]
+    runs: Annotated[Path, tyro.conf.Positional] = Path("runs/ablation")
     out: Path = Path("experiments/results")
     images: int = 256
     samples: int = 100
     seed: int = 0
+    render: bool = False
 
 
 def score(folder: Path, options: Options) -> dict[str, Any]:
-    """One run: its method, seed, and scores on held-out images in nats per image."""
+    """Returns method, seed, and scores on held-out images in nats per image of a run."""
     run = load_run(folder)
     _, validation = split_validation(run.data.train, run.config.validation)
     images = validation[: options.images]
@@ -67,8 +69,9 @@ def score(folder: Path, options: Options) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows by method as Markdown, with the budget in the caption."""
+def page(record: dict[str, Any]) -> str:
+    """Makes the Markdown page from a record, with the budget in the caption."""
+    rows = record["rows"]
     frame = pd.DataFrame(rows)
     vae = frame[frame["method"] == "vae"].set_index("seed")["log_evidence"]
     frame["difference"] = frame["log_evidence"] - frame["seed"].map(vae)
@@ -89,9 +92,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"Nats per image on {first['validation_images']} held-out training images, "
         f"K = {first['num_samples']}, the guide's own q; mean ± standard deviation over "
         f"{seeds}; {first['train_images']} training images. "
-        # the least: controls have a multiple of it
-        f"Budget cut: {frame['epochs'].min()} epochs (the paper: 2000). What starts from a VAE had "
-        "its epochs too.",
+        # controls have a multiple of the budget
+        f"Budget cut: {frame['epochs'].min()} epochs (the paper: 2000). What "
+        "starts from a VAE had its epochs in addition.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -103,16 +106,18 @@ def _score(values: pd.Series, sign: str = "-") -> str:
     return f"{values.mean():{sign}.1f} ± {values.std():.1f}"
 
 
-def main(options: Options) -> None:
+def measure(options: Options) -> dict[str, Any]:
+    """Scores all finished runs of the folder."""
     folders = sorted(path.parent for path in options.runs.glob("*/record.json"))
     if not folders:
         raise SystemExit(f"ablation: there is no finished run in {options.runs}")
     rows = [score(folder, options) for folder in folders]
     rows.sort(key=lambda row: (row["method"].startswith(("sa", "rme")), row["method"], row["seed"]))
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "ablation.json", {"rows": rows})
-    write_text(options.out / "ablation.md", table(rows))
-    print(table(rows), end="")
+    return {"rows": rows}
+
+
+def main(options: Options) -> None:
+    publish("ablation", options, lambda: measure(options), page)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Every guide on the same images: how much of the amortisation gap it closes, at what cost.
+"""Every guide on the same images: how much of the amortisation gap it closes, and at what cost.
 
     python experiments/studies/compare.py --data mnist5k --epochs 20
 
-For each seed this trains a VAE, then every family twice: end to end from scratch, and over the
-VAE's decoder, which stays as it is. Families that need no training of their own (SA, VLAE) are put
-on that decoder as they are. For every decoder the instance-wise optimum of a full Gaussian is the
-reference:
+For each seed this trains a VAE and then every family twice: end to end from scratch, and on the
+decoder of the VAE, which is kept fixed. Families that need no training (SA, VLAE) are put on that
+decoder without training. The reference for every decoder is the optimal full Gaussian of each
+image:
 
     gap(q) = ELBO[optimum] - ELBO[q],    share closed = 1 - gap(q) / gap(VAE's encoder)
 
-0 is the VAE's encoder, 1 the optimum on the same decoder. Runs that exist are not repeated. The
-records, ``compare.json``, ``compare.md``, ``compare.csv`` and ``compare.png`` are written to --out;
-``--render`` makes the last three again from ``compare.json``.
+0 is the VAE's encoder, 1 the optimum on the same decoder. Finished runs are not repeated. Writes
+runs, ``compare.json``, ``.md``, ``.csv`` and ``.png`` to --out; ``--render`` makes the last three
+again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import tyro
 from _gap_against_time import gap_against_time
 
 from pyro_gpvae.core._files import read_json, write_json, write_text
-from pyro_gpvae.data.images import to_float
+from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.evaluate import evaluate_run
 from pyro_gpvae.runs.folder import Run, check_options, load_run, warm_guide
@@ -40,9 +40,9 @@ AMORTISED = (
     "vae", "gp", "full", "lowrank:4", "iaf:2", "hf:4", "me:2", "rme:2", "iterative:2",
     "iterative:3", "iterative:4,num_samples=1",
 )  # fmt: skip
-#: Trained end to end, and put on the VAE's decoder without any training.
+#: Trained end to end, and put on the VAE's decoder without training.
 REFINING = ("sa:1", "vlae:1")
-#: Only put on the VAE's decoder: end to end they cost too much on a CPU.
+#: Only put on the VAE's decoder, because training costs too much on a CPU.
 REFINING_ONLY = ("sa:2", "sa:4", "sa:8", "vlae:0", "vlae:2", "vlae:4")
 BATCH = 128
 
@@ -54,16 +54,16 @@ class Options:
     Attributes:
         data: Name of a data set or path of an .npz file.
         root: Folder of data sets.
-        epochs: Passes over the training images: of every run, and again over a fixed decoder.
-        seeds: How many seeds, from 0 on.
+        epochs: Passes over the training images, of every run.
+        seeds: Number of seeds, starting from 0.
         latent_dim: Dimension p of z.
         train_images: Use only the first so many training images; None is all.
         test_images: Evaluate the first so many test images.
         num_samples: Importance samples K per image.
-        guides: Only these guides, beside the VAE; none is all.
+        guides: Only these guides and the VAE; by default all.
         device: "cpu" or "cuda"; None is CUDA if there is one.
         out: Folder of runs and results.
-        render: Only make table and figure again from compare.json.
+        render: Only make table and figure again from compare.json in --out.
     """
 
     data: str = "mnist5k"
@@ -92,7 +92,7 @@ def main(options: Options) -> None:
 
 
 def collect(options: Options) -> dict[str, Any]:
-    """Trains and evaluates what is missing; returns a row for each seed, guide and decoder."""
+    """Trains and evaluates what is missing, and returns a row for each seed, guide and decoder."""
     rows: list[dict[str, Any]] = []
     environment: dict[str, Any] = {}
     for seed in range(options.seeds):
@@ -160,7 +160,7 @@ def _train(config: RunConfig, folder: Path) -> Run:
 
 
 def _optimum(run: Run) -> float:
-    """The mean ELBO of the instance-wise optimum on a run's decoder, computed once."""
+    """Returns the mean ELBO of the optimal Gaussians on a run's decoder, computed once."""
     folder = run.folder.with_name(f"{run.folder.name}-optimum")
     if not (folder / "record.json").exists():
         print(f"instance-wise optimum on the decoder of {run.folder}", flush=True)
@@ -169,16 +169,16 @@ def _optimum(run: Run) -> float:
 
 
 def _posterior(run: Run, other: str | None) -> Callable[[], Any]:
-    """One inference for a batch of test images: the posterior and a draw from it."""
+    """Returns a program that computes the posterior of test images and draws from it once."""
     guide = run.guide if other is None else warm_guide(other, run.model, run.guide)
     device = next(run.model.parameters()).device
     guide.to(device).eval()
-    x = to_float(run.data.test[:BATCH].to(device))
+    x = to_batch(run.data.test[:BATCH], run.model)
     return lambda: guide.posterior(x).sample()
 
 
 def _times(programs: list[Callable[[], Any]], vae: Run, repeats: int = 15) -> list[dict[str, Any]]:
-    """Milliseconds of each program, interleaved; medians, quartiles, ratios to a decoder pass."""
+    """Returns medians and quartiles of milliseconds, and ratios to a decoder pass."""
     device = next(vae.model.parameters()).device
     z = torch.zeros(BATCH, vae.model.latent_dim, device=device)
     everything = [*programs, lambda: vae.model.decoder(z)]
@@ -208,7 +208,7 @@ def _seconds(program: Callable[[], Any], device: torch.device) -> float:
 
 
 def summarise(record: dict[str, Any]) -> pd.DataFrame:
-    """One row for each guide and decoder: means over seeds, and the share of the gap closed."""
+    """Returns a row for each guide and decoder: means over seeds, and the share closed."""
     rows = pd.DataFrame(record["rows"])
     rows["gap"] = rows["optimum"] - rows["elbo"]
     reference = rows[(rows["guide"] == "vae") & (rows["decoder"] == "end to end")]
@@ -239,7 +239,7 @@ def caption(record: dict[str, Any]) -> str:
 
 
 def markdown(table: pd.DataFrame, caption: str) -> str:
-    """One line for each guide: both decoders side by side, the cost on the VAE's."""
+    """Makes the page: a line for each guide with both decoders, and its cost on the VAE's."""
     decoders = ("end to end", "VAE's decoder")
     lines = [
         "| guide | end to end: ELBO | IWAE | optimum | gap closed "

@@ -1,15 +1,15 @@
-"""Where the inference gap of every guide family comes from, on the embedded digits.
+"""Decomposes the inference gap of every guide family on the embedded digits.
 
     python experiments/studies/gap_table.py --epochs 20 --seeds 1
 
-Trains each family end to end (finished runs of the same configuration are used again, also those
-of ``compare.py`` with ``--runs runs/compare``), decomposes the gap of the first test
-images into approximation, amortisation and, for the GPVAE, the prices of its spread, and scores
-every decoder by its own guide, by one common refined proposal, and by annealed importance
-sampling. For random encoders it adds the rank correlation of their uncertainty with the gap.
+Trains each family end to end (finished runs of the same configuration are used again, also those of
+``compare.py`` with ``--runs runs/compare``), and decomposes the gap of the first test images into
+approximation, amortisation and, for the GPVAE, the terms of its random weights. Every decoder is
+scored by its own guide, by one common refined proposal and by annealed importance sampling. For
+random encoders the rank correlation of their uncertainty with the gap is added.
 
-It first prints about how long that takes. Interrupted, the same command goes on: finished runs,
-checkpoints of runs, and every 25 finished images are kept in --runs. It writes
+The script first prints an estimate of its duration. When it is started again after an interrupt it
+continues: finished runs, checkpoints, and every 25 finished images are kept in --runs. It writes
 ``results/gap.json``, ``.csv`` and ``.md``, and ``images/gap.png``, to --docs; ``--render`` makes
 text and picture again from JSON and CSV.
 """
@@ -38,12 +38,12 @@ from pyro_gpvae.runs.gap_report import gap_caption, gap_markdown, write_gaps
 from pyro_gpvae.runs.train import complete_run
 from pyro_gpvae.runs.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 
-#: Names, options and folders as in experiments/studies/compare.py, whose runs can be used again.
+#: Names, options and folders are those of compare.py, so that its runs can be used again.
 GUIDES = (
     "vae", "gp", "full", "lowrank:4", "iaf:2", "hf:4", "me:2", "rme:2", "iterative:3", "sa:1",
     "vlae:1",
 )  # fmt: skip
-#: Options of a run that do not change what is trained.
+#: Options of a run that do not change its training.
 _IRRELEVANT = ("device", "chunk_size", "root", "download", "test_images", "num_samples")
 
 
@@ -55,20 +55,20 @@ class Options:
         data: Name of a data set or path of an .npz file.
         root: Folder of data sets.
         epochs: Passes over the training images.
-        seeds: How many seeds, from 0 on.
+        seeds: Number of seeds, starting from 0.
         latent_dim: Dimension p of z.
         train_images: Use only the first so many training images; None is all.
         images: Decompose the gaps of the first so many test images.
-        guides: Only these guides; none is all.
+        guides: Only these guides; by default all.
         num_samples: Samples K per image for each ELBO.
         reference_samples: Samples K per image from the best full Gaussian.
-        ais_chains: Chains per image of annealed importance sampling; 0 is none.
+        ais_chains: Chains per image of annealed importance sampling; 0 for none.
         ais_steps: Its steps.
         device: "cpu" or "cuda"; None is CUDA if there is one.
         runs: Folder of runs and of finished images.
         docs: Folder of the results.
         render: Only make text and picture again.
-        estimate: Only print about how long it takes.
+        estimate: Only print an estimate of the duration.
     """
 
     data: str = "mnist5k"
@@ -107,7 +107,7 @@ def main(options: Options) -> None:
 
 
 def collect(options: Options) -> None:
-    """Trains and measures what is missing; writes the record and the table of images."""
+    """Trains and measures what is missing, and writes the record and the table of images."""
     folders, labels = [], []
     for config in configurations(options):
         folder = _folder(options, config)
@@ -145,7 +145,7 @@ def collect(options: Options) -> None:
 
 
 def configurations(options: Options) -> list[RunConfig]:
-    """The runs of the table."""
+    """Returns the configurations of the runs."""
     return [
         RunConfig(
             data=options.data,
@@ -164,7 +164,7 @@ def configurations(options: Options) -> list[RunConfig]:
 
 
 def estimate(options: Options) -> str:
-    """About how long it takes, from a few steps of each guide and the gaps of eight images."""
+    """Estimates the duration from a few steps of each guide and the gaps of eight images."""
     configs = configurations(options)
     missing = [c for c in configs if not (_folder(options, c) / "record.json").exists()]
     data = load_data(options.data, root=options.root).take(options.train_images)
@@ -172,16 +172,16 @@ def estimate(options: Options) -> str:
     steps = options.epochs * -(-len(data.train) // 128)
     training = 0.0
     model = ImageModel(data.image_shape, options.latent_dim, sigma=initial_sigma(few))
-    model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     for guide in dict.fromkeys(config.guide for config in missing):
-        program = make_guide(guide, model).to(next(model.parameters()).device)
+        program = make_guide(guide, model).to(device)
         for _ in range(2):  # the first time is a warm-up
             start = time.perf_counter()
             fit(model, program, few, epochs=1, progress=False)
             seconds = (time.perf_counter() - start) / -(-len(few) // 128)
         training += seconds * steps * sum(config.guide == guide for config in missing)
-    program = make_guide("vae", model)
-    program.to(next(model.parameters()).device)
+    program = make_guide("vae", model).to(device)
     start = time.perf_counter()
     decompose(model, program, data.test[:few_images], **_budget(options))
     measuring = (time.perf_counter() - start) / few_images * options.images * len(configs)
@@ -193,7 +193,7 @@ def estimate(options: Options) -> str:
 
 
 def correlations_markdown(record: dict[str, Any]) -> str:
-    """Does the uncertainty of a random encoder know its gap? A table for each run."""
+    """Makes a table of rank correlations for each run with a random encoder."""
     if not record["correlations"]:
         return ""
     lines = ["", "Spearman's ρ of an image's scores with its gap, 95 % bootstrap intervals over "]

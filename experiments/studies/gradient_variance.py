@@ -1,28 +1,28 @@
-"""How noisy is the gradient of eq. (2) under each estimator?
+"""The variance of the gradient of eq. (2) under each estimator.
 
     python experiments/studies/gradient_variance.py --epochs 10 --draws 100
 
 A GPVAE is trained on the embedded digits, and the gradient of one minibatch is then drawn many
-times under every estimator. The variance, summed over the parameters of a group, is printed
-relative to the one of "functions" with analytic KLs, and written to --out as JSON and Markdown.
-All estimators have the same expectation but "marginal", whose bound is tighter.
+times under every estimator. The variance, summed over the parameters of a group, is relative to
+that of "functions" with analytic KLs. All estimators have the same expectation, except "marginal",
+whose bound is tighter. Writes gradient_variance.json and .md; ``--render`` makes the latter again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import tyro
+from _study import publish
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 
 from guides import GPGuide
 from guides.gp import Estimator
 from pyro_gpvae import ImageModel, PerImage, fit, initial_sigma, load_data, pair
-from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import write_json, write_text
 
 ESTIMATORS: dict[str, tuple[Estimator, type[Trace_ELBO]]] = {
     "functions, analytic KL": ("functions", TraceMeanField_ELBO),
@@ -39,11 +39,12 @@ class Options:
 
     Attributes:
         epochs: Passes over the training images before the measurement.
-        draws: Gradients drawn under each estimator.
+        draws: Number of gradients for each estimator.
         latent_dim: Dimension p of z.
-        batch: Images of the minibatch.
-        seed: Seed of everything.
+        batch: Number of images in the minibatch.
+        seed: Seed of all random numbers.
         out: Folder of the results.
+        render: Only make the page again from the record.
     """
 
     epochs: int = 10
@@ -52,9 +53,11 @@ class Options:
     batch: int = 128
     seed: int = 0
     out: Path = Path("runs/gradient_variance")
+    render: bool = False
 
 
-def main(options: Options) -> None:
+def measure(options: Options) -> dict[str, Any]:
+    """Trains the guide and returns the variances of each estimator."""
     data = load_data("mnist5k")
     num_images = len(data.train)
     torch.manual_seed(options.seed)
@@ -76,22 +79,22 @@ def main(options: Options) -> None:
         guide.estimator = estimator
         variances[name] = _variances(objective(), programs, x, groups, options)
         print(name, variances[name], flush=True)
-    table = pd.DataFrame(variances).T
+    return {"train_images": num_images, "variances": variances}
+
+
+def page(record: dict[str, Any]) -> str:
+    """Makes the Markdown page from a record."""
+    table = pd.DataFrame(record["variances"]).T
     ratios = table / table.loc["functions, analytic KL"]
-    lines = ["| estimator | " + " | ".join(groups) + " |", "|---|" + "--:|" * len(groups)]
+    lines = ["| estimator | " + " | ".join(ratios) + " |", "|---|" + "--:|" * ratios.shape[1]]
     for name, row in ratios.iterrows():
         lines.append(f"| {name} | " + " | ".join(f"{value:.3g}" for value in row) + " |")
     caption = (
-        f"Variance of the gradient of one minibatch of {options.batch} digits, relative to the "
-        f"first row; p = {options.latent_dim}, after {options.epochs} epochs on {num_images} "
-        f"digits, {options.draws} draws, seed {options.seed}."
+        f"Variance of the gradient of one minibatch of {record['batch']} digits, relative to the "
+        f"first row; p = {record['latent_dim']}, after {record['epochs']} epochs on "
+        f"{record['train_images']} digits, {record['draws']} draws, seed {record['seed']}."
     )
-    lines += ["", caption, ""]
-    record = {k: v for k, v in vars(options).items() if k != "out"}
-    record |= environment(torch.device("cpu")) | {"variances": variances}
-    write_json(options.out / "gradient_variance.json", record)
-    write_text(options.out / "gradient_variance.md", "\n".join(lines))
-    print("\n".join(lines))
+    return "\n".join([*lines, "", caption, ""])
 
 
 def _variances(
@@ -101,7 +104,7 @@ def _variances(
     groups: dict[str, list[torch.Tensor]],
     options: Options,
 ) -> dict[str, float]:
-    """The variance of the gradient, summed over each group (Welford's recurrence)."""
+    """Returns the variance of the gradient, summed over each group (Welford's recurrence)."""
     torch.manual_seed(options.seed)
     parameters = [p for group in groups.values() for p in group]
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
@@ -120,7 +123,9 @@ def _variances(
     }
 
 
+def main(options: Options) -> None:
+    publish("gradient_variance", options, lambda: measure(options), page)
+
+
 if __name__ == "__main__":
-    options = tyro.cli(Options, description=__doc__)
-    options.out.mkdir(parents=True, exist_ok=True)
-    main(options)
+    main(tyro.cli(Options, description=__doc__))

@@ -1,23 +1,24 @@
-"""How much do the options of the recursive mixture matter? Scored on held-out training images.
+"""The options of the recursive mixture, scored on held-out training images.
 
     python experiments/studies/rme_ablation.py --epochs 10
 
 Trains RME(2) on the embedded digits for several strengths η of the repulsion and bounds C of the
-divergence, beside the VAE and the plain mixture, and writes ELBO and IWAE on validation images to
---out as JSON and Markdown. No test image is used.
+divergence, and the VAE and the plain mixture for comparison. ELBO and IWAE are those of validation
+images; no test image is used. Writes rme_ablation.json and .md; ``--render`` makes the latter
+again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
+from _study import publish
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, log_evidence, make_guide
-from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.data.images import split_validation
 
 GUIDES = (
@@ -38,9 +39,10 @@ class Options:
     Attributes:
         epochs: Passes over the training images.
         latent_dim: Dimension p of z.
-        validation: Training images held out for the scores.
-        seed: Seed of everything.
+        validation: Number of training images held out for the scores.
+        seed: Seed of all random numbers.
         out: Folder of the results.
+        render: Only make the page again from the record.
     """
 
     epochs: int = 10
@@ -48,9 +50,11 @@ class Options:
     validation: int = 400
     seed: int = 0
     out: Path = Path("runs/rme_ablation")
+    render: bool = False
 
 
-def main(options: Options) -> None:
+def measure(options: Options) -> dict[str, Any]:
+    """Trains every guide and returns its scores."""
     data = load_data("mnist5k")
     train, validation = split_validation(data.train, options.validation)
     scores = {}
@@ -62,19 +66,25 @@ def main(options: Options) -> None:
         result = log_evidence(model, guide, validation, 100, seed=options.seed)
         scores[spec] = {"elbo": float(result.elbo.mean()), "iwae": result.mean}
         print(spec, scores[spec], flush=True)
+    return {"train_images": len(train), "scores": scores}
+
+
+def page(record: dict[str, Any]) -> str:
+    """Makes the Markdown page from a record."""
     lines = ["| guide | ELBO | IWAE |", "|---|--:|--:|"]
-    lines += [f"| `{spec}` | {s['elbo']:.1f} | {s['iwae']:.1f} |" for spec, s in scores.items()]
+    lines += [
+        f"| `{spec}` | {s['elbo']:.1f} | {s['iwae']:.1f} |" for spec, s in record["scores"].items()
+    ]
     caption = (
-        f"Nats per image on {options.validation} held-out training digits; {len(train)} training "
-        f"digits, p = {options.latent_dim}, {options.epochs} epochs, K = 100, seed {options.seed}. "
-        "The default is η = 1, C = 20."
+        f"Nats per image on {record['validation']} held-out training digits; "
+        f"{record['train_images']} training digits, p = {record['latent_dim']}, "
+        f"{record['epochs']} epochs, K = 100, seed {record['seed']}. The default is η = 1, C = 20."
     )
-    record = {k: v for k, v in vars(options).items() if k != "out"}
-    record |= environment(torch.device("cpu")) | {"scores": scores}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_json(options.out / "rme_ablation.json", record)
-    write_text(options.out / "rme_ablation.md", "\n".join([*lines, "", caption, ""]))
-    print("\n".join([*lines, "", caption]))
+    return "\n".join([*lines, "", caption, ""])
+
+
+def main(options: Options) -> None:
+    publish("rme_ablation", options, lambda: measure(options), page)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ending_on_signals(), warnings.catch_warnings():
             command: Any = tyro.cli(
-                _Command,  # type: ignore[arg-type]
+                _Command,
                 prog="pyro-gpvae",
                 description=_DESCRIPTION,
                 args=arguments or ["--help"],

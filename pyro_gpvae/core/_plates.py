@@ -32,8 +32,8 @@ def data_frame(site: Any) -> Any:
     if data is not None and data.full_size != data.size:
         raise ValueError(
             f"the site {name!r} lies in plate({DATA_PLATE!r}, {data.full_size}), of which "
-            f"{data.size} are taken: write plate({DATA_PLATE!r}, len(x)), and give the number N of training "
-            "images to PerImage"
+            f"{data.size} are taken: write plate({DATA_PLATE!r}, len(x)), and give the number N of "
+            "training images to PerImage"
         )
     others = [frame.name for frame in frames.values() if frame.dim == -1]
     # Pyro records deterministic values as observed

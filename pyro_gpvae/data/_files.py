@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import urllib.request
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,15 +16,7 @@ from torch import Tensor
 
 from pyro_gpvae.core._files import write_bytes
 
-__all__ = [
-    "NPZ_FORMAT",
-    "Parts",
-    "open_regular",
-    "read_npz",
-    "read_omniglot",
-    "to_images",
-    "to_labels",
-]
+__all__ = ["NPZ_FORMAT", "Parts", "open_regular", "read_npz", "read_omniglot", "to_parts"]
 
 Array = npt.NDArray[Any]
 
@@ -48,29 +41,34 @@ def open_regular(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def to_images(array: Array, name: str) -> Tensor:
-    """Converts uint8 pixels (N, H, W) or (N, H, W, C) to a tensor (N, C, H, W).
+def to_parts(arrays: Mapping[str, Array]) -> Parts:
+    """Converts uint8 pixels (N, H, W) or (N, H, W, C) and integer labels (N,) to tensors.
+
+    Arguments:
+        arrays: "train", "test" and, if they are known, "train_labels" and "test_labels".
 
     Raises:
-        ValueError: If the array has another dtype or shape.
+        ValueError: If an array is missing, or has another dtype or shape.
     """
-    if array.dtype != np.uint8:
-        raise ValueError(f"{name} has dtype {array.dtype} instead of uint8 (values 0 to 255)")
-    if array.ndim == 3:
-        array = array[..., None]
-    if array.ndim != 4 or not 1 <= array.shape[3] <= 4:
-        raise ValueError(f"{name} has shape {array.shape} instead of (N, H, W) or (N, H, W, C)")
-    pixels = np.ascontiguousarray(np.moveaxis(array, 3, 1))
-    return torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
-
-
-def to_labels(array: Array | None, name: str) -> Tensor | None:
-    """Converts integer labels (N,) to an int64 tensor; ValueError for anything else."""
-    if array is None:
-        return None
-    if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ValueError(f"{name} has dtype {array.dtype} and shape {array.shape} instead of (N,)")
-    return torch.from_numpy(array.astype(np.int64))
+    images, labels = [], []
+    for key in ("train", "test"):
+        if key not in arrays:
+            raise ValueError(f"it has no array {key!r}")
+        pixels = arrays[key]
+        if pixels.dtype != np.uint8:
+            raise ValueError(f"{key} has dtype {pixels.dtype} instead of uint8 (values 0 to 255)")
+        if pixels.ndim == 3:
+            pixels = pixels[..., None]
+        if pixels.ndim != 4 or not 1 <= pixels.shape[3] <= 4:
+            raise ValueError(f"{key} has shape {pixels.shape} instead of (N, H, W) or (N, H, W, C)")
+        images.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, 3, 1))))
+        classes = arrays.get(f"{key}_labels")
+        if classes is not None and (classes.dtype.kind not in "iu" or classes.ndim != 1):
+            raise ValueError(
+                f"{key}_labels has dtype {classes.dtype} and shape {classes.shape} instead of (N,)"
+            )
+        labels.append(None if classes is None else torch.from_numpy(classes.astype(np.int64)))
+    return images[0], images[1], labels[0], labels[1]
 
 
 def read_npz(file: IO[bytes]) -> Parts:
@@ -94,15 +92,7 @@ def read_npz(file: IO[bytes]) -> Parts:
         if size > limit:
             raise ValueError(f"its arrays unpack to {size:,} bytes, more than {limit:,}")
         arrays = {key: _read_array(archive, f"{key}.npy") for key in keys}
-    for key in ("train", "test"):
-        if key not in arrays:
-            raise ValueError(f"it has no array {key!r}")
-    return (
-        to_images(arrays["train"], "train"),
-        to_images(arrays["test"], "test"),
-        to_labels(arrays.get("train_labels"), "train_labels"),
-        to_labels(arrays.get("test_labels"), "test_labels"),
-    )
+    return to_parts(arrays)
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> Array:
@@ -137,8 +127,8 @@ def read_omniglot(root: Path, download: bool) -> Parts:
         write_bytes(path, content)
     with open_regular(path) as file:
         arrays = loadmat(file, variable_names=("data", "testdata"))
-    parts = []
-    for key in ("data", "testdata"):
+    pixels = {}
+    for key, part in (("data", "train"), ("testdata", "test")):
         array = arrays.get(key)
         if array is None:
             raise ValueError(f"it has no array {key!r}")
@@ -148,6 +138,6 @@ def read_omniglot(root: Path, download: bool) -> Parts:
         if not (floats and array.min() >= 0 and array.max() <= 1):
             raise ValueError(f"{key!r} does not hold floats in [0, 1]")
         # MATLAB stores the pixels of a column one after the other: (N, W, H).
-        pixels = np.rint(255 * array.T).astype(np.uint8).reshape(-1, 28, 28)
-        parts.append(to_images(pixels.transpose(0, 2, 1), key))
-    return parts[0], parts[1], None, None
+        drawings = np.rint(255 * array.T).astype(np.uint8).reshape(-1, 28, 28)
+        pixels[part] = drawings.transpose(0, 2, 1)
+    return to_parts(pixels)

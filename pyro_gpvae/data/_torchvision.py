@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_gpvae.data._files import Parts, open_regular, to_images, to_labels
+from pyro_gpvae.data._files import Parts, open_regular, to_parts
 
 __all__ = ["import_torchvision", "read_published"]
 
@@ -66,18 +66,12 @@ def read_published(name: str, root: Path, download: bool) -> Parts:
         train, test = (kind(root, part, download=download) for part in (True, False))
     if name == "celeba":
         return _faces(root, train.filename), _faces(root, test.filename), None, None
-    parts = [np.asarray(part.data) for part in (train, test)]
+    pixels = [np.asarray(part.data) for part in (train, test)]
     if name == "svhn":  # (N, C, H, W)
-        parts = [np.moveaxis(part, 1, -1) for part in parts]
-    labels = [
-        np.asarray(getattr(x, "labels" if name == "svhn" else "targets")) for x in (train, test)
-    ]
-    return (
-        to_images(parts[0], "train"),
-        to_images(parts[1], "test"),
-        to_labels(labels[0], "train_labels"),
-        to_labels(labels[1], "test_labels"),
-    )
+        pixels = [np.moveaxis(part, 1, -1) for part in pixels]
+    labels = [np.asarray(x.labels if name == "svhn" else x.targets) for x in (train, test)]
+    keys = ("train", "test", "train_labels", "test_labels")
+    return to_parts(dict(zip(keys, [*pixels, *labels], strict=True)))
 
 
 def _faces(root: Path, names: list[str]) -> Tensor:

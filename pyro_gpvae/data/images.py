@@ -242,23 +242,14 @@ class Published(NamedTuple):
 PUBLISHED = {
     "mnist": Published("MNIST/raw", (60_000, 10_000)),
     "fashion_mnist": Published("FashionMNIST/raw", (60_000, 10_000)),
-    "omniglot": Published(
-        "chardata.mat",
-        (24_345, 8_070),
-        "Omniglot, 28x28, in the split of Burda et al. (2016), complete.",
-    ),
+    "omniglot": Published("chardata.mat", (24_345, 8_070), "Omniglot, 28x28, in the split of "
+        "Burda et al. (2016), complete."),
     "cifar10": Published("cifar-10-batches-py", (50_000, 10_000)),
-    "svhn": Published(
-        "train_32x32.mat",
-        (73_257, 26_032),
-        "The official training and test sets without the extra images, complete.",
-    ),
-    "celeba": Published(
-        "celeba/img_align_celeba",
-        (162_770, 19_962),
-        "The official training and test sets, complete: central 148x148 pixels, resized to 64x64.",
-    ),
-}
+    "svhn": Published("train_32x32.mat", (73_257, 26_032), "The official training and test sets "
+        "without the extra images, complete."),
+    "celeba": Published("celeba/img_align_celeba", (162_770, 19_962), "The official training and "
+        "test sets, complete: central 148x148 pixels, resized to 64x64."),
+}  # fmt: skip
 
 
 def available_data() -> tuple[str, ...]:
@@ -280,12 +271,12 @@ def load_data(
     ``<name>.npz``, which is read fastest, then as the published files in the folders where
     torchvision keeps them (``chardata.mat`` of Burda et al. for ``omniglot``).
 
-    Nothing in an ``.npz`` file is unpickled; it holds uint8 arrays ``train`` and ``test`` of shape
-    (N, H, W) or (N, H, W, C) and, if they are known, integer arrays ``train_labels`` and
-    ``test_labels``. The published files are read by :mod:`torchvision.datasets`. The batches of
-    CIFAR-10 are pickles: torchvision unpickles them after it has compared them with their MD5
-    sums. Reading all faces of ``celeba`` takes minutes; ``numpy.savez(root / "celeba.npz",
-    train=data.train.movedim(1, -1), test=data.test.movedim(1, -1))`` keeps them for the next time.
+    An ``.npz`` file holds uint8 arrays ``train`` and ``test`` of shape (N, H, W) or (N, H, W, C)
+    and, if they are known, integer arrays ``train_labels`` and ``test_labels``. Nothing in it is
+    unpickled. The batches of CIFAR-10 are pickles: torchvision unpickles them after it has compared
+    them with their MD5 sums. Reading all faces of ``celeba`` takes minutes;
+    ``numpy.savez(root / "celeba.npz", train=data.train.movedim(1, -1),
+    test=data.test.movedim(1, -1))`` keeps them for the next time.
 
     Arguments:
         name_or_path: One of :func:`available_data`, or the path of an ``.npz`` file.
@@ -298,17 +289,14 @@ def load_data(
 
     Raises:
         FileNotFoundError: If a file is missing; the message says where it was expected.
-        ValueError: If the name is unknown, or a file is damaged, holds something else, or is not
-            a regular file.
+        ValueError: If the name is unknown, or a file is damaged, is not a regular file, or holds
+            something else.
 
     References:
-        MNIST: Y. LeCun et al. Gradient-based learning applied to document recognition. 1998.
-        Fashion-MNIST: H. Xiao et al. 2017. https://arxiv.org/abs/1708.07747
-        Omniglot: B. Lake et al. 2015. https://doi.org/10.1126/science.aab3050
-        its split: Y. Burda et al. 2016. https://arxiv.org/abs/1509.00519
-        CIFAR-10: A. Krizhevsky. Learning multiple layers of features from tiny images. 2009.
-        SVHN: Y. Netzer et al. 2011. http://ufldl.stanford.edu/housenumbers
-        CelebA: Z. Liu et al. 2015. https://arxiv.org/abs/1411.7766
+        MNIST: LeCun et al. 1998. Fashion-MNIST: Xiao et al. 2017, https://arxiv.org/abs/1708.07747.
+        Omniglot: Lake et al. 2015, https://doi.org/10.1126/science.aab3050; its split: Burda et al.
+        2016, https://arxiv.org/abs/1509.00519. CIFAR-10: Krizhevsky 2009. SVHN: Netzer et al. 2011.
+        CelebA: Liu et al. 2015, https://arxiv.org/abs/1411.7766.
 
     Example:
         >>> load_data("mnist5k")
@@ -376,6 +364,7 @@ def _cause(error: Exception) -> str:
 
 
 def _note(name: str, parts: Parts, file: str | None = None) -> str:
+    """Returns how far scores compare with published ones; ``file`` is the name of an ``.npz``."""
     if name not in PUBLISHED:
         return f"Images from {file}: scores compare only among methods run on them."
     _, sizes, note = PUBLISHED[name]
@@ -386,12 +375,12 @@ def _note(name: str, parts: Parts, file: str | None = None) -> str:
             f"{sizes[0]:,} and {sizes[1]:,}: not the published split, so scores "
             f"compare among methods run on these images, and with published ones at most roughly."
         )
-    if file is None:
-        return note
-    return (
-        f"Images from {file}, as many as published: scores compare with published ones if the "
-        f"file holds the published images in the published split."
-    )
+    if file is not None:
+        return (
+            f"Images from {file}, as many as published: scores compare with published ones if the "
+            f"file holds the published images in the published split."
+        )
+    return note
 
 
 def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

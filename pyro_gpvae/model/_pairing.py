@@ -1,4 +1,4 @@
-r"""Gives a model the priors of a guide's global random weights."""
+r"""Adds the priors of a guide's global random weights to a model."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class Paired(Program):
 def pair(model: PyroProgram, guide: PyroProgram) -> PyroProgram:
     r"""Returns the model with the priors of the guide's global random weights.
 
-    The weights W and U of a GPVAE are latent variables of the guide alone. An ELBO compares their
-    distribution with their prior N(0, I), so the model that it sees must sample them as well.
-    The model itself is not changed, and is returned as it is if the guide has no global weights.
+    Only the guide of a GPVAE has the weights W and U. An ELBO compares their distribution with
+    their prior N(0, I), so the model must sample them as well. This function wraps the model and
+    does not change it; it returns the model itself if the guide has no global weights.
+    :func:`pyro_gpvae.fit` and :func:`pyro_gpvae.elbo_terms` call it by themselves.
 
     Arguments:
         model: A Pyro model, such as :class:`pyro_gpvae.ImageModel`.
@@ -51,6 +52,8 @@ def pair(model: PyroProgram, guide: PyroProgram) -> PyroProgram:
         >>> poutine.trace(program).get_trace(torch.zeros(1, 1, 28, 28)).stochastic_nodes
         ['W', 'U', 'data', 'z']
     """
+    if isinstance(model, Paired):  # with this guide or another one
+        model = model.model
     if isinstance(guide, HasGlobalPrior) and guide.global_prior():
         return Paired(model, guide)
     return model

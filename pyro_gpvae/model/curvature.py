@@ -21,23 +21,21 @@ __all__ = [
     "linearize",
 ]
 
-#: Shares of the Gauss-Newton step that the line search tries; the last one is to stay.
+#: Fractions of the Gauss-Newton step that the line search tries; zero keeps the current point.
 STEP_SIZES = (1.0, 0.5, 0.25, 0.1, 0.0)
 
-
-# tangents of the decoder at once where nothing is kept for a backward pass; bounds the memory:
-# on a GPU 0.4 GiB for images of 28×28, 2 GiB for 64×64 in colour
+# tangents that the decoder processes at once without gradients. On a GPU they need 0.4 GiB of
+# memory for images of 28×28 and 2 GiB for 64×64 in colour
 _MAX_TANGENTS = {"cpu": 2048, "cuda": 8192}
 
 
 def line_search(
     model: Any, x: Tensor, z: Tensor, direction: Tensor, sizes: tuple[float, ...] = STEP_SIZES
 ) -> Tensor:
-    """Returns z + α direction, (B, p); if there are several α, each image takes the one of
-    highest log p(x, z)."""
+    """Returns z + α direction, (B, p), with the α of highest log p(x, z) for each image."""
     alpha = z.new_tensor(sizes)
     if len(sizes) > 1:
-        # the choice is discrete; validation would refuse a step that is too long
+        # the choice has no gradient; validation would raise an error for a step that is too long
         with torch.no_grad(), pyro.validation_enabled(False):
             log_joint = model.log_joint(x, z + alpha[:, None, None] * direction)
             best = log_joint.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argmax(0)
@@ -48,8 +46,8 @@ def line_search(
 def linearize(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     r"""Returns the gradient of log p(x, z) in z, (B, p), and its precision Λ, (B, p, p).
 
-    Both in float64: JᵀJ squares the condition number of J, and in float32 its rounding error
-    is as large as the I of the prior from :math:`\sigma \approx 0.03` on.
+    Both are float64: JᵀJ squares the condition number of J. In float32 and for
+    :math:`\sigma \lesssim 0.03`, its rounding error is as large as the prior's precision I.
     """
     if torch.is_grad_enabled():
         return _linearize(model, x, z)
@@ -60,27 +58,28 @@ def linearize(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decoder_jacobian(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns g(z), flat (B, D), and its Jacobian (B, D, p), by p forward-mode products.
+    """Returns g(z), flattened to (B, D), and its Jacobian (B, D, p), by forward-mode products.
 
-    The products share one forward pass. In an ``nn.Sequential`` they go through it layer by layer,
-    all in one batch, for the cost of decoding p latent vectors; any other decoder is one layer.
+    The p products share one forward pass. Those of an ``nn.Sequential`` pass its layers one after
+    the other in a single batch, at the cost of decoding p latent vectors; any other decoder is
+    treated as one layer. The Jacobian is exact: :func:`autocast_networks` does not affect it.
     """
     directions = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     output, tangents = z, directions.unsqueeze(1).expand(-1, *z.shape)
     layers: tuple[nn.Module, ...] = (decoder,)
     if type(decoder) is nn.Sequential and not _has_hooks(decoder):
-        layers = tuple(decoder)  # children() would pass over a layer's second place
+        layers = tuple(decoder)  # children() would omit a layer that occurs twice
     for layer in layers:
         output, tangents = _through(layer, output, tangents)
     return output.flatten(1), tangents.flatten(2).movedim(0, -1)
 
 
-#: Layers that are linear in their input but for a bias. Subclasses may be anything.
+#: Affine layers. Subclasses are not included, because they may compute anything.
 _AFFINE = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, ConvTranspose2d)
 
 
 def _through(layer: nn.Module, value: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's value, and the products of its Jacobian there with tangents (p, B, ...)."""
+    """Returns a layer's output and the products of its Jacobian with tangents (p, B, ...)."""
     if type(layer) in _AFFINE and not _has_hooks(layer):
         none = {} if layer.bias is None else {"bias": torch.zeros_like(cast(Tensor, layer.bias))}
         images = torch.func.functional_call(layer, none, tangents.flatten(0, 1))
@@ -102,15 +101,17 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _push_forward(decoder: nn.Module, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """g(z) and the product of its Jacobian with a direction."""
+    """Returns g(z) and the product of its Jacobian with a direction."""
     with _OutsidePyro():
         result = torch.func.jvp(decoder, (z,), (direction,))
     return result[0], result[1]
 
 
 class _OutsidePyro(Messenger):
-    """Lets a decoder that is a PyroModule run in torch.func, where its statements about
-    parameters fail: they set requires_grad. The model, outside, makes the same statements."""
+    """Stops the param messages of a PyroModule, which fail inside torch.func.
+
+    They would set requires_grad. The model sends the same messages outside of torch.func.
+    """
 
     def _pyro_param(self, msg: Any) -> None:
         if len(msg["args"]) > 1:
@@ -121,19 +122,20 @@ class _OutsidePyro(Messenger):
 def inverse_cholesky(precision: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Returns the lower triangular S with :math:`S S^\top = \Lambda^{-1}`, and the jitter.
 
-    A matrix that is not positive definite to rounding gets a jitter on its diagonal, the first of
-    1e-12, 1e-10, ... 1e-4 of the mean of its diagonal that is enough; the others are left alone.
-    In float64 condition numbers up to 1e15 need none, in float32 up to about 1e6.
+    If rounding makes a matrix indefinite, a jitter is added to its diagonal: the smallest of 1e-12,
+    1e-10, ... 1e-4 times the mean of the diagonal that is sufficient. Other matrices do not change.
+    Condition numbers up to 1e15 in float64, and up to about 1e6 in float32, need no jitter.
 
     Arguments:
         precision: Λ of each image, (B, p, p).
-        images: The numbers of the images, for the error message; by default 0 to B - 1.
+        images: The indices of the images for the error message, by default 0 to B - 1.
 
     Returns:
-        S (B, p, p), and the jitter (B,) as a share of the mean of the diagonal: mostly zero.
+        S (B, p, p), and the jitter (B,) relative to the mean of the diagonal, usually zero.
 
     Raises:
-        torch.linalg.LinAlgError: If a matrix is not finite, or no jitter helps; names the image.
+        torch.linalg.LinAlgError: If a matrix is not finite, or singular with the largest jitter;
+            names the image.
     """
     finite = precision.isfinite().all(-1).all(-1)
     if not finite.all():
@@ -160,7 +162,7 @@ def _error(failed: Tensor, images: Tensor | None, reason: str) -> LinAlgError:
 
 
 def _residual(model: Any, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of log p(x|z) in the decoder's output, and its curvature, both (B, D)."""
+    """Returns gradient and curvature of log p(x|z) in the decoder's output, both (B, D)."""
     if model.log_sigma is None:
         mean = output.sigmoid()
         return x.flatten(1) - mean, mean * (1 - mean)

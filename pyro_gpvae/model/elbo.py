@@ -56,9 +56,9 @@ class Block:
 
     Attributes:
         elbo: The objective.
-        parameters: What it trains; all other parameters stay as they are in this block.
-        model: The model of the objective, by default the one that is trained.
-        guide: The guide of the objective, by default the one that is trained.
+        parameters: The parameters that it trains; the block does not change any others.
+        model: The model of the objective, by default that of :func:`pyro_gpvae.fit`.
+        guide: The guide of the objective, by default that of :func:`pyro_gpvae.fit`.
     """
 
     elbo: Objective

@@ -3,35 +3,38 @@ r"""The guide contract, and loading guides by name.
 A guide is any Pyro callable ``guide(x)`` that samples the site ``"z"`` inside
 ``plate("data", len(x))`` for images x (B, C, H, W). Such a guide trains with
 :class:`pyro.infer.SVI` or :func:`pyro_gpvae.fit`, and is evaluated by
-:func:`pyro_gpvae.log_evidence`. Everything else is optional, and discovered by presence:
+:func:`pyro_gpvae.log_evidence`. The methods below are optional. Each has a ``Protocol`` in this
+module, and the library uses the methods that it finds:
 
 ``posterior(x) -> Distribution``
-    q(z|x), batch shape (B,), event shape (p,), with an exact normalised ``log_prob``. With it,
-    evaluation is tight; without it, evaluation replays the callable.
+    q(z|x), batch shape (B,), event shape (p,), with an exact normalised ``log_prob``. Evaluation
+    uses it as the proposal. Without it, evaluation replays the callable.
 ``global_prior() -> dict[str, Distribution]``
-    The guide's global random weights, which it samples outside the plate, and their priors.
+    The priors of the guide's global random weights by name. The guide samples these sites outside
+    the plate; :func:`pyro_gpvae.pair` adds them to the model.
 ``elbo() -> Objective``
-    The objective it wants to be trained with, such as a :class:`pyro.infer.ELBO`, if
-    ``Trace_ELBO`` is not it.
+    The objective that trains the guide, such as a :class:`pyro.infer.ELBO`; by default
+    ``Trace_ELBO``.
 ``blocks(model) -> list[Block]``
-    Objectives that are optimised in turn on every minibatch, each over its own parameters, if
-    one objective over all parameters is not it. See :class:`pyro_gpvae.model.elbo.Block`.
+    Objectives that are optimised in turn on every minibatch, each over its own parameters; by
+    default one objective trains all parameters. See :class:`pyro_gpvae.model.elbo.Block`.
 ``diagnostics(x) -> dict[str, Tensor]``
     Scalars that :func:`pyro_gpvae.fit` logs after each epoch.
 ``uncertainty(x) -> Tensor``
-    A score (B,) that is high where the guide is unsure of its own inference.
+    A score (B,) that is higher where the guide's inference is less certain.
 ``moments(x)`` and ``kl_weights()``
-    What :func:`pyro_gpvae.decompose` needs for the price of a random encoder's spread: mean and
-    variance of f and of log h, four tensors (B, p); and KL(q(W, U) ‖ p).
+    Mean and variance of f and of log h, four tensors (B, p), and KL(q(W, U) ‖ p). A random encoder
+    needs them for :func:`pyro_gpvae.decompose`, which computes I(z; W, U | x) from them.
 
-A guide may have sites in the plate that the model lacks, marked ``infer={"is_auxiliary": True}``.
-Sample them under ``poutine.mask(mask=False)``: p(x, z) / q(z | x, auxiliary) has the right mean,
-whereas an ELBO that scores them without a counterpart in the model is no bound, and training makes
-them as wide as it can. Where particles are vectorised there is a second plate to the left of the
-images, so that what a guide computes from a global or auxiliary draw has shape (K, B, ...).
+A guide may have auxiliary sites in the plate, which the model does not have. Mark them with
+``infer={"is_auxiliary": True}``, and sample them under ``poutine.mask(mask=False)``: the mean of
+p(x, z) / q(z | x, auxiliary) is then p(x). An ELBO that scores them without a counterpart in the
+model is not a bound, and training makes them as wide as possible. If particles are vectorised, a
+second plate lies to the left of the images, so that tensors computed from a global or auxiliary
+draw have shape (K, B, ...).
 
-To be found by name a guide is a class whose constructor takes the model first, as in
-``MyGuide(model, **options)``, and is either registered as an entry point of the group
+A guide that is found by name is a class whose constructor takes the model first, as in
+``MyGuide(model, **options)``. It is registered as an entry point of the group
 ``pyro_gpvae.guides``, or named as ``module:Class``.
 """
 
@@ -70,7 +73,7 @@ __all__ = [
 
 @runtime_checkable
 class HasPosterior(Protocol):
-    """A guide that knows its density."""
+    """A guide with a posterior distribution for each image."""
 
     def posterior(self, x: Tensor, /) -> TorchDistribution:
         """Returns q(z|x), batch shape (B,), event shape (p,), normalised and exact."""
@@ -144,7 +147,7 @@ def load_guide(name: str) -> Callable[..., Any]:
     the working directory.
 
     Raises:
-        ValueError: If there is no such guide; the message suggests the nearest name. Or if two
+        ValueError: If there is no such guide (the message suggests the nearest name), or if two
             distributions register the name.
 
     Example:
@@ -201,11 +204,12 @@ def make_guide(spec: str, model: Any, **defaults: Any) -> Any:
     Arguments:
         spec: ``NAME``, ``NAME:OPTIONS``, ``MODULE:CLASS`` or ``MODULE:CLASS:OPTIONS``. Options
             are separated by commas: values in the constructor's order, then ``key=value``.
-        model: The model, passed to the constructor first.
-        defaults: Further keyword arguments, such as ``warm_start``, which the text overrides.
+        model: The model, which is the first argument of the constructor.
+        defaults: Further keyword arguments, such as ``warm_start``; options in ``spec`` override
+            them.
 
     Raises:
-        ValueError: If there is no such guide, or it refuses the options.
+        ValueError: If there is no such guide, or if it does not take the options.
 
     Example:
         >>> from pyro_gpvae import ImageModel
@@ -243,7 +247,7 @@ def make_guide(spec: str, model: Any, **defaults: Any) -> Any:
 
 
 def _check_type(spec: str, option: str, parameter: inspect.Parameter | None, value: Any) -> None:
-    """Refuses a number or word where the constructor's annotation says something else."""
+    """Raises ValueError if a value does not match the annotation of the constructor."""
     hint = str(getattr(parameter, "annotation", ""))
     kinds: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
     kind = hint.removesuffix(" | None")
@@ -254,13 +258,13 @@ def _check_type(spec: str, option: str, parameter: inspect.Parameter | None, val
         wrong = True
     if wrong and not (value is None and hint.endswith("None")):
         raise ValueError(f"in the guide {spec!r}, {option} must be {hint}, got {value!r}")
-    # options count layers, components, steps: a config from a stranger must not fill the memory
+    # options are numbers of layers, components or steps: a foreign file must not fill the memory
     if isinstance(value, int) and abs(value) > 10_000:
         raise ValueError(f"in the guide {spec!r}, {option} must be at most 10000, got {value!r}")
 
 
 def _literal(text: str) -> Any:
-    """A Python number, boolean or None; any other text as it stands."""
+    """Returns the Python number, boolean or None that a text denotes, or the text."""
     try:
         value = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):

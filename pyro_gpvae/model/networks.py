@@ -70,7 +70,7 @@ def build_encoder(image_shape: ImageShape) -> nn.Sequential:
 
     Table 1 (28×28), Table 2 (32×32) and Table 3 (64×64) are special cases of one rule: three
     convolutions (four from 64 pixels on) of kernel 4 and stride 2, then a hidden layer of 256
-    units (512 from 32 pixels on). The last row of the tables, "FC 2 × p", belongs to the guide.
+    units (512 from 32 pixels on). The last row of the tables, "FC 2 × p", is part of the guide.
 
     Arguments:
         image_shape: The shape (C, H, W) of an image; H and W at least 8.
@@ -133,7 +133,7 @@ def feature_dim(encoder: nn.Module, image_shape: ImageShape) -> int:
     """Returns the number d of features that an encoder computes, found by running it once."""
     parameter = next(encoder.parameters(), torch.zeros(()))
     training = encoder.training
-    encoder.eval()  # an image of zeros is no business of batch normalisation
+    encoder.eval()  # keeps the image of zeros out of the statistics of batch normalisation
     with torch.no_grad():
         features: Tensor = encoder(parameter.new_zeros(1, *image_shape))
     encoder.train(training)
@@ -143,7 +143,7 @@ def feature_dim(encoder: nn.Module, image_shape: ImageShape) -> int:
 
 
 def _pyramid(image_shape: ImageShape) -> tuple[list[tuple[int, int]], int]:
-    """The sizes (H, W) after each stride-2 convolution, the image first; the hidden width."""
+    """Returns the sizes (H, W) of the image and after each convolution, and the hidden width."""
     channels, height, width = image_shape
     if channels < 1 or min(height, width) < 8:
         raise ValueError(
@@ -169,7 +169,7 @@ def _conv_decoder(
     channels = [*(64, 64, 32, 32)[-len(sides) + 1 :], image_shape[0]]
     for level, (fan_in, fan_out) in enumerate(pairwise(channels)):
         small, large = sides[level], sides[level + 1]
-        # a halving that rounded down (7 -> 3) is undone by one more row or column
+        # where halving rounded down (7 -> 3), the output needs one more row or column
         extra = (large[0] - 2 * small[0], large[1] - 2 * small[1])
         layers += [
             ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1, output_padding=extra),
@@ -184,7 +184,7 @@ def _fc_decoder(image_shape: ImageShape, latent_dim: int, parameters: int) -> nn
     def count(width: int) -> int:
         return (latent_dim + 1) * width + (width + 1) * width + (width + 1) * pixels
 
-    # count is a quadratic in the width: round its positive root to the better neighbour
+    # the count is quadratic in the width: compare the two integers next to its positive root
     b = latent_dim + 2 + pixels
     root = int((-b + math.sqrt(b * b + 4 * max(parameters - pixels, 1))) / 2)
     width = min((max(root, 1), root + 1), key=lambda w: abs(count(w) - parameters))

@@ -1,4 +1,4 @@
-r"""Guides whose z is a mixture: the mixture of Gaussians, and its stratified ELBO."""
+r"""The mixture of Gaussians as a posterior, and the stratified ELBO that trains such a guide."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["StratifiedELBO", "gaussian_mixture"]
 def gaussian_mixture(logits: Tensor, loc: Tensor, scale: Tensor) -> dist.MixtureSameFamily:
     r"""Returns :math:`Q(z) = \sum_k \alpha_k N(z; m_k, \mathrm{diag}\, s_k^2)`.
 
-    The weights never leave the logarithm, so that a component whose :math:`\alpha_k` underflows
-    does no harm, whatever the logits.
+    The weights are used as logarithms only, so that a component whose :math:`\alpha_k` underflows
+    causes no error for any logits.
 
     Arguments:
         logits: :math:`\log \alpha_k` up to a constant, shape (..., M).
@@ -34,8 +34,8 @@ def gaussian_mixture(logits: Tensor, loc: Tensor, scale: Tensor) -> dist.Mixture
         ``sample``, no ``rsample``.
 
     Raises:
-        ValueError: If the shapes do not fit, a weight or mean is not a number, or a standard
-            deviation is not positive.
+        ValueError: If the shapes do not match, a weight or mean is NaN, or a standard deviation is
+            not positive.
 
     Example:
         >>> q = gaussian_mixture(torch.zeros(5, 3), torch.zeros(5, 3, 2), torch.ones(5, 3, 2))
@@ -43,7 +43,7 @@ def gaussian_mixture(logits: Tensor, loc: Tensor, scale: Tensor) -> dist.Mixture
         (torch.Size([5]), torch.Size([2]))
     """
     components = dist.Normal(loc, scale).to_event(1)
-    # torch subtracts logsumexp, in which equal logits of 1e30 lose their log 2
+    # torch subtracts logsumexp, which loses the log 2 of two equal logits of 1e30
     return dist.MixtureSameFamily(dist.Categorical(logits=logits.log_softmax(-1)), components)
 
 
@@ -54,21 +54,21 @@ class StratifiedELBO(ELBO):
         \sum_k \alpha_k(x) \, \bigl[ \log p(x|z_k) + \log p(z_k) - \log Q(z_k|x) \bigr],
         \qquad z_k \sim q_k(z|x), \quad Q = \sum_k \alpha_k q_k .
 
-    Every component contributes a reparametrised draw of its own, weighted by its mass, instead
-    of one draw from a component chosen at random: no score-function term, and no noise from the
-    choice. All draws go through the model in one pass, in a batch dimension to the left of all
-    plates, as Pyro's vectorised particles do; so models must broadcast over such a dimension.
+    Every component contributes a reparametrised draw, weighted by its mass. A draw from one random
+    component would need a score-function term and would add the noise of the choice. All draws
+    pass the model at once in a batch dimension to the left of all plates, as Pyro's vectorised
+    particles do, so models must broadcast over such a dimension.
 
-    The guide needs exactly one site whose distribution is a
-    :class:`pyro.distributions.MixtureSameFamily` of reparametrised components; its other sites
+    The guide must have exactly one site whose distribution is a
+    :class:`pyro.distributions.MixtureSameFamily` with reparametrised components. All other sites
     must be reparametrised. Sites in the plates of the mixture's site are averaged over the
-    components; sites outside (global weights) count once. Scales and masks are honoured.
+    components; sites outside, such as global weights, count once. Scales and masks are respected.
 
     Arguments:
-        num_particles: The number of draws from each component; they share one draw of the
-            global sites.
-        max_plate_nesting: The number of batch dimensions that plates use; by default, found by
-            running model and guide once.
+        num_particles: The number of draws from each component. They share one draw of the global
+            sites.
+        max_plate_nesting: The number of batch dimensions that plates use. By default, model and
+            guide run once to find it.
 
     Raises:
         ValueError: If num_particles is less than 1.
@@ -79,8 +79,9 @@ class StratifiedELBO(ELBO):
         >>> from pyro_gpvae import ImageModel, PerImage
         >>> from guides.mixture import MixtureGuide
         >>> model = ImageModel((1, 28, 28), latent_dim=2)
-        >>> pair = PerImage(model, 60_000), PerImage(MixtureGuide(model, 3), 60_000)
-        >>> loss = SVI(*pair, Adam({"lr": 5e-4}), StratifiedELBO()).step(torch.rand(8, 1, 28, 28))
+        >>> programs = PerImage(model, 60_000), PerImage(MixtureGuide(model, 3), 60_000)
+        >>> svi = SVI(*programs, Adam({"lr": 5e-4}), StratifiedELBO())
+        >>> loss = svi.step(torch.rand(8, 1, 28, 28))
     """
 
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf) -> None:
@@ -94,8 +95,8 @@ class StratifiedELBO(ELBO):
         """Returns minus the ELBO.
 
         Raises:
-            ValueError: If the guide has no mixture site or several, if another of its sites is
-                not reparametrised, or if a site outside the mixture's plates depends on it.
+            ValueError: If the guide does not have exactly one mixture site, if another site is not
+                reparametrised, or if a site outside the mixture's plates depends on it.
         """
         if math.isinf(self.max_plate_nesting):
             self._guess_max_plate_nesting(model, guide, args, kwargs)  # type: ignore[no-untyped-call]
@@ -137,7 +138,7 @@ class StratifiedELBO(ELBO):
 
 
 class _Stratify(Messenger):
-    """Gives the mixture site draws from every component, and weighs log densities by mass."""
+    """Draws the mixture site from every component, and weights log densities by the masses."""
 
     def __init__(self, num_draws: int, max_plate_nesting: int) -> None:
         super().__init__()
@@ -166,14 +167,14 @@ class _Stratify(Messenger):
         self.mass = mass.reshape(-1, *ones, *mass.shape[2:])
 
     def average(self, trace: Any) -> Tensor:
-        """The expected log density of all sites."""
+        """Returns the expected log density of all sites."""
         total = self.mass.new_zeros(())
         for name, site in trace.nodes.items():
             if site["type"] != "sample":
                 continue
             log_prob = site["log_prob"]
             if self.plates <= {frame.name for frame in site["cond_indep_stack"]}:
-                # a component without mass counts nothing, however impossible its draws
+                # a component without mass contributes zero, even if its log density is -inf
                 log_prob = self.mass * torch.where(self.mass > 0, log_prob, 0.0)
             elif log_prob.dim() > self.max_plate_nesting:
                 raise ValueError(

@@ -1,7 +1,8 @@
-r"""Pictures: pure functions from arrays and tables to a matplotlib figure.
+r"""Pictures: pure functions from arrays and tables to matplotlib figures.
 
-Every figure is built without pyplot, so that nothing global changes and no display is needed;
-``figure.savefig("name.png")`` writes it.
+Every figure is built without pyplot, so that no global state changes and no display is needed.
+``figure.savefig("name.png")`` writes it. This room imports no other room; ``runs``, ``cli`` and
+experiments use it.
 """
 
 from pyro_gpvae.plots.curves import loss_curves

@@ -1,23 +1,32 @@
-r"""Colours, markers and layout that all pictures share."""
+r"""Colours, markers and layout that all figures share."""
 
 from __future__ import annotations
 
 import textwrap
+from typing import Literal
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "MARKERS", "STYLES", "finish"]
+__all__ = ["COLOURS", "MARKERS", "STYLES", "finish", "tidy"]
 
-#: Okabe and Ito's colours, told apart by colour-blind readers too.
+#: The colours of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "P", "X", "*")
 STYLES = ("-", "--", "-.", ":")
 
 
+def tidy(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Draws a faint grid behind the data, and no frame above and to the right."""
+    axes.grid(axis=grid, alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def finish(figure: Figure, caption: str, title: str = "") -> Figure:
-    """Lays the figure out between a title and a caption."""
+    """Adds a title and a caption to a figure, and fits the axes between them."""
     width, height = figure.get_size_inches()
-    # "K = 100" stays on one line: textwrap does not break at a non-breaking space
+    # textwrap does not break at a non-breaking space, so that "K = 100" stays on one line
     lines = textwrap.wrap(
         caption.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), int(width * 15)
     )

@@ -1,4 +1,4 @@
-r"""Curves of training."""
+r"""Training curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pyro_gpvae.plots._style import COLOURS, STYLES, finish
+from pyro_gpvae.plots._style import COLOURS, STYLES, finish, tidy
 
 __all__ = ["loss_curves"]
 
@@ -18,8 +18,8 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], caption: str = "") -> Fig
     """Draws the ELBO and the learned σ of each run against the epochs.
 
     Arguments:
-        histories: Tables as :meth:`pyro_gpvae.History.frame` returns them, by label.
-        caption: A line below: the budget, the seed.
+        histories: The table of each run by label, as ``fit(...).frame()`` returns it.
+        caption: Text below the figure, such as budget and seed.
 
     Raises:
         ValueError: If there is no table, or one lacks the columns ``epoch`` and ``loss``.
@@ -36,7 +36,7 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], caption: str = "") -> Fig
         style: dict[str, Any] = {
             "color": COLOURS[index % len(COLOURS)],
             "linestyle": STYLES[index % len(STYLES)],
-            "marker": "o" if len(frame) == 1 else None,  # a line of one point is invisible
+            "marker": "o" if len(frame) == 1 else None,  # a line through one point is invisible
         }
         left.plot(frame["epoch"], -frame["loss"], label=label, **style)
         if "validation_elbo" in frame:
@@ -50,9 +50,8 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], caption: str = "") -> Fig
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    # the first epochs are far below: let them leave the picture rather than flatten the rest
+        tidy(axes)
+    # the first epochs are far below the others: leave them out, so that the rest is not flat
     elbos = np.concatenate([-frame["loss"].to_numpy(float) for frame in histories.values()])
     low, high = float(np.quantile(elbos, 0.1)), float(elbos.max())
     if high > low and len(elbos) > 10:

@@ -1,4 +1,4 @@
-r"""The inference gap: what it consists of, and what its size is related to."""
+r"""The inference gap: its components, and its relation to scores of an image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from pyro_gpvae.plots._style import COLOURS, finish
+from pyro_gpvae.plots._style import COLOURS, finish, tidy
 
 __all__ = ["gap_ladder", "uncertainty_scatter"]
 
@@ -22,16 +22,16 @@ _STEPS = {
 
 
 def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
-    """Draws what the gap of each guide consists of, and how it varies between images.
+    """Draws the components of each guide's gap, and the distribution of the gap over images.
 
-    Left, the mean of each rung of the ladder as a stacked bar; runs with the same label are seeds,
-    and the bar through the end is the standard deviation of the sum over them. Right, the gap
-    log p(x) - ELBO of the images: the box holds the middle half, the whiskers nine tenths.
+    The left panel shows the mean of each component as a stacked bar. Runs with the same label are
+    seeds; the error bar is the standard deviation of the sum over seeds. The right panel shows the
+    gap log p(x) - ELBO of the images: the box holds the middle half of them, the whiskers 90 %.
 
     Arguments:
-        table: A row an image, as :func:`pyro_gpvae.runs.gap_chunks.measure_gaps` returns it; images
-            that have not converged are left out.
-        caption: A line below: the budget, the seeds.
+        table: One row per image, as :func:`pyro_gpvae.runs.gap_chunks.measure_gaps` returns it;
+            images that have not converged are left out.
+        caption: Text below the figure, such as budget and seeds.
 
     Raises:
         ValueError: If a column is missing, or no image has converged.
@@ -47,13 +47,13 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
     figure = Figure(figsize=(9.5, 0.42 * len(labels) + 2.4), dpi=150)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     by_run = table.groupby(["label", "run"], sort=False)[list(_STEPS)].mean()
-    # what is not known of a random encoder is not drawn
+    # the costs of a random encoder are not drawn where they are unknown
     means = by_run.groupby("label", sort=False).mean().loc[labels].fillna(0.0)
     above, below = np.zeros(len(labels)), np.zeros(len(labels))
     for colour, (name, step) in zip(COLOURS, _STEPS.items(), strict=False):
         width = means[name].to_numpy(float)
         if not np.any(width):
-            continue  # no random encoder among them
+            continue  # such as the costs of random weights where no encoder is random
         start = np.where(width >= 0, above, below)
         left.barh(
             places, width, left=start, height=0.62, color=colour, label=step,
@@ -68,7 +68,7 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
             mean, places, xerr=deviation, fmt="none", ecolor="black", capsize=3, linewidth=1.2,
             label="sum, ± sd over seeds",
         )  # fmt: skip
-    ends = np.maximum(above, mean + deviation.fillna(0.0))  # beyond the error bar as well
+    ends = np.maximum(above, mean + deviation.fillna(0.0))  # to the right of bar and error bar
     for place, end, value in zip(places, ends, mean, strict=True):
         left.annotate(
             f"{value:.1f}", (end, place), (6, 0), textcoords="offset points", va="center",
@@ -88,9 +88,7 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
     right.set_xlabel("log p(x) - ELBO of each image (nats)")
     right.tick_params(left=False)
     for axes in (left, right):
-        axes.grid(axis="x", alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes, "x")
     left.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0))
     return finish(figure, caption)
 
@@ -98,13 +96,13 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
 def uncertainty_scatter(
     table: pd.DataFrame, scores: dict[str, str], titles: dict[str, str], caption: str = ""
 ) -> Figure:
-    """Draws the gap of each image against scores that should predict it, a panel each.
+    """Draws the gap of each image against scores that may predict it, one panel per score.
 
     Arguments:
-        table: A row an image, with the column ``gap`` (nats) and one for each score.
-        scores: The label of each score's axis, by column.
-        titles: A line above each panel, by column: the rank correlation.
-        caption: A line below.
+        table: One row per image, with the column ``gap`` (nats) and a column for each score.
+        scores: The axis label of each score, by column.
+        titles: The title of each panel, such as the rank correlation, by column.
+        caption: Text below the figure.
 
     Raises:
         ValueError: If there is no score, or a column is missing.
@@ -129,14 +127,13 @@ def uncertainty_scatter(
         _plain_ticks(axes.yaxis)
         axes.set_xlabel(label)
         axes.set_title(titles.get(name, ""), fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     panels[0].set_ylabel("gap log p(x) - ELBO (nats)")
     return finish(figure, caption)
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """1, 2, 5, 10, 20 ... on a logarithmic axis, without powers of ten."""
+    """Labels a logarithmic axis 1, 2, 5, 10, 20 ... instead of with powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

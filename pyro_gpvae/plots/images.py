@@ -1,4 +1,4 @@
-r"""Images: mosaics, reconstructions, the least and the most uncertain."""
+r"""Images: mosaics, reconstructions, and the least and most uncertain ones."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["image_grid", "reconstructions", "uncertain_images"]
 def image_grid(
     panels: Mapping[str, ArrayLike], columns: int = 8, caption: str = "", title: str = ""
 ) -> Figure:
-    """Draws titled panels side by side, each a mosaic of images.
+    """Draws mosaics of images side by side, each with a title.
 
     Arguments:
         panels: Images (N, C, H, W) by title, uint8 or floats in [0, 1]; C is 1 or 3.
-        columns: Images in a row of a mosaic.
-        caption: A line below.
-        title: A line above.
+        columns: The number of images in a row of a mosaic.
+        caption: Text below the figure.
+        title: Text above the figure.
 
     Raises:
-        ValueError: If there is nothing to draw, or the shapes are not those of images.
+        ValueError: If there is no panel, or an array has another shape.
     """
     if not panels or columns < 1:
         raise ValueError("image_grid needs at least one panel and one column")
@@ -47,15 +47,15 @@ def image_grid(
 def reconstructions(
     images: ArrayLike, decoded: Mapping[str, ArrayLike], caption: str = ""
 ) -> Figure:
-    """Draws images in a row, and below them what each method decodes from their latents.
+    """Draws a row of images, and below it a row of reconstructions for each method.
 
     Arguments:
         images: Images (N, C, H, W), uint8 or floats in [0, 1].
         decoded: Images of the same shape by method; values outside [0, 1] are clipped.
-        caption: A line below.
+        caption: Text below the figure.
 
     Raises:
-        ValueError: If the shapes differ or are not those of images.
+        ValueError: If the shapes differ, or are not (N, C, H, W).
     """
     rows = {"image": to_pixels(images)} | {name: to_pixels(x) for name, x in decoded.items()}
     for name, row in rows.items():
@@ -77,12 +77,12 @@ def uncertain_images(
 
     Arguments:
         images: Images (N, C, H, W), uint8 or floats in [0, 1].
-        uncertainty: One number for each, as ``guide.uncertainty(x)`` returns it.
-        count: How many to show on each side, at most half of the images.
-        caption: A line below.
+        uncertainty: One number per image, as ``guide.uncertainty(x)`` returns them.
+        count: The number of images in each of the two panels, at most half of all.
+        caption: Text below the figure.
 
     Raises:
-        ValueError: If there are fewer than two images, or not one number for each.
+        ValueError: If there are fewer than two images, or their number is not that of scores.
     """
     pixels, scores = np.asarray(images), np.asarray(uncertainty, dtype=float)
     if scores.shape != (len(pixels),) or len(pixels) < 2:
@@ -105,7 +105,7 @@ def uncertain_images(
 
 
 def to_pixels(images: ArrayLike) -> NDArray[np.floating[Any]]:
-    """Images (N, C, H, W) as floats (N, H, W, C) in [0, 1]."""
+    """Returns images (N, C, H, W) as floats (N, H, W, C), clipped to [0, 1]."""
     array = np.asarray(images)
     if array.ndim != 4 or array.shape[1] not in (1, 3) or not len(array):
         raise ValueError(f"expected images (N, C, H, W) with C = 1 or 3, got shape {array.shape}")
@@ -114,7 +114,7 @@ def to_pixels(images: ArrayLike) -> NDArray[np.floating[Any]]:
 
 
 def tile(images: NDArray[np.floating[Any]], columns: int) -> NDArray[np.floating[Any]]:
-    """Images (N, H, W, C) as one (H', W', C), with white lines between them."""
+    """Returns images (N, H, W, C) as one image (H', W', C), with white lines between them."""
     _, height, width, channels = images.shape
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -126,6 +126,7 @@ def tile(images: NDArray[np.floating[Any]], columns: int) -> NDArray[np.floating
 
 
 def show_pixels(axes: Axes, mosaic: NDArray[np.floating[Any]]) -> None:
+    """Draws one image (H, W, C) without ticks and frame."""
     grey = mosaic.shape[-1] == 1
     axes.imshow(mosaic[..., 0] if grey else mosaic, cmap="gray", vmin=0, vmax=1)
     axes.set_xticks([])

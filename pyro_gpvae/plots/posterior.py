@@ -1,4 +1,4 @@
-r"""Inference in two dimensions: the true posterior beside what a random encoder believes."""
+r"""Posteriors in two dimensions: the true one and that of a random encoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyro_gpvae.plots.images import show_pixels, to_pixels
 __all__ = ["posterior_panels"]
 
 _TRUE, _MARGINAL, _DRAW = COLOURS[0], COLOURS[1], "0.35"
-#: Probability inside the contours, and the radius that holds the larger one in two dimensions.
+#: The probabilities inside the contours, and the radius of a 2-D Gaussian for the larger one.
 _MASSES = (0.5, 0.9)
 _RADIUS = float(np.sqrt(-2 * np.log(1 - _MASSES[1])))
 
@@ -32,19 +32,19 @@ def posterior_panels(
     columns: int = 3,
     caption: str = "",
 ) -> Figure:
-    """Draws each image, and beside it its true posterior, draws of q(z|x, f, h), and q(z|x).
+    """Draws each image next to its true posterior, draws of q(z|x, f, h), and q(z|x).
 
-    Contours hold 50 % and 90 % of the probability; those of the draws 90 %.
+    The contours contain 50 % and 90 % of the probability, those of the draws 90 %.
 
     Arguments:
         images: Images (B, C, H, W), uint8 or floats in [0, 1].
-        record: As ``pyro_gpvae.evaluation.uncertainty.posterior_record`` returns it.
-        titles: A line above each panel.
-        columns: Panels in a row.
-        caption: A line below.
+        record: As ``posterior_record`` of :mod:`pyro_gpvae.evaluation` returns it.
+        titles: The title of each panel.
+        columns: The number of panels in a row.
+        caption: Text below the figure.
 
     Raises:
-        ValueError: If there is no image, or not one title for each.
+        ValueError: If the numbers of images, titles and posteriors differ.
     """
     pixels = to_pixels(images)
     if len(titles) != len(pixels) or len(record["f"]) != len(pixels):
@@ -105,7 +105,7 @@ def _panel(axes: Axes, record: Mapping[str, Floats]) -> None:
         inside = density >= _levels(density)[0]
         held = z[inside.any(1 - name)]
         radii = _RADIUS * record["h"][:, name]
-        centre, half = q.mean(), (q[-1] - q[0]) / 2 * 0.6  # the marginal, to 2.4 deviations
+        centre, half = q.mean(), (q[-1] - q[0]) / 2 * 0.6  # 2.4 standard deviations of q(z|x)
         low = min(held.min(), (record["f"][:, name] - radii).min(), centre - half)
         high = max(held.max(), (record["f"][:, name] + radii).max(), centre + half)
         margin = 0.08 * (high - low)
@@ -118,7 +118,7 @@ def _panel(axes: Axes, record: Mapping[str, Floats]) -> None:
 
 
 def _levels(density: Floats) -> list[float]:
-    """The densities at the edges of the regions that hold 90 % and 50 % of the probability."""
+    """Returns the densities at the borders of the regions of 90 % and 50 % probability."""
     ordered = np.sort(density.ravel())[::-1]
     held = np.cumsum(ordered) / ordered.sum()
     return [float(ordered[np.searchsorted(held, mass)]) for mass in reversed(_MASSES)]

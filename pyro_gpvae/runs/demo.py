@@ -1,4 +1,4 @@
-r"""The demo: VAE and GPVAE on 5,000 digits, from training to a report with pictures."""
+r"""Report of the demo: VAE and GPVAE on 5,000 digits, with a table and pictures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from pyro_gpvae.core._files import new_folder, write_json, write_text
-from pyro_gpvae.data.images import to_float
+from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.evaluation.uncertainty import rank_correlation
 from pyro_gpvae.plots import image_grid, loss_curves, reconstructions, uncertain_images
+from pyro_gpvae.runs._markdown import markdown_table
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.folder import Run, load_run
 from pyro_gpvae.runs.train import train_into
@@ -37,8 +37,13 @@ DEMO_FILES = (
 )
 _EPOCHS, _QUICK_EPOCHS = 40, 6
 _QUICK_TEST_IMAGES = 200
-# the half that both methods share, then the other half of each
+# the first half, which both methods share, and the second half of each method
 _START, _VAE, _GPVAE = "start", "vae", "gpvae"
+_SCORES = (
+    "elbo", "log_evidence", "monte_carlo_error", "sampling_error", "median_log_evidence",
+    "mean_effective_sample_size",
+)  # fmt: skip
+_DIAGNOSTICS = ("v_over_h2", "r", "kl_weights_per_image")
 _LABELS = {_START: "VAE at half time", _VAE: "VAE", _GPVAE: "GPVAE"}
 
 
@@ -55,19 +60,19 @@ def run_demo(
     num_samples: int = 100,
     latent_dim: int = 10,
 ) -> dict[str, Any]:
-    """Trains and compares VAE and GPVAE on the embedded digits, prints a table, writes a report.
+    """Trains VAE and GPVAE on the embedded digits, prints a table of scores and writes a report.
 
-    Both get the same number of epochs: after the first half the VAE is trained on, while GPVAE
-    starts from the same weights and trains eq. (2) of the paper's supplement for the other half.
+    Both get the same number of epochs. The first half trains a VAE. The second half continues the
+    VAE, and trains GPVAE from the same weights on eq. (2) of the paper's supplement.
 
     Arguments:
         out: Folder of the report; an earlier report in it is replaced.
-        quick: Whether to cut the budget: fewer epochs, fewer test images. The captions say so.
+        quick: Whether to use fewer epochs and test images; the captions say so.
         seed: Seed of everything.
-        device: "cpu", "cuda" or "cuda:INDEX"; by default CUDA if there is one.
+        device: "cpu", "cuda" or "cuda:INDEX"; by default CUDA if it is available.
         progress: Whether to show progress bars.
-        epochs: Of each method; even.
-        train_images, test_images: How many to use; by default 4,000, and 1,000 or 200.
+        epochs: The number of epochs of each method, even.
+        train_images, test_images: The numbers of images; by default 4,000, and 1,000 or 200.
         num_samples: Importance samples K per image.
         latent_dim: Dimension p of z.
 
@@ -80,7 +85,7 @@ def run_demo(
     """
     epochs = epochs or (_QUICK_EPOCHS if quick else _EPOCHS)
     if epochs < 2 or epochs % 2:
-        raise ValueError(f"epochs must be even, to be halved, and at least 2, got {epochs}")
+        raise ValueError(f"epochs must be even and at least 2, got {epochs}")
     if quick and test_images is None:
         test_images = _QUICK_TEST_IMAGES
     out = Path(out)
@@ -100,10 +105,9 @@ def run_demo(
         for name, guide in ((_START, "vae"), (_VAE, "vae"), (_GPVAE, "gp")):
             start = runs.get(_START)
             warm_start = None if start is None else str(out / _START)
-            this = replace(config, guide=guide, warm_start=warm_start)
             (folder / name).mkdir()
-            half = "second" if start else "first"
-            label = f"{_LABELS[_GPVAE if name == _GPVAE else _VAE]}, {half} half"
+            label = f"{_LABELS[name]}, second half" if start else "VAE, first half"
+            this = replace(config, guide=guide, warm_start=warm_start)
             train_into(folder / name, this, start, progress=progress and label)
             runs[name] = load_run(folder / name)
         metrics = _compare(runs, folder, epochs, quick)
@@ -119,28 +123,21 @@ def run_demo(
 
 
 def _compare(runs: dict[str, Run], folder: Path, epochs: int, quick: bool) -> dict[str, Any]:
-    """The scores of each method, and the paired difference of GPVAE and VAE."""
+    """Returns the scores of each method, and the paired differences of GPVAE and VAE."""
     methods = []
-    for name, run in runs.items():
-        record, scores = run.record, run.record["scores"]
-        # what a method took from scratch includes the half that it shares
-        shared = 0.0 if name == _START else runs[_START].record["seconds"]["training"]
+    for method, run in runs.items():
+        record = run.record
+        # the time of a method includes the half that it shares
+        shared = 0.0 if method == _START else runs[_START].record["seconds"]["training"]
         methods.append(
             {
-                "method": _LABELS[name],
-                "epochs": epochs // 2 if name == _START else epochs,
-                "elbo": scores["elbo"],
-                "log_evidence": scores["log_evidence"],
-                "monte_carlo_error": scores["monte_carlo_error"],
-                "sampling_error": scores["sampling_error"],
-                "median_log_evidence": scores["median_log_evidence"],
-                "mean_effective_sample_size": scores["mean_effective_sample_size"],
+                "method": _LABELS[method],
+                "epochs": epochs // 2 if method == _START else epochs,
+                **{score: record["scores"][score] for score in _SCORES},
                 "training_seconds": shared + record["seconds"]["training"],
                 "evaluation_seconds": record["seconds"]["evaluation"],
                 "sigma": record["sigma"],
-                "v_over_h2": record["diagnostics"].get("v_over_h2"),
-                "r": record["diagnostics"].get("r"),
-                "kl_weights_per_image": record["diagnostics"].get("kl_weights_per_image"),
+                **{name: record["diagnostics"].get(name) for name in _DIAGNOSTICS},
             }
         )
     tables = {name: pd.read_csv(folder / name / "scores.csv") for name in (_VAE, _GPVAE)}
@@ -161,9 +158,10 @@ def _compare(runs: dict[str, Run], folder: Path, epochs: int, quick: bool) -> di
     return {
         "caption": ("QUICK DEMO, budget cut: " if quick else "") + budget,
         "quick": quick,
+        "num_samples": config["num_samples"],
         "methods": methods,
         "gpvae_minus_vae": differences,
-        # does the encoder know where its inference is poor?
+        # whether the uncertainty of the encoder predicts the quality of its inference
         "rank_correlation_uncertainty_gap": rank_correlation(
             gp["uncertainty"].to_numpy(), gap.to_numpy()
         )._asdict(),
@@ -171,37 +169,30 @@ def _compare(runs: dict[str, Run], folder: Path, epochs: int, quick: bool) -> di
 
 
 def _table(metrics: dict[str, Any]) -> str:
-    """The table that the demo prints: Markdown, readable as plain text."""
+    """Returns caption, table and conclusions as Markdown, which the demo also prints."""
     head = ("", "epochs", "ELBO", "log p(x) ± MC error", "ESS", "train s", "eval s", "v/h²", "KL/N")
-    rows = [head]
-    for m in metrics["methods"]:
-        rows.append(
-            (
-                m["method"],
-                str(m["epochs"]),
-                f"{m['elbo']:.1f}",
-                f"{m['log_evidence']:.1f} ± {m['monte_carlo_error']:.2f}",
-                f"{m['mean_effective_sample_size']:.1f}",
-                f"{m['training_seconds']:.0f}",
-                f"{m['evaluation_seconds']:.0f}",
-                "-" if m["v_over_h2"] is None else f"{m['v_over_h2']:.2g}",
-                "-" if m["kl_weights_per_image"] is None else f"{m['kl_weights_per_image']:.2f}",
-            )
+    rows = [
+        (
+            m["method"],
+            str(m["epochs"]),
+            f"{m['elbo']:.1f}",
+            f"{m['log_evidence']:.1f} ± {m['monte_carlo_error']:.2f}",
+            f"{m['mean_effective_sample_size']:.1f}",
+            f"{m['training_seconds']:.0f}",
+            f"{m['evaluation_seconds']:.0f}",
+            "-" if m["v_over_h2"] is None else f"{m['v_over_h2']:.2g}",
+            "-" if m["kl_weights_per_image"] is None else f"{m['kl_weights_per_image']:.2f}",
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    lines = []
-    for row in (rows[0], rule, *rows[1:]):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        cells[0] = row[0].ljust(widths[0])
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([metrics["caption"] + ".", "", *lines, "", *_conclusions(metrics)])
+        for m in metrics["methods"]
+    ]
+    table = markdown_table(head, rows)
+    return "\n".join([metrics["caption"] + ".", "", table, "", *_conclusions(metrics)])
 
 
 def _conclusions(metrics: dict[str, Any]) -> list[str]:
     lines = [
-        "Nats per test image, higher is better. Equal training: VAE and GPVAE both continue the",
-        "VAE at half time with a fresh Adam, the VAE on its own objective, GPVAE on eq. (2).",
+        "Nats per test image; higher is better. VAE and GPVAE both continue the VAE at half time",
+        "with a new Adam optimiser: the VAE on its own objective, GPVAE on eq. (2).",
         "",
     ]
     for score, name in (("log_evidence", "log p(x)"), ("elbo", "ELBO")):
@@ -210,13 +201,14 @@ def _conclusions(metrics: dict[str, Any]) -> list[str]:
         if abs(mean) > 2 * error:
             verdict = f"{'GPVAE' if mean > 0 else 'VAE'} is better on these images"
         else:
-            verdict = "no difference that these images can resolve"
+            verdict = "these images do not resolve a difference"
         lines.append(f"GPVAE - VAE, {name}: {mean:+.2f} ± {error:.2f}: {verdict}.")
-    lines.append("(± is the paired standard error over images; it says nothing about other seeds.)")
+    lines.append("± is the paired standard error over images, for this seed alone.")
     return lines
 
 
 def _report(metrics: dict[str, Any], folder: Path) -> str:
+    samples = metrics["num_samples"]
     correlation = metrics["rank_correlation_uncertainty_gap"]
     rho, low, high = (f"{correlation[name]:.2f}" for name in ("rho", "low", "high"))
     return f"""# VAE and GPVAE on 5,000 digits
@@ -224,12 +216,13 @@ def _report(metrics: dict[str, Any], folder: Path) -> str:
 {_table(metrics)}
 
 - log p(x) ± MC error: importance sampling with K samples from the guide, and its Monte-Carlo
-  error. Where the effective sample size is small, it is far below log p(x), and its error, which
-  only sees the samples that were drawn, is too small as well.
+  error. Where the effective sample size is small, the estimate is far below log p(x), and the
+  error is underestimated as well, because it depends only on the samples that were drawn.
 - ESS: effective sample size, between 1 and K, averaged over the images.
-- Seconds of training include the half that both share.
-- v/h²: variance of the encoder's mean over the variance it reports, averaged over dimensions.
-- KL/N: KL(q(W, U) ‖ N(0, I)) per training image, the price of a random encoder in eq. (2).
+- The seconds of training include the half that both methods share.
+- v/h²: the variance of the encoder's mean over the variance that it reports, averaged over
+  dimensions.
+- KL/N: KL(q(W, U) ‖ N(0, I)) per training image, the cost of a random encoder in eq. (2).
 
 ![ELBO and σ while training](loss_curves.png)
 
@@ -239,13 +232,14 @@ def _report(metrics: dict[str, Any], folder: Path) -> str:
 
 ![Least and most uncertain images](uncertain_images.png)
 
-Rank correlation between the inference uncertainty of an image and its gap log p(x) - ELBO: {rho},
-with a 95 % bootstrap interval over the images from {low} to {high}. A negative one says that the
-random encoder is most sure where it infers worst, as it is after few epochs. log p(x) is IWAE(100)
-here, which is itself too low: `pyro-gpvae uncertainty {folder}/gpvae` measures the gap better.
+The rank correlation between the inference uncertainty of an image and its gap log p(x) - ELBO is
+{rho}, with a 95 % bootstrap interval over the images from {low} to {high}. A negative correlation
+means that the random encoder is most certain where its inference is worst, as happens after few
+epochs. Here log p(x) is IWAE({samples}), which underestimates it: `pyro-gpvae uncertainty
+{folder}/gpvae` measures the gap better.
 
 Numbers: [metrics.json](metrics.json), [metrics.csv](metrics.csv). The folders `start`, `vae` and
-`gpvae` are runs: `pyro-gpvae evaluate {folder}/vae` reproduces the score of one.
+`gpvae` are run folders: `pyro-gpvae evaluate {folder}/vae` reproduces a score.
 """
 
 
@@ -256,7 +250,7 @@ def _pictures(runs: dict[str, Run], folder: Path, caption: str) -> dict[str, Fig
     for name in (_VAE, _GPVAE):
         second = pd.read_csv(folder / name / "history.csv")
         second["epoch"] += len(first)
-        # the curve goes on from where the first half ended
+        # the curve continues where the first half ended
         histories[_LABELS[name]] = pd.concat([first.iloc[[-1]], second], ignore_index=True)
     methods = {_LABELS[name]: runs[name] for name in (_VAE, _GPVAE)}
     test = runs[_GPVAE].data.test
@@ -270,7 +264,7 @@ def _pictures(runs: dict[str, Run], folder: Path, caption: str) -> dict[str, Fig
         "reconstructions.png": reconstructions(
             images.numpy(),
             {
-                name: _decode(run, run.guide.posterior(_input(run, images)).mean)
+                name: _decode(run, run.guide.posterior(to_batch(images, run.model)).mean)
                 for name, run in methods.items()
             },
             f"Decoded from the mean of q(z|x). {caption}",
@@ -288,10 +282,7 @@ def _pictures(runs: dict[str, Run], folder: Path, caption: str) -> dict[str, Fig
     }
 
 
-def _decode(run: Run, z: Tensor) -> Any:
-    decoder = run.model.decoder
-    return decoder(z.to(next(decoder.parameters()).device)).clamp(0, 1).cpu().numpy()
-
-
-def _input(run: Run, images: Tensor) -> Tensor:
-    return to_float(images.to(next(run.model.parameters()).device))
+def _decode(run: Run, z: torch.Tensor) -> Any:
+    """Returns the decoded means of z (N, p) as an array (N, C, H, W), clipped to [0, 1]."""
+    device = next(run.model.parameters()).device
+    return run.model.decoder(z.to(device)).clamp(0, 1).cpu().numpy()

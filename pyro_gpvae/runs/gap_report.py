@@ -13,6 +13,7 @@ from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.evaluation.gap import LADDER
 from pyro_gpvae.evaluation.importance import PARETO_LIMIT
+from pyro_gpvae.runs._markdown import markdown_table
 from pyro_gpvae.runs.gap_chunks import measure_gaps
 
 __all__ = [
@@ -35,7 +36,16 @@ _COSTS = ["spread", "kl_global"]
 
 
 def report_gaps(
-    folders: Sequence[str | Path], out: str | Path, *, overwrite: bool = False, **options: Any
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    num_samples: int = 500,
+    reference_samples: int = 1000,
+    num_chains: int = 8,
+    num_steps: int = 30,
+    seed: int = 0,
+    **options: Any,
 ) -> str:
     """Decomposes the gaps of runs and writes table, record, text and picture; returns the text.
 
@@ -43,6 +53,8 @@ def report_gaps(
         folders: Run folders.
         out: Folder for ``gap.csv``, ``gap.json``, ``gap.md``, ``gap.png`` and finished chunks.
         overwrite: Whether these four files may be replaced.
+        num_samples, reference_samples, num_chains, num_steps, seed: See
+            :func:`pyro_gpvae.decompose`.
         options: Further arguments of :func:`measure_gaps`.
 
     Raises:
@@ -58,9 +70,15 @@ def report_gaps(
                 f"{out / name} belongs to an earlier measurement: choose another --out, or replace "
                 "it (--overwrite)"
             )
-    table, runs = measure_gaps(folders, out, **options)
-    names = ("num_samples", "reference_samples", "num_chains", "num_steps", "seed")
-    record = write_gaps(out, table, runs, {name: options[name] for name in names})
+    budget: dict[str, Any] = {
+        "num_samples": num_samples,
+        "reference_samples": reference_samples,
+        "num_chains": num_chains,
+        "num_steps": num_steps,
+        "seed": seed,
+    }
+    table, runs = measure_gaps(folders, out, **budget, **options)
+    record = write_gaps(out, table, runs, budget)
     caption = gap_caption(record)
     unknown = table.loc[table[_COSTS].isna().any(axis=1), "label"].unique()
     if len(unknown):
@@ -191,10 +209,10 @@ def gap_markdown(table: pd.DataFrame, caption: str) -> str:
         explanation += f" Where there is one seed, it is {error}."
     paragraphs = [
         caption,
-        _markdown(_GAP_HEAD, gaps),
+        markdown_table(_GAP_HEAD, gaps),
         explanation,
         *notes,
-        _markdown(_PROPOSAL_HEAD, proposals),
+        markdown_table(_PROPOSAL_HEAD, proposals),
         _PROPOSAL_TEXT,
     ]
     return "\n\n".join(paragraphs) + "\n"
@@ -249,12 +267,6 @@ def write_gaps(
     write_json(out / "gap.json", record)
     write_text(out / "gap.md", gap_markdown(table, gap_caption(record)))
     return record
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table; all columns but the first are aligned to the right."""
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---|" + "--:|" * (len(head) - 1), *lines[1:]])
 
 
 def _number(value: float) -> str:

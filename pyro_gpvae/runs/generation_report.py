@@ -85,7 +85,8 @@ def report_generation(
         test = run.data.test[:latent_images]
         units = active_units(run.model, run.guide, test, seed=seed, progress=progress)
         information = None
-        if isinstance(run.guide, HasPosterior):  # it needs the density q(z|x)
+        has_density = isinstance(run.guide, HasPosterior)
+        if has_density:
             information = mutual_information(
                 run.model, run.guide, test, num_samples, seed=seed, progress=progress
             )

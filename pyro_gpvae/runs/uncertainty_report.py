@@ -1,4 +1,4 @@
-r"""Inference uncertainty of a run: both scores, their rank correlation with the gap, pictures."""
+r"""Report of the inference uncertainty of a run: scores, correlations with the gap, pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import read_json, write_bytes, write_json, write_text
-from pyro_gpvae.data.images import to_float
+from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.evaluation.uncertainty import (
     MIN_IMAGES,
     RankCorrelation,
@@ -21,6 +21,7 @@ from pyro_gpvae.evaluation.uncertainty import (
     rank_correlation,
     uncertainty_scores,
 )
+from pyro_gpvae.runs._markdown import markdown_table
 from pyro_gpvae.runs.folder import Run, load_run
 from pyro_gpvae.runs.gap_chunks import describe, measure_gaps, read_table
 
@@ -33,7 +34,7 @@ __all__ = [
     "render_uncertainty",
 ]
 
-#: What may predict the gap: the two scores of a random encoder, then what any encoder offers.
+#: Scores that may predict the gap: two of a random encoder, then some that any encoder has.
 SCORES = {
     "uncertainty": "Σ v/h² + r",
     "bhattacharyya": "expected Bhattacharyya distance (nats)",
@@ -42,46 +43,49 @@ SCORES = {
     "reconstruction": "reconstruction error -log p(x|z = a) (nats)",
     "surprise": "-log p(x) (nats)",
 }
-_RANDOM = ("uncertainty", "bhattacharyya")
-_PANELS = 3  # least, and as many most uncertain images whose posteriors are drawn
+_DRAWN = ("uncertainty", "bhattacharyya", "reconstruction")  # in the scatter plots
+
+_READING = (
+    "Spearman's ρ with a 95 % bootstrap interval over the images, for this run alone. The first "
+    "two scores belong to the random encoder; any encoder has the others. A score is useful if its "
+    "ρ is positive, and a random encoder adds information if its ρ is above those of the others."
+)
 
 
 def add_uncertainty(table: pd.DataFrame, run: Run) -> pd.DataFrame:
-    """Adds a column for each of :data:`SCORES` to a run's table of gaps.
+    """Returns a run's table of gaps with a column for each of :data:`SCORES`.
 
     Raises:
         ValueError: If the guide is not a random encoder.
     """
-    like = next(run.model.parameters())
-    images = run.data.test[: len(table)]
     parts = [
-        uncertainty_scores(run.model, run.guide, to_float(x.to(like.device), like.dtype))
-        for x in images.split(256)
+        uncertainty_scores(run.model, run.guide, to_batch(x, run.model))
+        for x in run.data.test[: len(table)].split(256)
     ]
     scores = pd.concat(parts, ignore_index=True).set_index(table.index)
     return pd.concat([table, scores], axis=1).assign(surprise=-table["log_evidence"])
 
 
 def correlate(table: pd.DataFrame, num_bootstrap: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Spearman's ρ of each score with the gap and with its amortisation part, with intervals.
+    """Returns Spearman's ρ of each score with the gap and with the amortisation gap.
 
     Arguments:
-        table: As :func:`add_uncertainty` returns it; images that have not converged are left out.
-        num_bootstrap, seed: See :func:`pyro_gpvae.evaluation.uncertainty.rank_correlation`.
+        table: As :func:`add_uncertainty` returns it. Images that have not converged are left out.
+        num_bootstrap, seed: See ``rank_correlation`` of :mod:`pyro_gpvae.evaluation.uncertainty`.
 
     Returns:
-        A row for each score and ``gap``: ``rho``, ``low``, ``high`` (95 %) and ``num_images``.
+        A row for each score and gap: ``rho``, ``low``, ``high`` (95 %) and ``num_images``. They
+        are NaN for a score that is constant.
 
     Raises:
-        ValueError: If there are fewer than 8 images that have converged.
+        ValueError: If fewer than 8 images have converged.
     """
     kept = table[table["converged"]]
     rows = []
     for score in SCORES:
         for gap in ("gap", "amortisation"):
-            if len(kept) and np.ptp(kept[score]) == 0:  # an encoder without spread
-                found = RankCorrelation(math.nan, math.nan, math.nan, len(kept))
-            else:
+            found = RankCorrelation(math.nan, math.nan, math.nan, len(kept))
+            if not len(kept) or np.ptp(kept[score]) > 0:
                 found = rank_correlation(
                     kept[score], kept[gap], num_bootstrap=num_bootstrap, seed=seed
                 )
@@ -90,105 +94,85 @@ def correlate(table: pd.DataFrame, num_bootstrap: int = 2000, seed: int = 0) -> 
 
 
 def correlation_markdown(correlations: pd.DataFrame) -> str:
-    """The correlations as a Markdown table."""
-    lines = ["| score of an image | ρ with log p(x) - ELBO | ρ with the amortisation gap |"]
-    lines.append("|---|--:|--:|")
-    for score, rows in correlations.groupby("score", sort=False):
-        cells = [_text(row) for row in rows.to_dict("records")]
-        name = SCORES[str(score)].replace("|", "\\|")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Returns the correlations as a Markdown table."""
+    head = ("score of an image", "ρ with log p(x) - ELBO", "ρ with the amortisation gap")
+    rows = [
+        [SCORES[str(score)].replace("|", "\\|"), *map(_interval, group.to_dict("records"))]
+        for score, group in correlations.groupby("score", sort=False)
+    ]
+    return markdown_table(head, rows)
 
 
 def measure_uncertainty(
-    folder: str | Path,
+    run_folder: str | Path,
     out: str | Path,
     *,
-    images: int,
-    num_samples: int,
-    reference_samples: int,
-    bootstrap: int,
-    show: int,
-    seed: int,
-    data: str | None = None,
-    root: str | None = None,
-    device: str | None = None,
-    trust_guide: bool = False,
+    images: int = 200,
+    num_samples: int = 500,
+    reference_samples: int = 1000,
+    bootstrap: int = 2000,
+    show: int = 16,
+    seed: int = 0,
     progress: bool = True,
+    **where: Any,
 ) -> str:
     """Measures gap and uncertainty of a run's test images; returns a report in Markdown.
 
-    Writes ``uncertainty.csv`` (a row an image), ``uncertainty.json``, ``uncertainty.md``,
-    ``images.npz``, and for p = 2 ``posterior.npz``: all that :func:`render_uncertainty` needs.
-    For the arguments see ``pyro-gpvae uncertainty --help``.
+    Writes ``uncertainty.csv`` (one row per image), ``uncertainty.json``, ``uncertainty.md``,
+    ``images.npz``, and for p = 2 ``posterior.npz``: everything that :func:`render_uncertainty`
+    needs. For the arguments see ``pyro-gpvae uncertainty --help``; ``where`` are arguments of
+    :func:`pyro_gpvae.load_run`.
 
     Raises:
         FileNotFoundError, ValueError: If the run cannot be read, its guide is not a random
             encoder, there are fewer than 8 images, or fewer than 8 converge.
     """
     out = Path(out)
-    run = load_run(folder, data=data, root=root, device=device, trust_guide=trust_guide)
-    count = min(images, len(run.data.test))
+    run = load_run(run_folder, **where)
+    model, guide, test = run.model, run.guide, run.data.test
+    count = min(images, len(test))
     if count < MIN_IMAGES:
         raise ValueError(
             f"a rank correlation needs at least {MIN_IMAGES} images, got {count} (images = "
-            f"{images}, of {len(run.data.test)} test images)"
+            f"{images}, of {len(test)} test images)"
         )
-    like = next(run.model.parameters())
-    first = to_float(run.data.test[:1].to(like.device), like.dtype)
-    uncertainty_scores(run.model, run.guide, first)  # an error before the work, not after it
-    budget: dict[str, Any] = {
-        "num_samples": num_samples,
-        "reference_samples": reference_samples,
-        "num_chains": 0,
-        "num_steps": 1,
-        "seed": seed,
-    }
+    uncertainty_scores(model, guide, to_batch(test[:1], model))  # its errors come before the work
+    budget: dict[str, Any] = {"num_samples": num_samples, "reference_samples": reference_samples}
+    budget |= {"num_chains": 0, "num_steps": 1, "seed": seed}
     table, _ = measure_gaps(
-        [folder],
-        out,
-        num_images=images,
-        data=data,
-        root=root,
-        device=device,
-        trust_guide=trust_guide,
-        progress=progress,
-        **budget,
+        [run_folder], out, num_images=images, progress=progress, **where, **budget
     )
     table = add_uncertainty(table, run)
     correlations = correlate(table, bootstrap, seed)
-    shown = run.data.test[: len(table)]
-    record = {
+    record: dict[str, Any] = {
         "format": 1,
         "run": describe(run),
         "images": len(table),
         "converged": int(table["converged"].sum()),
         "budget": budget | {"bootstrap": bootstrap},
         "show": show,
-        **environment(like.device),
+        **environment(next(model.parameters()).device),
         "correlations": correlations.to_dict("records"),
         "posterior_images": [],
     }
-    if run.model.latent_dim == 2:
+    if model.latent_dim == 2:  # the posteriors of up to three least and three most uncertain images
         order = table["uncertainty"].to_numpy().argsort(kind="stable")
-        count = min(_PANELS, len(order) // 2)
-        chosen = [*order[:count], *order[::-1][:count]]
-        record["posterior_images"] = [int(index) for index in chosen]
-        x = to_float(shown[torch.tensor(chosen)].to(like.device), like.dtype)
-        _write_arrays(out / "posterior.npz", **posterior_record(run.model, run.guide, x, seed=seed))
-    _write_arrays(out / "images.npz", images=shown.numpy())
+        count = min(3, len(order) // 2)
+        chosen = [int(index) for index in (*order[:count], *order[::-1][:count])]
+        record["posterior_images"] = chosen
+        x = to_batch(test[torch.tensor(chosen)], model)
+        _write_arrays(out / "posterior.npz", **posterior_record(model, guide, x, seed=seed))
+    _write_arrays(out / "images.npz", images=test[: len(table)].numpy())
     write_text(out / "uncertainty.csv", table.to_csv(index=False))
     write_json(out / "uncertainty.json", record)
-    text = "\n".join([_caption(record), "", correlation_markdown(correlations), "", _READING, ""])
+    text = "\n\n".join([_caption(record), correlation_markdown(correlations), _READING]) + "\n"
     write_text(out / "uncertainty.md", text)
     return text
 
 
 def render_uncertainty(out: str | Path) -> None:
     """Draws ``uncertain.png``, ``scatter.png`` and for p = 2 ``posterior.png`` from the record."""
-    from pyro_gpvae.plots.gap import uncertainty_scatter
-    from pyro_gpvae.plots.images import uncertain_images
-    from pyro_gpvae.plots.posterior import posterior_panels
+    from pyro_gpvae.plots import posterior_panels, uncertain_images, uncertainty_scatter
 
     out = Path(out)
     record, table = read_json(out / "uncertainty.json"), read_table(out / "uncertainty.csv")
@@ -196,47 +180,30 @@ def render_uncertainty(out: str | Path) -> None:
         images = file["images"]
     caption = _caption(record)
     if len(images) > 1:
-        uncertain_images(
-            images,
-            table["uncertainty"],
-            record["show"],
-            f"{SCORES['uncertainty']} over dimensions. {caption}",
-        ).savefig(out / "uncertain.png")
-    found = {
-        row["score"]: f"ρ = {_text(row)}"
+        text = f"{SCORES['uncertainty']} over dimensions. {caption}"
+        figure = uncertain_images(images, table["uncertainty"], record["show"], text)
+        figure.savefig(out / "uncertain.png")
+    titles = {
+        row["score"]: f"ρ = {_interval(row)}"
         for row in record["correlations"]
         if row["against"] == "gap"
     }
-    names = (*_RANDOM, "reconstruction")
-    uncertainty_scatter(
-        table[table["converged"]],
-        {name: SCORES[name] for name in names},
-        {name: found[name] for name in names},
-        caption,
-    ).savefig(out / "scatter.png")
+    labels = {name: SCORES[name] for name in _DRAWN}
+    figure = uncertainty_scatter(table[table["converged"]], labels, titles, caption)
+    figure.savefig(out / "scatter.png")
     if record["posterior_images"]:
         with np.load(out / "posterior.npz") as file:
             arrays = dict(file)
         rows = table.iloc[record["posterior_images"]]
-        titles = [
-            f"uncertainty {row.uncertainty:.3g}, gap {row.gap:.3g} nats"
-            for row in rows.itertuples()
+        panels = [
+            f"uncertainty {r.uncertainty:.3g}, gap {r.gap:.3g} nats" for r in rows.itertuples()
         ]
-        posterior_panels(
-            images[rows.index],
-            arrays,
-            titles,
-            len(titles) // 2,
-            "Least (above) and most uncertain images (below). Contours hold 50 % and 90 % of the "
-            f"probability, those of the draws 90 %. {caption}",
-        ).savefig(out / "posterior.png")
-
-
-_READING = (
-    "Spearman's ρ with a 95 % bootstrap interval over the images, for this one run. Below the two "
-    "scores of the random encoder: what any encoder has. A score is worth something where its ρ "
-    "is positive, and it adds something where it is above theirs."
-)
+        text = (
+            "The least (above) and the most uncertain images (below). Contours contain 50 % and "
+            f"90 % of the probability, those of the draws 90 %. {caption}"
+        )
+        figure = posterior_panels(images[rows.index], arrays, panels, len(panels) // 2, text)
+        figure.savefig(out / "posterior.png")
 
 
 def _caption(record: dict[str, Any]) -> str:
@@ -250,9 +217,9 @@ def _caption(record: dict[str, Any]) -> str:
     )
 
 
-def _text(row: dict[str, Any]) -> str:
-    if row["rho"] is None or row["rho"] != row["rho"]:
-        return "–"  # constant: no ranks
+def _interval(row: dict[str, Any]) -> str:
+    if row["rho"] is None or math.isnan(row["rho"]):
+        return "–"  # a constant has no ranks
     return f"{row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 

@@ -1,9 +1,15 @@
-r"""A conformance kit: check in seconds that a guide keeps what training and evaluation rely on."""
+r"""Tests for guides, of this project and of anybody.
+
+* :func:`check_guide` checks in seconds that a guide keeps what training and evaluation rely on.
+* :func:`simulation_based_calibration` tests whether q(z|x) is the posterior of a model.
+* :func:`linear_gaussian` builds a model with known posterior and evidence.
+
+This room imports core, data, model and evaluation. No other room of the library imports it.
+"""
 
 from pyro_gpvae.testing.calibration import Calibration, simulation_based_calibration
-from pyro_gpvae.testing.check import check_guide
+from pyro_gpvae.testing.check import GuideError, Promise, Report, check_guide
 from pyro_gpvae.testing.linear_gaussian import LinearGaussian, linear_gaussian
-from pyro_gpvae.testing.report import GuideError, Promise, Report
 
 __all__ = [
     "Calibration",

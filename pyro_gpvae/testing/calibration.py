@@ -3,7 +3,6 @@ r"""Simulation-based calibration: is q(z|x) the posterior, on average over the m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,9 +15,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 from pyro_gpvae.core._plates import in_data_plate
-from pyro_gpvae.core._programs import with_own_parameters
+from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.testing.tools import z_site
+from pyro_gpvae.model.guide import HasPosterior, posterior_of
+from pyro_gpvae.testing._kit import z_site
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
@@ -34,8 +34,8 @@ class Calibration:
         ranks: How many draws lie below the truth, from 0 to L, for each simulation and
             coordinate: (N, p).
         num_draws: L.
-        p_value: For each coordinate, how often the empirical distribution of N uniform ranks
-            strays as far somewhere: (p,). At least 1e-4.
+        p_value: For each coordinate, the probability that the empirical distribution of N uniform
+            ranks deviates at least as far at some place: (p,). At least 1e-4.
     """
 
     ranks: Tensor
@@ -51,11 +51,11 @@ class Calibration:
         return bool(self.p_value.min() * len(self.p_value) > level)
 
     def table(self) -> pd.DataFrame:
-        """What is wrong with each coordinate, a row each.
+        """Returns a row for each coordinate that tells in what way q is wrong.
 
-        ``centre`` is the mean of the ranks as a share: 0.5, and above it if q lies too low.
-        ``spread`` is their standard deviation in units of the uniform one: 1, and above it if q
-        is too narrow. ``p_value`` as above.
+        ``centre`` is the mean of the ranks as a share of L. It is 0.5 if q is right, and larger if
+        q lies too low. ``spread`` is the standard deviation of the ranks in units of that of
+        uniform ranks. It is 1 if q is right, and larger if q is too narrow.
         """
         share = (self.ranks.double() + 0.5) / (self.num_draws + 1)
         uniform = math.sqrt((1 - (self.num_draws + 1) ** -2) / 12)
@@ -78,8 +78,8 @@ class Calibration:
 @with_own_parameters
 @torch.no_grad()
 def simulation_based_calibration(
-    model: Callable[[Tensor], Any],
-    guide: Any,
+    model: PyroProgram,
+    guide: PyroProgram | HasPosterior,
     num_simulations: int = 500,
     num_draws: int = 99,
     *,
@@ -93,13 +93,13 @@ def simulation_based_calibration(
         \mathrm{rank}_j = \#\{l : z_{lj} < z_j\} .
 
     If q(z|x) = p(z|x), then z, z₁ ... z_L are exchangeable and every rank is uniform on 0 ... L.
-    The empirical distribution function of the N ranks is held against a simultaneous band
+    The empirical distribution function of the N ranks is compared with a simultaneous band
     (Säilynoja et al.): the tail probability of its binomial count at the worst of the L
     places, calibrated on simulated uniform ranks.
 
-    No amortised guide is exact, so with enough simulations each of them fails: then
-    :meth:`Calibration.table` tells how. The converse is weaker: the prior as guide passes, because
-    the test is about averages over images.
+    No amortised guide is exact, so with enough simulations each of them fails, and
+    :meth:`Calibration.table` shows in what way. The converse does not hold: the prior as a guide
+    passes, because the test is about averages over images.
 
     References:
         Talts, Betancourt, Simpson, Vehtari and Gelman, *Validating Bayesian Inference Algorithms
@@ -145,10 +145,8 @@ def simulation_based_calibration(
     like = next(parameters, torch.zeros(()))
     with seeded(seed, like.device):
         x, z = _simulate(model, like.new_zeros(num_simulations, *shape))
-        if hasattr(guide, "posterior"):
-            draws = guide.posterior(x).sample((num_draws,))
-        else:
-            draws = z_site(guide, x, num_draws)["value"]
+        q = posterior_of(guide, x)
+        draws = z_site(guide, x, num_draws)["value"] if q is None else q.sample((num_draws,))
     ranks = (draws < z).sum(0).cpu()
     tails = [_smallest_tail(column, num_draws) for column in ranks.mT.numpy()]
     null = _null(num_simulations, num_draws)
@@ -156,7 +154,7 @@ def simulation_based_calibration(
     return Calibration(ranks, num_draws, torch.tensor(p_value, dtype=torch.float64))
 
 
-def _simulate(model: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor]:
+def _simulate(model: PyroProgram, x: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) and their z (N, p), drawn from the model; x tells only how many."""
     trace: Any = poutine.trace(poutine.uncondition(model)).get_trace(x)
     sites = [

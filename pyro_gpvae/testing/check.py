@@ -3,42 +3,83 @@ r"""``check_guide``: whether a guide keeps what training and evaluation rely on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_gpvae.data.images import to_float
-from pyro_gpvae.testing.batches import check_batch, check_chunks, check_noise, check_traced
-from pyro_gpvae.testing.densities import (
-    check_evidence,
-    check_fits,
-    check_linear,
-    check_monotone,
-    check_normalised,
-)
-from pyro_gpvae.testing.kit import Kit
-from pyro_gpvae.testing.report import GuideError, Promise, Report
-from pyro_gpvae.testing.structure import (
-    check_copy,
-    check_finite,
-    check_gradient,
-    check_image,
-    check_memory,
-    check_pathwise,
-    check_save,
-    check_scale,
-    check_seeded,
-    check_sites,
-)
-from pyro_gpvae.testing.tools import MAX_BATCH, Finding, Guide, Make, uses_cuda
+from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.testing import _batches, _densities, _gradients, _structure
+from pyro_gpvae.testing._kit import MAX_BATCH, Finding, Kit, Make, uses_cuda
 
-__all__ = [
-    "check_guide",
-]
+__all__ = ["GuideError", "Promise", "Report", "check_guide"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One promise of the guide contract, and how the guide kept it.
+
+    Attributes:
+        name: One word.
+        statement: What is promised.
+        figure: What was measured.
+        threshold: What it must be.
+        kept: Whether it is; None if the promise was not checked.
+        account: If it is not: what was seen, and the likely cause. If it was not checked: why.
+    """
+
+    name: str
+    statement: str
+    figure: str
+    threshold: str
+    kept: bool | None
+    account: str
+
+    @property
+    def verdict(self) -> str:
+        return {True: "ok", False: "BROKEN", None: "not checked"}[self.kept]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check_guide` found; ``print(report)`` shows a table."""
+
+    promises: tuple[Promise, ...]
+
+    @property
+    def broken(self) -> tuple[Promise, ...]:
+        return tuple(promise for promise in self.promises if promise.kept is False)
+
+    def __getitem__(self, name: str) -> Promise:
+        return next(promise for promise in self.promises if promise.name == name)
+
+    def __str__(self) -> str:
+        rows = [("promise", "", "figure", "threshold", "verdict")]
+        rows += [(p.name, p.statement, p.figure, p.threshold, p.verdict) for p in self.promises]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines += [f"{p.name}: {p.account}" for p in self.promises if p.kept is None]
+        return "\n".join(lines)
+
+
+class GuideError(AssertionError):
+    """A guide breaks a promise; ``promise`` is the first, ``report`` has all of them."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.promise = report.broken[0]
+        super().__init__(
+            f"the guide breaks the promise {self.promise.name!r}: {self.promise.statement}.\n"
+            f"{self.promise.account}\n\n{report}"
+        )
 
 
 def check_guide(
-    guide: Guide, model: Guide, x: Tensor, *, make: Make | None = None, seed: int = 0
+    guide: PyroProgram, model: PyroProgram, x: Tensor, *, make: Make | None = None, seed: int = 0
 ) -> Report:
     r"""Checks that a guide keeps the promises that training and evaluation rely on.
 
@@ -109,7 +150,7 @@ def check_guide(
         >>> report["normalised"].verdict
         'ok'
     """
-    x = to_float(x[:MAX_BATCH], x.dtype if x.dtype.is_floating_point else torch.float32)
+    x = to_batch(x[:MAX_BATCH], model, guide)
     if len(x) < 2 or len(x.unique(dim=0)) < 2:
         raise ValueError(f"x must have at least two different images, got {tuple(x.shape)}")
     devices = range(torch.cuda.device_count()) if uses_cuda() else ()
@@ -132,23 +173,23 @@ def check_guide(
 
 
 _PROMISES: dict[str, tuple[str, Callable[[Kit], Finding]]] = {
-    "copy": ("it can be copied, and runs in float64", check_copy),
-    "sites": ("one z per image in the data plate", check_sites),
-    "finite": ("log weights are finite", check_finite),
-    "seed": ("the same seed gives the same numbers", check_seeded),
-    "memory": ("a call leaves nothing behind", check_memory),
-    "image": ("the posterior depends on the image", check_image),
-    "noise": ("every image and sample has noise of its own", check_noise),
-    "batch": ("a result does not depend on the other images", check_batch),
-    "chunks": ("batched = chunked = single", check_chunks),
-    "gradient": ("every parameter gets a finite gradient", check_gradient),
-    "pathwise": ("parameters of the density move z", check_pathwise),
-    "normalised": ("∫ q(z|x) dz = 1", check_normalised),
-    "density": ("samples fit the density", check_fits),
-    "evidence": ("E[weight] = p(x)", check_evidence),
-    "linear": ("E[weight] = p(x), linear-Gaussian model", check_linear),
-    "monotone": ("evidence does not fall with K", check_monotone),
-    "trace": ("the posterior is what the guide samples", check_traced),
-    "scale": ("a mean over images, global sites weigh 1/N", check_scale),
-    "save": ("saved and reloaded, it gives the same numbers", check_save),
+    "copy": ("it can be copied, and runs in float64", _structure.check_copy),
+    "sites": ("one z per image in the data plate", _structure.check_sites),
+    "finite": ("log weights are finite", _structure.check_finite),
+    "seed": ("the same seed gives the same numbers", _structure.check_seeded),
+    "memory": ("a call leaves nothing behind", _structure.check_memory),
+    "image": ("the posterior depends on the image", _structure.check_image),
+    "noise": ("every image and sample has noise of its own", _batches.check_noise),
+    "batch": ("a result does not depend on the other images", _batches.check_batch),
+    "chunks": ("batched = chunked = single", _batches.check_chunks),
+    "gradient": ("every parameter gets a finite gradient", _gradients.check_gradient),
+    "pathwise": ("parameters of the density move z", _gradients.check_pathwise),
+    "normalised": ("∫ q(z|x) dz = 1", _densities.check_normalised),
+    "density": ("samples fit the density", _densities.check_fits),
+    "evidence": ("E[weight] = p(x)", _densities.check_evidence),
+    "linear": ("E[weight] = p(x), linear-Gaussian model", _densities.check_linear),
+    "monotone": ("evidence does not fall with K", _densities.check_monotone),
+    "trace": ("the posterior is what the guide samples", _batches.check_traced),
+    "scale": ("a mean over images, global sites weigh 1/N", _gradients.check_scale),
+    "save": ("saved and reloaded, it gives the same numbers", _structure.check_save),
 }

@@ -1,12 +1,14 @@
 """Jacobians of any decoder, and the Gauss-Newton precision of the posterior."""
 
+import math
+
 import pyro
 import pytest
 import torch
 from torch import nn
 from torch.distributions import constraints
 
-from guides import LaplaceGuide
+from guides import LaplaceGuide, laplace
 from pyro_gpvae import ImageModel, log_evidence, make_guide
 from pyro_gpvae.model.curvature import decoder_jacobian, inverse_cholesky, linearize
 
@@ -159,9 +161,59 @@ def test_a_singular_precision_names_the_image():
         inverse_cholesky(precision, torch.tensor([2, 7, 9]))
 
 
-def test_jitter_helps_where_it_is_needed_and_nowhere_else():
-    good = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
-    bad = torch.ones(2, 2).double() - 1e-9 * torch.eye(2).double()
-    factor, _ = inverse_cholesky(torch.stack([good, bad]))
-    close(factor[0] @ factor[0].T, good.inverse(), 1e-14)
-    assert factor[1].isfinite().all()
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+class TestCholesky:
+    @staticmethod
+    def matrices(condition, dtype, dim=10, count=8):
+        """Symmetric positive definite in float64, with eigenvalues from 1 to the condition."""
+        generator = torch.Generator().manual_seed(dim)
+        normal = torch.randn(count, dim, dim, generator=generator, dtype=torch.float64)
+        Q = torch.linalg.qr(normal).Q
+        values = torch.logspace(0, math.log10(condition), dim, dtype=torch.float64)
+        matrix = (Q * values) @ Q.mT
+        return ((matrix + matrix.mT) / 2).to(dtype)
+
+    @BOTH
+    @pytest.mark.parametrize("dim", [2, 10, 50])
+    @pytest.mark.parametrize("condition", [1, 1e5, 1e10])
+    def test_the_jitter_is_as_large_as_needed_and_told(self, condition, dim, dtype):
+        precision = self.matrices(condition, dtype, dim)
+        factor, jitter = inverse_cholesky(precision)
+        assert factor.isfinite().all()
+        assert jitter.shape == (8,)
+        if dtype == torch.float64 or condition < 1e10:
+            assert (jitter == 0).all()
+        else:
+            assert bool(((jitter == 0) | ((jitter >= 1e-8) & (jitter <= 1e-4))).all())
+        # what is factorised is Λ with that jitter, to the precision of the arithmetic
+        scale = precision.diagonal(dim1=-2, dim2=-1).mean(-1)
+        eye = torch.eye(dim, dtype=torch.float64)
+        jittered = precision.double() + (jitter * scale).double()[:, None, None] * eye
+        whitened = factor.double().mT @ jittered @ factor.double()
+        error = (whitened - eye).abs().amax((-2, -1))
+        # Λ's own rounding, magnified by the condition number that the jitter leaves
+        left = torch.linalg.cond(jittered).clamp(max=1e10)
+        assert bool((error < 10 * dim * torch.finfo(dtype).eps * left).all())
+
+    def test_a_precision_that_is_not_finite_names_the_image(self):
+        precision = self.matrices(10, torch.float64)
+        precision[5, 0, 0] = math.nan
+        with pytest.raises(torch.linalg.LinAlgError, match="image 5 is not finite"):
+            inverse_cholesky(precision)
+
+    def test_a_posterior_tells_its_jitter(self, monkeypatch):
+        model, x = model_of(RELU), images(3)
+        guide = LaplaceGuide(model, 1).double()
+        q = guide.posterior(x)
+        assert torch.equal(q.jitter, torch.zeros(3).double())
+        assert q.expand((4, 3)).log_prob(q.sample((4,))).shape == (4, 3)
+
+        def singular(model, x, z):
+            gradient, precision = true(model, x, z)
+            return gradient, torch.where(torch.arange(3)[:, None, None] == 1, ones, precision)
+
+        true, ones = laplace.linearize, torch.ones(P, P).double()
+        monkeypatch.setattr(laplace, "linearize", singular)
+        assert (guide.posterior(x).jitter > 0).tolist() == [False, True, False]

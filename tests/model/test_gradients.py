@@ -143,6 +143,7 @@ def blocks_of(spec, model, guide, x):
     return [Block(guide.elbo(), everything)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", GUIDES)
 def test_gradients_are_the_slopes_of_the_loss(spec):
     model, guide = model_and_guide(spec)

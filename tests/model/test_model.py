@@ -57,7 +57,9 @@ def test_priors_of_global_weights_appear_exactly_when_the_guide_has_them():
     ):
         assert sites(pair(model, guide)) - {"z", "data"} == expected
         assert sites(guide) - {"z", "data", "f", "log_h"} == expected
-    priors = poutine.trace(pair(model, GPGuide(model))).get_trace(x)
+    twice = pair(pair(model, GPGuide(model)), GPGuide(model))
+    assert pair(twice, GaussianGuide(model)) is model
+    priors = poutine.trace(twice).get_trace(x)
     for name in "WU":
         prior = priors.nodes[name]["fn"]
         assert prior.event_shape == (2, 257)

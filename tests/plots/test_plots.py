@@ -1,9 +1,11 @@
+"""Pictures: what they show of arrays and tables, with names and units, and no global state."""
+
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import rcParams
 
-from pyro_gpvae.plots import image_grid, loss_curves, reconstructions, uncertain_images
+from pyro_gpvae import plots
 
 IMAGES = np.random.default_rng(0).integers(256, size=(10, 1, 8, 8), dtype=np.uint8)
 
@@ -12,16 +14,21 @@ def history(epochs, **columns):
     return pd.DataFrame({"epoch": range(1, epochs + 1), "loss": 5.0, "sigma": 0.1} | columns)
 
 
+def shown(axes):
+    return np.asarray(axes.images[0].get_array())
+
+
 def texts(figure):
     return " ".join(text.get_text() for text in figure.texts).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_loss_curves_show_each_run_with_units(tmp_path):
     before = dict(rcParams)
-    figure = loss_curves({"VAE": history(20), "GPVAE": history(1)}, "K = 5, seed 0")
+    histories = {"VAE": history(20), "GPVAE": history(1, validation_elbo=-6.0)}
+    figure = plots.loss_curves(histories, "K = 5, seed 0")
     figure.savefig(tmp_path / "loss.png")
     left, right = figure.axes
-    assert [line.get_label() for line in left.lines] == ["VAE", "GPVAE"]
+    assert [line.get_label() for line in left.lines] == ["VAE", "GPVAE", "GPVAE, held out"]
     assert left.lines[0].get_ydata()[0] == -5
     assert left.lines[1].get_marker() == "o", "a single epoch is a point, not an invisible line"
     assert "nats per image" in left.get_ylabel()
@@ -30,62 +37,110 @@ def test_loss_curves_show_each_run_with_units(tmp_path):
     assert dict(rcParams) == before, "no global state"
 
 
-def test_validation_is_drawn_where_there_is_one():
-    figure = loss_curves({"VAE": history(3, validation_elbo=-6.0), "GPVAE": history(3)})
-    assert len(figure.axes[0].lines) == 3
-
-
-def test_loss_curves_need_histories():
-    with pytest.raises(ValueError, match="at least one history"):
-        loss_curves({})
-    with pytest.raises(ValueError, match="'VAE' lacks the column 'loss'"):
-        loss_curves({"VAE": history(3).drop(columns="loss")})
-
-
 @pytest.mark.parametrize("channels", [1, 3])
-def test_image_grid_places_every_image(channels, tmp_path):
+def test_image_grid_places_every_image(channels):
     images = np.full((5, channels, 4, 6), 255, dtype=np.uint8)
     images[3] = 0
-    figure = image_grid({"a": images, "b": images / 255.0}, columns=2, title="t")
-    figure.savefig(tmp_path / "grid.png")
-    first, second = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
+    figure = plots.image_grid({"a": images, "b": images / 255.0}, columns=2, title="t")
+    first, second = map(shown, figure.axes)
     assert first.shape[:2] == (3 * 4 + 2 * 2, 2 * 6 + 2)
     assert (first[6:10, 8:14] == 0).all(), "the fourth image is in row 2, column 2"
     assert (first[:6] == 1).all()
     np.testing.assert_allclose(first, second, err_msg="uint8 and floats look alike")
 
 
-def test_image_grid_refuses_other_shapes():
-    with pytest.raises(ValueError, match=r"C = 1 or 3, got shape \(10, 8, 8\)"):
-        image_grid({"a": IMAGES[:, 0]})
-    with pytest.raises(ValueError, match="at least one panel"):
-        image_grid({})
-
-
-def test_reconstructions_are_below_their_images(tmp_path):
-    decoded = IMAGES / 255 + 2.0
-    figure = reconstructions(IMAGES, {"VAE": decoded}, "caption")
-    figure.savefig(tmp_path / "reconstructions.png")
+def test_reconstructions_are_below_their_images():
+    figure = plots.reconstructions(IMAGES, {"VAE": IMAGES / 255 + 2.0}, "caption")
     assert [axes.get_ylabel() for axes in figure.axes] == ["image", "VAE"]
-    assert (np.asarray(figure.axes[1].images[0].get_array()) == 1).all(), "clipped"
-    with pytest.raises(ValueError, match="'VAE' has shape"):
-        reconstructions(IMAGES, {"VAE": IMAGES[:3]})
+    assert (shown(figure.axes[1]) == 1).all(), "clipped"
 
 
-def test_uncertain_images_are_the_extremes(tmp_path):
+def test_uncertain_images_are_the_extremes():
     images = np.zeros((9, 1, 2, 2)) + np.arange(9)[:, None, None, None] / 10
-    figure = uncertain_images(images, np.array([4, 3, 0, 1, 2, 8, 7, 6, 5]), count=3)
-    figure.savefig(tmp_path / "uncertain.png")
-    least, most = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
+    figure = plots.uncertain_images(images, np.array([4, 3, 0, 1, 2, 8, 7, 6, 5]), count=3)
+    least, most = map(shown, figure.axes)
     assert [least[0, 0], least[0, 4], least[4, 0]] == pytest.approx([0.2, 0.3, 0.4])
     assert [most[0, 0], most[0, 4], most[4, 0]] == pytest.approx([0.5, 0.6, 0.7])
     assert figure.axes[0].get_title() == "least uncertain (0 to 2)"
-    assert figure.axes[1].get_title() == "most uncertain (8 to 6)"
-    assert len(uncertain_images(images[:2], [1.0, 2.0]).axes) == 2, "fewer than asked for"
+    assert len(plots.uncertain_images(images[:2], [1.0, 2.0]).axes) == 2, "fewer than asked for"
 
 
-def test_uncertain_images_need_a_number_each():
-    with pytest.raises(ValueError, match="one uncertainty for each"):
-        uncertain_images(IMAGES, np.zeros(3))
-    with pytest.raises(ValueError, match="1 uncertainties are not finite"):
-        uncertain_images(IMAGES, [np.nan, *range(9)])
+COMPONENTS = [*plots.gap._STEPS]
+
+
+def gaps():
+    """Two seeds of one guide and one of another, on four images; the latter beats its reference."""
+    rows = [
+        dict.fromkeys(("gap", *COMPONENTS), level + image)
+        | {"run": run, "label": label, "converged": True}
+        for run, label, level in (("a", "gp", 1.0), ("b", "gp", 3.0), ("c", "vae", 5.0))
+        for image in range(4)
+    ]
+    table = pd.DataFrame(rows)
+    table.loc[table["label"] == "vae", "encoder"] = -2.0
+    return table
+
+
+def test_gap_ladder_has_a_bar_for_each_guide():
+    figure = plots.gap_ladder(gaps(), "K = 5")
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["gp", "vae"]
+    assert "nats per image" in left.get_xlabel()
+    assert "nats" in right.get_xlabel()
+    widths = np.array([[bar.get_width() for bar in bars] for bars in left.containers[:5]])
+    np.testing.assert_allclose(widths.sum(0), [5 * 3.5, 4 * 6.5 - 2])
+    assert min(bar.get_x() + bar.get_width() for bar in left.containers[2]) == -2
+
+
+def test_the_scatter_names_its_axes():
+    table = pd.DataFrame({"gap": [1.0, 2.0, 3.0], "score": [1.0, 5.0, 100.0]})
+    (axes,) = plots.uncertainty_scatter(table, {"score": "a score"}, {"score": "ρ = 0.1"}).axes
+    assert (axes.get_xlabel(), axes.get_title()) == ("a score", "ρ = 0.1")
+    assert "nats" in axes.get_ylabel()
+    assert axes.get_xscale() == "log", "it covers more than a factor of 20"
+
+
+def test_traversals_show_the_most_active_dimensions():
+    images = np.zeros((30, 3, 1, 4, 4)) + np.arange(30)[:, None, None, None, None] / 30
+    own = np.full(30, 0.5)
+    own[29] = 9.0
+    figure = plots.traversals(images, [-1, 0, 1], own, np.arange(30) / 30, "caption")
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels[0] == "$z_{29}$  (0.97)"
+    assert len(labels) == 20
+    assert "20 most active of 30" in texts(figure)
+    assert [shown(axes)[0, 0], shown(axes)[6, 0]] == pytest.approx([29 / 30, 28 / 30])
+    assert len(axes.lines) == 19, "a value out of range is not marked"
+    # halfway between the centres of the second and the third column
+    assert axes.lines[0].get_xdata()[0] == pytest.approx((7.5 + 13.5) / 2)
+
+
+def test_chart_of_active_units():
+    (axes,) = plots.active_units_chart([0.0, 1.2, 0.005], 0.01, "caption").axes
+    assert axes.get_yscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "0"]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["active: 1", "inactive: 2", "threshold 0.01"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plots.loss_curves({}), "at least one history"),
+        (lambda: plots.loss_curves({"VAE": history(3).drop(columns="loss")}), "the column 'loss'"),
+        (lambda: plots.image_grid({}), "at least one panel"),
+        (lambda: plots.image_grid({"a": IMAGES[:, 0]}), r"C = 1 or 3, got shape \(10, 8, 8\)"),
+        (lambda: plots.reconstructions(IMAGES, {"VAE": IMAGES[:3]}), "'VAE' has shape"),
+        (lambda: plots.uncertain_images(IMAGES, np.zeros(3)), "one uncertainty for each"),
+        (lambda: plots.uncertain_images(IMAGES, [np.nan] * 10), "10 uncertainties are not finite"),
+        (lambda: plots.gap_ladder(gaps().assign(converged=False)), "at least one image"),
+        (lambda: plots.gap_ladder(gaps().drop(columns="encoder")), "columns"),
+        (lambda: plots.uncertainty_scatter(gaps(), {"absent": ""}, {}), "absent"),
+        (lambda: plots.traversals(IMAGES[None], [0, 1], [0.0], [1.0]), "S = 2 values"),
+        (lambda: plots.active_units_chart([-1.0], 0.01), "at least 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(draw, message):
+    with pytest.raises(ValueError, match=message):
+        draw()

@@ -47,6 +47,11 @@ def runs(tmp_path_factory):
     return folder
 
 
+def words(text):
+    """Without the spaces that align the columns of a table."""
+    return " ".join(text.split())
+
+
 def check_pictures(folder, names):
     for name in names:
         pixels = imread(folder / name)[..., :3]
@@ -120,7 +125,7 @@ class TestGap:
         assert "too low: 2 images of `vae`." in text
         assert "no other estimate contradicts: 1 images of `vae`." in text
         assert "`vae`: 1 images whose optimum has not converged" in text
-        unknown = gap_markdown(table.assign(kl_global=math.nan), "")
+        unknown = words(gap_markdown(table.assign(kl_global=math.nan), ""))
         assert "| not known | 3 of 4 |" in unknown
 
     @pytest.mark.slow
@@ -176,7 +181,7 @@ class TestGap:
         assert bool(table[["annealed", "refined", "elbo"]].notna().all(axis=None))
         assert (tmp_path / "gap.md").read_text() == text
         assert "32 training and 4 test images" in text
-        assert "| `gp` |" in text
+        assert "| `gp` | -" in words(text)
         check_pictures(tmp_path, ["gap.png"])
 
         (tmp_path / "thesis.tex").write_text("mine")
@@ -244,7 +249,7 @@ class TestUncertainty:
         found = uncertainty_report.correlate(table, 50)
         assert found[found["score"] == "uncertainty"]["rho"].isna().all()
         assert found[found["score"] != "uncertainty"]["rho"].notna().all()
-        assert "| Σ v/h² + r | – | – |" in uncertainty_report.correlation_markdown(found)
+        assert "| Σ v/h² + r | – | – |" in words(uncertainty_report.correlation_markdown(found))
 
 
 class NoDensity(nn.Module):

@@ -1,4 +1,4 @@
-r"""Promises about batches: each image is on its own, however many are drawn at once."""
+r"""Promises about batches: an image's result is its own, however many are drawn at once."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ import math
 
 import numpy as np
 import torch
+from pyro.distributions import TorchDistribution
 from scipy import stats
 from torch import Tensor
 
 from pyro_gpvae.evaluation.importance import log_weights
-from pyro_gpvae.testing.kit import Kit
-from pyro_gpvae.testing.tools import (
+from pyro_gpvae.model.guide import posterior_of
+from pyro_gpvae.testing._kit import (
     FAILURE_RATE,
     NUM_DRAWS,
     ConstantNoise,
     Finding,
+    Kit,
     guide_traces,
     largest_gap,
+    not_checked,
     within,
     z_site,
 )
-
-__all__ = [
-    "check_batch",
-    "check_chunks",
-    "check_noise",
-    "check_traced",
-]
 
 
 @torch.no_grad()
@@ -48,7 +44,8 @@ def check_noise(kit: Kit) -> Finding:
                 "over particles (noise of shape (p,), or drawn outside the plate)."
             )
             return Finding(f"{repeated} equal z", "0", False, account)
-    exact = hasattr(kit.guide, "posterior")  # given global weights, images are dependent
+    # given global weights, images are dependent
+    exact = posterior_of(kit.guide, same) is not None
     count, size, p = (draws if exact else traces).shape
     centred = (draws if exact else traces) - (draws if exact else traces).mean(0)
     centred = centred / centred.norm(dim=0)
@@ -97,7 +94,7 @@ def check_batch(kit: Kit) -> Finding:
 
 
 def _order(kit: Kit) -> tuple[int, int] | None:
-    """A row of a batch that is what another image gives, if there is one."""
+    """Returns a row of a batch that equals what another image gives, if there is one."""
     with ConstantNoise():
         rows = kit.rows(kit.guide, kit.x)["z"]
         for j in range(len(kit.x)):
@@ -120,7 +117,7 @@ def check_chunks(kit: Kit) -> Finding:
             "in reverse order": weights(kit.x.flip(0)).flip(1),
         }
     if not noise.complete:
-        return Finding("-", "-", None, "the guide draws noise that no constant can replace")
+        return not_checked("the guide draws noise that no constant can replace")
     gaps = {how: largest_gap(other, whole) for how, other in others.items()}
     how, worst = max(gaps.items(), key=lambda item: item[1])
     if gaps["one at a time"] <= kit.tolerance and gaps["in reverse order"] <= kit.tolerance:
@@ -138,10 +135,11 @@ def check_chunks(kit: Kit) -> Finding:
 
 @torch.no_grad()
 def check_traced(kit: Kit) -> Finding:
-    r"""q(z|x) = E[q(z|x, auxiliary)] at samples of the posterior, over K traces of the guide."""
-    if not hasattr(kit.guide, "posterior"):
-        return Finding("-", "-", None, "the guide has no posterior")
+    """Tests q(z|x) = E[q(z|x, auxiliary)] at samples of the posterior, over traces of the guide."""
     x = kit.x[:4]
+    torch.manual_seed(kit.seed)
+    if (q := posterior_of(kit.guide, x)) is None:
+        return not_checked("the guide has no posterior")
     account = (
         "The guide's own trace draws z from another density than posterior(x): {figure}.\n"
         "Likely cause: a variance taken for a standard deviation in one of them, or a step that "
@@ -149,9 +147,9 @@ def check_traced(kit: Kit) -> Finding:
     )
 
     def densities(seed: int, num_traces: int) -> tuple[Tensor, Tensor, Tensor]:
-        """log q(z|x) (4, B), that in each trace (K, 4, B), and the traces' z (K, B, p)."""
+        """Returns log q(z|x) (4, B), that of each trace (K, 4, B), and the traces' z (K, B, p)."""
         torch.manual_seed(kit.seed + seed)
-        log_q = kit.guide.posterior(x).log_prob(points.clone())
+        log_q = _posterior(kit, x).log_prob(points.clone())
         torch.manual_seed(kit.seed + seed)
         log_traced, z = [], []
         for site in guide_traces(kit.guide, x, num_traces):
@@ -163,9 +161,8 @@ def check_traced(kit: Kit) -> Finding:
         return log_q, torch.cat(log_traced), torch.cat(z)
 
     torch.manual_seed(kit.seed)
-    q = kit.guide.posterior(x)
     points = q.sample((64,))
-    # in the middle of q, where densities given auxiliary sites vary least
+    # in the middle of q, densities given auxiliary sites vary least
     central = q.log_prob(points).topk(4, dim=0).indices.unsqueeze(-1)
     points = points.gather(0, central.expand(-1, -1, points.shape[-1]))
     log_q, log_traced, _ = densities(0, 2)
@@ -184,14 +181,20 @@ def check_traced(kit: Kit) -> Finding:
     gaps = right.mean(0) - left.mean(0)
     variance = right.var(0) + left.var(0, correction=0)
     scores = gaps / (variance / len(right)).sqrt()
-    # of densities that vary much, the mean is no normal variable
+    # the mean of densities that vary much is not normally distributed
     scores[(gaps.abs() < kit.tolerance) | (variance > 0.1)] = 0
     tests = 2 * stats.norm.sf(scores.abs().flatten().cpu().numpy())
     if traced is not None:
-        drawn = kit.guide.posterior(x).sample((NUM_DRAWS,)).cpu().flatten(1)
+        drawn = _posterior(kit, x).sample((NUM_DRAWS,)).cpu().flatten(1)
         both = zip(traced.cpu().flatten(1).mT.numpy(), drawn.mT.numpy(), strict=True)
         samples = [stats.ks_2samp(a, b, method="asymp").pvalue for a, b in both]
         tests = np.append(tests, samples)
     p_value = min(1.0, float(tests.min()) * len(tests))
     finding = Finding(f"p = {p_value:.1e}", f"> {FAILURE_RATE:.0e}", p_value > FAILURE_RATE)
     return finding._replace(account=account.format(figure=finding.figure))
+
+
+def _posterior(kit: Kit, x: Tensor) -> TorchDistribution:
+    q = posterior_of(kit.guide, x)
+    assert q is not None
+    return q

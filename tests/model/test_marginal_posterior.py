@@ -1,6 +1,6 @@
+"""The marginal posterior of eq. (7): density, samples, gradients."""
+
 import math
-import pickle
-import warnings
 
 import numpy as np
 import pyro
@@ -12,9 +12,7 @@ from scipy.integrate import quad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae import MarginalPosterior
-from pyro_gpvae.core._memory import PeakMemory
-from pyro_gpvae.model.likelihoods import GaussianPixels
-from pyro_gpvae.model.marginal_posterior import _MAX_NODES
+from pyro_gpvae.model import marginal_posterior
 
 PARAMETERS = [
     (0.0, 0.4, -1.0, 0.5),
@@ -96,14 +94,6 @@ def test_without_spread_it_is_the_normal_exactly():
     torch.testing.assert_close(q.variance, normal.variance)
 
 
-def test_the_moment_matched_gaussian_would_be_wrong_by_nats():
-    q = MarginalPosterior(*(torch.full((50,), p).double() for p in (0.0, 0.1, -1.0, 0.5)))
-    torch.manual_seed(0)
-    z = q.sample((2000,))
-    gap = (q.log_prob(z) - dist.Normal(q.mean, q.stddev).log_prob(z)).sum(-1).mean()
-    assert gap > 1
-
-
 def test_shapes_and_expand():
     q = MarginalPosterior(torch.zeros(5, 2), 0.1, -1.0, 0.3).to_event(1)
     wide = q.expand((7, 5))
@@ -177,7 +167,7 @@ def random_marginal(*shape, seed=0):
 @pytest.mark.parametrize("limit", [1, 700, 10**6])
 @pytest.mark.parametrize("shape", [(7, 5, 3), (2, 4, 5, 3), (3,), (5, 1), (7, 1, 3), ()])
 def test_samples_scored_in_parts_have_the_density_of_all_at_once(limit, shape, monkeypatch):
-    monkeypatch.setattr("pyro_gpvae.model.marginal_posterior._MAX_NODES", limit)
+    monkeypatch.setattr(marginal_posterior, "_MAX_NODES", limit)
     q = random_marginal(5, 3)
     value = 10 * torch.randn(shape).double()  # far tails too
     expected = written_out(q, value)
@@ -201,7 +191,7 @@ def test_gradients_do_not_depend_on_the_parts(monkeypatch):
 
     expected = torch.autograd.grad(written_out(q, value).sum(), parameters)
     for limit in (1, 10**6):
-        monkeypatch.setattr("pyro_gpvae.model.marginal_posterior._MAX_NODES", limit)
+        monkeypatch.setattr(marginal_posterior, "_MAX_NODES", limit)
         found = torch.autograd.grad(log_prob(*parameters).sum(), parameters)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     small = [p.detach()[..., :1, :2].clone().requires_grad_() for p in parameters]
@@ -228,89 +218,18 @@ def test_an_infinite_value_has_no_density():
     assert q.log_prob(value)[1].isfinite()
 
 
-@pytest.mark.parametrize("num_samples", [10, 100, 1000])
-def test_the_nodes_take_no_more_memory_for_more_samples(num_samples):
-    q = random_marginal(8, 50).expand((num_samples, 8, 50))
-    z = q.sample()
-    with torch.no_grad(), PeakMemory() as memory:
-        q.log_prob(z)
-    assert memory.largest <= max(_MAX_NODES, z.numel())
-
-
-def pixels_of(*batch, seed=0):
-    torch.manual_seed(seed)
-    loc = torch.randn(*batch, 2, 3, 4).double().requires_grad_()
-    return loc, torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-
-
-def test_pixels_are_independent_normals():
-    loc, scale = pixels_of(7, 5)
-    pixels, normal = GaussianPixels(loc, scale), dist.Normal(loc, scale).to_event(3)
-    x = torch.rand(5, 2, 3, 4).double()
-    exact = {"rtol": 1e-12, "atol": 0}
-    torch.testing.assert_close(pixels.log_prob(x), normal.log_prob(x), **exact)
-    with torch.no_grad():  # where it is computed in place
-        before = x.clone(), loc.clone()
-        torch.testing.assert_close(pixels.log_prob(x), normal.log_prob(x), **exact)
-        assert torch.equal(x, before[0])
-        assert torch.equal(loc, before[1])
-    for p, q in ((pixels, normal), (pixels.expand((6, 7, 5)), normal.expand((6, 7, 5)))):
-        assert (p.batch_shape, p.event_shape) == (q.batch_shape, q.event_shape)
-        torch.testing.assert_close(p.log_prob(x), q.log_prob(x), **exact)
-        assert torch.equal(p.mean, q.mean)
-        assert torch.equal(p.stddev, q.base_dist.scale)
-        torch.testing.assert_close(p.entropy(), q.entropy())
-    assert isinstance(pixels.base_dist, dist.Normal)
-    torch.manual_seed(1)
-    sample = pixels.sample((2,))
-    torch.manual_seed(1)
-    assert torch.equal(sample, normal.sample((2,)))
-    gradients = [torch.autograd.grad(p.log_prob(x).sum(), (loc, scale)) for p in (pixels, normal)]
-    torch.testing.assert_close(*gradients, **exact)
-    assert torch.autograd.gradgradcheck(
-        lambda loc, scale: GaussianPixels(loc, scale).log_prob(x[:1]), (loc[:1, :1], scale)
+def test_the_nodes_take_no_more_memory_for_more_samples(monkeypatch):
+    sizes = []
+    mix = marginal_posterior._mix
+    monkeypatch.setattr(
+        marginal_posterior,
+        "_mix",
+        lambda mass, precision, part: sizes.append(part.numel()) or mix(mass, precision, part),
     )
-
-
-def test_pixels_are_pickled_and_batched():
-    loc, scale = (t.detach() for t in pixels_of(4, 5))
-    x = torch.rand(5, 2, 3, 4).double()
-    pixels = GaussianPixels(loc, scale)
-    again = pickle.loads(pickle.dumps(pixels))
-    assert torch.equal(again.log_prob(x), pixels.log_prob(x))
-
-    def log_prob(loc, scale):
-        return GaussianPixels(loc, scale, validate_args=False).log_prob(x)
-
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error")  # of operators that cannot be batched
-        found = torch.vmap(log_prob)(loc, scale.expand(4))
-    torch.testing.assert_close(found, pixels.log_prob(x))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda loc, scale, x: (loc * math.nan, scale, x), "Expected parameter loc"),
-        (lambda loc, scale, x: (loc, -scale, x), "Expected parameter scale"),
-        (lambda loc, scale, x: (loc, scale.expand(3), x), r"scale must be a scalar, got .*\(3,\)"),
-        (lambda loc, scale, x: (loc, scale, x * math.nan), "within the support"),
-    ],
-)
-def test_bad_pixels(change, message):
-    loc, scale = pixels_of(5)
-    loc, scale, x = change(loc, scale, torch.rand(5, 2, 3, 4).double())
-    with pytest.raises(ValueError, match=message):
-        GaussianPixels(loc, scale, validate_args=True).log_prob(x)
-
-
-def test_overflown_pixels_are_impossible_not_an_error():
-    loc, scale = pixels_of(2)
-    loc = loc.detach().index_fill(0, torch.tensor(1), math.inf)
-    loc[1, 0] = -math.inf  # whose sum is not a number
-    found = GaussianPixels(loc, scale, validate_args=True).log_prob(torch.zeros(2, 2, 3, 4))
-    assert found[0].isfinite()
-    assert found[1] == -math.inf
+    q = random_marginal(8, 50).expand((1000, 8, 50))
+    q.log_prob(q.sample())
+    assert sum(sizes) == 400_000
+    assert q.num_nodes * max(sizes) <= marginal_posterior._MAX_NODES
 
 
 def test_no_samples_and_no_images():

@@ -1,0 +1,70 @@
+"""PyroModules use their own parameters, and Pyro's store is left as it was."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule, PyroParam
+from toy import images, linear_model
+
+from pyro_gpvae import elbo_terms, log_evidence
+from pyro_gpvae.core._programs import own_parameters
+
+
+class Wide(PyroModule):
+    """A guide with a parameter in Pyro's store, and another that a statement makes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = PyroParam(torch.full((2,), width).double(), dist.constraints.positive)
+
+    def forward(self, x):
+        loc = pyro.param("loc", torch.zeros(2).double())
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, self.width).to_event(1))
+
+
+def store():
+    return {name: value.tolist() for name, value in pyro.get_param_store().items()}
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda model, guide, x: log_evidence(model, guide, x, 5, seed=0).log_evidence.tolist(),
+        lambda model, guide, x: elbo_terms(model, guide, x, 10)["kl_z"],
+    ],
+    ids=["log_evidence", "elbo_terms"],
+)
+def test_an_evaluator_uses_the_guides_own_parameters_and_leaves_the_store_alone(evaluate):
+    model, x, narrow, wide = linear_model(), images(3), Wide(0.1), Wide(2.0)
+    found = []
+    for guide in (narrow, wide):
+        torch.manual_seed(0)
+        found.append(evaluate(model, guide, x))
+    assert found[0] != found[1]
+    assert not store()
+    wide(x)  # fills the store, as plain Pyro does
+    pyro.param("loc").data.fill_(3.0)
+    before = store()
+    assert set(before) == {"width", "loc"}
+    torch.manual_seed(0)
+    assert evaluate(model, narrow, x) != found[0]  # reads loc from the store
+    assert store() == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_of_statements_inside_the_block_are_kept(fails):
+    first, second = Wide(0.1), Wide(2.0)
+    first(images(1))
+    pyro.clear_param_store()
+    second(images(1))
+    try:
+        with own_parameters(first):
+            assert first.width[0].item() == pytest.approx(0.1)
+            pyro.param("new", torch.ones(1))
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert set(store()) == {"width", "loc", "new"}

@@ -1,0 +1,101 @@
+"""Gaussian pixels are independent normals, and scales are bounded."""
+
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pyro_gpvae.model.likelihoods import LOG_SCALE_BOUND, GaussianPixels, bounded
+
+
+def pixels_of(*batch, seed=0):
+    torch.manual_seed(seed)
+    loc = torch.randn(*batch, 2, 3, 4).double().requires_grad_()
+    return loc, torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+
+def test_pixels_are_independent_normals():
+    loc, scale = pixels_of(7, 5)
+    pixels, normal = GaussianPixels(loc, scale), dist.Normal(loc, scale).to_event(3)
+    x = torch.rand(5, 2, 3, 4).double()
+    exact = {"rtol": 1e-12, "atol": 0}
+    torch.testing.assert_close(pixels.log_prob(x), normal.log_prob(x), **exact)
+    with torch.no_grad():  # where it is computed in place
+        before = x.clone(), loc.clone()
+        torch.testing.assert_close(pixels.log_prob(x), normal.log_prob(x), **exact)
+        assert torch.equal(x, before[0])
+        assert torch.equal(loc, before[1])
+    for p, q in ((pixels, normal), (pixels.expand((6, 7, 5)), normal.expand((6, 7, 5)))):
+        assert (p.batch_shape, p.event_shape) == (q.batch_shape, q.event_shape)
+        torch.testing.assert_close(p.log_prob(x), q.log_prob(x), **exact)
+        assert torch.equal(p.mean, q.mean)
+        assert torch.equal(p.stddev, q.base_dist.scale)
+        torch.testing.assert_close(p.entropy(), q.entropy())
+    assert isinstance(pixels.base_dist, dist.Normal)
+    torch.manual_seed(1)
+    sample = pixels.sample((2,))
+    torch.manual_seed(1)
+    assert torch.equal(sample, normal.sample((2,)))
+    gradients = [torch.autograd.grad(p.log_prob(x).sum(), (loc, scale)) for p in (pixels, normal)]
+    torch.testing.assert_close(*gradients, **exact)
+    assert torch.autograd.gradgradcheck(
+        lambda loc, scale: GaussianPixels(loc, scale).log_prob(x[:1]), (loc[:1, :1], scale)
+    )
+
+
+def test_pixels_are_pickled_and_batched():
+    loc, scale = (t.detach() for t in pixels_of(4, 5))
+    x = torch.rand(5, 2, 3, 4).double()
+    pixels = GaussianPixels(loc, scale)
+    again = pickle.loads(pickle.dumps(pixels))
+    assert torch.equal(again.log_prob(x), pixels.log_prob(x))
+
+    def log_prob(loc, scale):
+        return GaussianPixels(loc, scale, validate_args=False).log_prob(x)
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")  # of operators that cannot be batched
+        found = torch.vmap(log_prob)(loc, scale.expand(4))
+    torch.testing.assert_close(found, pixels.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda loc, scale, x: (loc * math.nan, scale, x), "Expected parameter loc"),
+        (lambda loc, scale, x: (loc, -scale, x), "Expected parameter scale"),
+        (lambda loc, scale, x: (loc, scale.expand(3), x), r"scale must be a scalar, got .*\(3,\)"),
+        (lambda loc, scale, x: (loc, scale, x * math.nan), "within the support"),
+    ],
+)
+def test_bad_pixels(change, message):
+    loc, scale = pixels_of(5)
+    loc, scale, x = change(loc, scale, torch.rand(5, 2, 3, 4).double())
+    with pytest.raises(ValueError, match=message):
+        GaussianPixels(loc, scale, validate_args=True).log_prob(x)
+
+
+def test_overflown_pixels_are_impossible_not_an_error():
+    loc, scale = pixels_of(2)
+    loc = loc.detach().index_fill(0, torch.tensor(1), math.inf)
+    loc[1, 0] = -math.inf  # whose sum is not a number
+    found = GaussianPixels(loc, scale, validate_args=True).log_prob(torch.zeros(2, 2, 3, 4))
+    assert found[0].isfinite()
+    assert found[1] == -math.inf
+
+
+def test_the_bound_is_the_identity_in_ordinary_runs():
+    values = torch.linspace(-LOG_SCALE_BOUND, LOG_SCALE_BOUND, 1001)[1:-1].requires_grad_()
+    assert torch.equal(bounded(values), values)
+    (gradient,) = torch.autograd.grad(bounded(values).sum(), values)
+    assert torch.equal(gradient, torch.ones(999))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squares_of_bounded_scales_and_their_inverses_are_finite(dtype):
+    ends = bounded(torch.tensor([-1e30, 1e30], dtype=dtype))
+    for power in (-2, 2):
+        assert (1e6 * (power * ends).exp()).isfinite().all()
