@@ -19,7 +19,8 @@ import tyro
 from _bench import Options, Program, Timings, interleave, publish
 
 from pyro_gpvae import ImageModel, make_guide
-from pyro_gpvae.evaluation.importance import default_chunk_size, log_weights
+from pyro_gpvae.core._chunks import default_chunk_size
+from pyro_gpvae.evaluation.importance import log_weights
 
 SHAPE = (1, 28, 28)
 DECODER = "decoder"

@@ -26,9 +26,9 @@ class Evaluate(Where):
         seed: Seed of the samples; None is as recorded.
         test_images: The number of the run's test images, from the first on; None is all.
         chunk_size: Latent vectors decoded at once, which bounds the memory; None is as recorded.
-        companion: For the first so many test images, also IWAE with a wider q and with each
-            image's optimum as proposal, and annealed importance sampling: what is a better
-            model, and what only a better proposal? Takes seconds per image at worst.
+        reference: For the first so many test images, also IWAE with a wider q and with each
+            image's optimum as the proposal, and annealed importance sampling. They tell a better
+            model from a better proposal. Takes seconds per image at worst.
         out: Folder for record.json and for scores.csv with one row per image; None writes none.
         overwrite: Replace an earlier evaluation in that folder.
     """
@@ -39,7 +39,7 @@ class Evaluate(Where):
     seed: int | None = None
     test_images: int | None = None
     chunk_size: int | None = None
-    companion: int | None = None
+    reference: int | None = None
     out: Path | None = None
     overwrite: bool = False
 
@@ -49,8 +49,8 @@ class Evaluate(Where):
         options = keywords(self)
         result = evaluate_run(options.pop("run_folder"), **options)
         print_scores(result)
-        if "companion" in result:
-            _print_companion(result["companion"])
+        if "reference" in result:
+            _print_reference(result["reference"])
         recorded, found = result["recorded"]["log_evidence"], result["scores"]["log_evidence"]
         if self.guide is not None:
             note = "the run's own guide"
@@ -59,26 +59,14 @@ class Evaluate(Where):
         print(f"recorded log p(x)  {recorded:.4f}  ({note})")
 
 
-def _print_companion(companion: dict[str, Any]) -> None:
-    """The scores of better and better proposals, a line each."""
-    k = companion["num_samples"]
-    print(f"of the first {companion['num_images']} test images:")
-    for name, label in (
-        ("own", f"IWAE({k}), its own q"),
-        ("width", f"IWAE({k}), q of best width"),
-        ("optimum", f"IWAE({k}), optimal q"),
-        ("annealed", "annealed sampling"),
-    ):
-        found = companion[name]
-        if "missing" in found:
-            print(f"{label:<25} - ({found['missing']})")
-            continue
+def _print_reference(reference: dict[str, Any]) -> None:
+    """Prints one line per estimator."""
+    print(f"of the first {reference['num_images']} test images:")
+    for name, found in reference["estimates"].items():
         notes = [f"Monte-Carlo error {found['monte_carlo_error']:.3f}"]
-        if "elbo" in found and name != "width":
-            notes.append(f"ELBO {found['elbo']:.4f}")
-        if "factor" in found:
-            images = f"{found['validation_images']} {companion['validation']}"
-            notes.append(f"c = {found['factor']:g}, chosen on {images}")
-        if found.get("not_converged"):
-            notes.append(f"{found['not_converged']} images not converged")
-        print(f"{label:<25} {found['log_evidence']:.4f}  ({'; '.join(notes)})")
+        if name.endswith("width c"):
+            notes.append(f"mean c = {reference['mean_width']:.2f}")
+        print(f"{name:<25} {found['log_evidence']:.4f}  ({'; '.join(notes)})")
+    left = reference["not_trusted"]
+    note = f"  ({left} images without a reliable estimate)" if left else ""
+    print(f"{'most reliable':<25} {reference['log_evidence']:.4f}{note}")

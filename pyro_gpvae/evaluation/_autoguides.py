@@ -1,4 +1,4 @@
-r"""Pyro's autoguides as posteriors of single images: a check of the instance-wise optimum."""
+"""Pyro's autoguides, fitted to single images: a check of the instance-wise optimum."""
 
 from __future__ import annotations
 
@@ -17,15 +17,68 @@ from pyro.infer import Trace_ELBO, autoguide
 from torch import Size, Tensor
 
 from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.evaluation._evaluator import check_images, evaluator
+from pyro_gpvae.evaluation.optimum import InstanceOptimum, check_optimum_options, laplace_start
+from pyro_gpvae.model.guide import HasPosterior
+from pyro_gpvae.model.image_model import ImageModel
 
-__all__ = ["Stack", "fit_autoguide", "load_autoguide"]
+__all__ = ["Autoguide", "Stack", "load_autoguide", "optimise_autoguide"]
+
+Autoguide = Callable[[Any], Any] | str
 
 # Adam: the rate falls by a factor of 3 whenever 50 steps gain too little
 _PARTICLES, _WINDOW, _RATES = 16, 50, (0.05, 0.015, 0.005)
 
 
-def load_autoguide(spec: Callable[[Any], Any] | str | None) -> Callable[[Any], Any] | None:
-    """Returns the autoguide of a name, such as "AutoNormal"; anything else as it is."""
+@evaluator
+def optimise_autoguide(
+    model: ImageModel,
+    x: Tensor,
+    guide: Autoguide,
+    *,
+    start: HasPosterior | None = None,
+    tolerance: float = 0.05,
+    max_steps: int = 3000,
+    num_starts: int = 2,
+) -> InstanceOptimum:
+    """Fits one of Pyro's autoguides to the posterior of each image, one after the other.
+
+    The latent site of an image is ``"u"``, with z = μ + s u for the mode μ and the scale s of the
+    Laplace approximation. It is optimised by Adam. The gap is the gain of the last 50 steps. This
+    is slow, and meant as a check of :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`.
+
+    Arguments:
+        model: The model, whose decoder and likelihood are used.
+        x: Images (B, C, H, W), uint8 or floats.
+        guide: A class of :mod:`pyro.infer.autoguide` with a density, such as
+            ``AutoMultivariateNormal``, its name, or a function from a Pyro model to a guide.
+        start, tolerance, max_steps, num_starts: See
+            :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`.
+
+    Raises:
+        ValueError: If an option is unknown, a number is not positive, or the autoguide has no
+            density.
+    """
+    make = load_autoguide(guide)
+    check_optimum_options("diagonal", start, tolerance, max_steps, num_starts)
+    check_images(model, x)
+    x = to_batch(x, model)
+    loc, factor, jitter = laplace_start(model, x, "diagonal", start, num_starts)
+    scale = factor.diagonal(dim1=-2, dim2=-1)
+    found = [
+        _fit(model, image[None], mu, s, make, tolerance, max_steps)
+        for image, mu, s in zip(x, loc, scale, strict=True)
+    ]
+    posteriors, elbos, gaps, steps = zip(*found, strict=True)
+    elbo, gap = x.new_tensor(elbos), x.new_tensor(gaps)
+    counts = torch.tensor(steps, device=x.device)
+    joint = Stack(posteriors)
+    return InstanceOptimum(joint, elbo, gap, gap < tolerance, counts, jitter, tolerance)
+
+
+def load_autoguide(spec: Autoguide) -> Callable[[Any], Any]:
+    """Returns the autoguide of a name, such as "AutoNormal", and any other callable as it is."""
     if not isinstance(spec, str):
         return spec
     found: Callable[[Any], Any] | None = getattr(autoguide, spec, None)
@@ -34,8 +87,8 @@ def load_autoguide(spec: Callable[[Any], Any] | str | None) -> Callable[[Any], A
     return found
 
 
-def fit_autoguide(
-    model: Any,
+def _fit(
+    model: ImageModel,
     image: Tensor,
     loc: Tensor,
     scale: Tensor,
@@ -43,18 +96,10 @@ def fit_autoguide(
     tolerance: float,
     max_steps: int,
 ) -> tuple[TorchDistribution, float, float, int]:
-    """Fits an autoguide to the posterior of one image, with z = μ + s u for its site ``"u"``.
+    """Fits an autoguide to one image (1, C, H, W), with z = μ + s u, where μ and s are (p,).
 
-    Arguments:
-        model: An :class:`pyro_gpvae.ImageModel`.
-        image: (1, C, H, W).
-        loc, scale: μ and s, (p,).
-        make: A class of :mod:`pyro.infer.autoguide`, or a function from a Pyro model to a guide.
-        tolerance: Training stops when a window of steps gains less, in nats.
-        max_steps: At most so many steps.
-
-    Returns:
-        q(z|x), event shape (p,); its ELBO; the gain of the last window; the number of steps.
+    Returns q(z|x) with event shape (p,), its ELBO, the gain of the last window of steps, and the
+    number of steps.
     """
 
     def program() -> None:
@@ -64,14 +109,14 @@ def fit_autoguide(
         pyro.factor("log_joint", log_joint + scale.log().sum())
 
     with (
-        pyro.get_param_store().scope(),  # or this image's guide would start as the last one's
-        seeded(0, image.device),  # every image alike, whatever its place in the batch
+        pyro.get_param_store().scope(),  # else the guide would start with the last image's values
+        seeded(0, image.device),  # the same numbers for every image, wherever it is in the batch
         torch.enable_grad(),
     ):
         with _defaults(loc):
             guide = make(program)
             guide()  # creates the parameters
-            _posterior(guide)  # refuses a guide without density before the work
+            _posterior(guide)  # refuses a guide without a density before the work
         objective = Trace_ELBO(_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
         parameters = list(guide.parameters())
         optimizer = torch.optim.Adam(parameters, _RATES[0])
@@ -95,7 +140,7 @@ def fit_autoguide(
 
 
 def _posterior(guide: Any) -> Any:
-    """The distribution of the site "u", or of its unconstrained twin, in an autoguide."""
+    """The distribution of the site "u", or of its unconstrained value, in an autoguide."""
     if isinstance(guide, autoguide.AutoContinuous):
         q = guide.get_posterior()
     else:
@@ -103,15 +148,15 @@ def _posterior(guide: Any) -> Any:
         q = nodes.get("u_unconstrained", nodes["u"])["fn"]
     if isinstance(getattr(q, "base_dist", q), dist.Delta) or isinstance(q, dist.Delta):
         raise ValueError(
-            f"{type(guide).__name__} has no density, its posterior is a point: use an autoguide "
-            "that has one, such as AutoNormal"
+            f"the posterior of {type(guide).__name__} is a point and has no density: use another "
+            "autoguide, such as AutoNormal"
         )
     return q
 
 
 @contextmanager
 def _defaults(like: Tensor) -> Iterator[None]:
-    """Makes new tensors alike: flows of autoguides are created in the default dtype and place."""
+    """Sets the default dtype and device, in which autoguides create their flows."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(like.dtype)
     try:
@@ -122,7 +167,7 @@ def _defaults(like: Tensor) -> Iterator[None]:
 
 
 class Stack(TorchDistribution):
-    """One distribution for each image, side by side: batch shape (..., B)."""
+    """Joins the distributions of B images: batch shape (..., B)."""
 
     arg_constraints = {}  # noqa: RUF012
     has_rsample = True
@@ -149,5 +194,5 @@ class Stack(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         columns = zip(self.members, value.unbind(-2), strict=True)
-        with _defaults(value):  # in which Pyro's autoregressive flows invert
+        with _defaults(value):  # Pyro's autoregressive flows invert in the default dtype
             return torch.stack([member.log_prob(column) for member, column in columns], dim=-1)

@@ -1,4 +1,4 @@
-r"""Chains of Hamiltonian moves from a start to the posterior, with a random stream per image."""
+"""Hamiltonian Monte Carlo chains between a start and the posterior, with one stream per image."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, cast
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 from tqdm.auto import tqdm
 
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
-from pyro_gpvae.core._plates import in_data_plate, is_global
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.evaluation.importance import observed_sites, site_sum
+from pyro_gpvae.evaluation._evaluator import check_posterior, name_of
+from pyro_gpvae.evaluation._traces import local_sites, log_joint_of
+from pyro_gpvae.model.guide import posterior_of
 
-__all__ = ["AnnealingPath", "Forward", "num_pilots_for", "start_distributions"]
+__all__ = ["AnnealingPath", "Forward", "chains_with_pilots", "start_distributions"]
 
 
-# acceptance that the step sizes aim at, and how fast: log step += rate * (accepted - target)
+# the target acceptance, and the rate of log step += rate * (accepted - target)
 _TARGET_ACCEPTANCE = 0.65
 _RATE = 0.2
-# one chain in so many is run besides, only to adapt the step size of those that it leads
+# each pilot chain adapts the step size of so many chains, and is then discarded
 _CHAINS_PER_PILOT = 4
-# draws of the start, for each latent dimension, that tell its covariance
+# draws of the start, for each latent dimension, to estimate its covariance
 _DRAWS_PER_DIMENSION = 100
 
 
@@ -49,13 +49,14 @@ class _State:
         return torch.lerp(self.grad_q, self.grad_p, beta)
 
     def where(self, condition: Tensor, other: _State) -> _State:
-        """This state for the chains of the condition (C, B), the other one elsewhere."""
+        """Returns this state where the condition (C, B) holds, and the other one elsewhere."""
+        vectors = condition.unsqueeze(-1)
         return _State(
-            torch.where(condition.unsqueeze(-1), self.z, other.z),
+            torch.where(vectors, self.z, other.z),
             torch.where(condition, self.log_q, other.log_q),
             torch.where(condition, self.log_p, other.log_p),
-            torch.where(condition.unsqueeze(-1), self.grad_q, other.grad_q),
-            torch.where(condition.unsqueeze(-1), self.grad_p, other.grad_p),
+            torch.where(vectors, self.grad_q, other.grad_q),
+            torch.where(vectors, self.grad_p, other.grad_p),
         )
 
 
@@ -70,14 +71,14 @@ class Forward:
 
 @dataclass
 class AnnealingPath:
-    """The densities between q0(z|x) and p(x, z) for B images, with the chains' start and noise.
+    """The densities between q0(z|x) and p(x, z) for B images, with the start of the chains.
 
     Attributes:
         log_q: The density of the start, from z (C, B, p) to (C, B).
         log_p: The log joint, likewise.
         z: The start of pilots and chains, (P + C, B, p).
         scale: S (B, p, p) with S Sᵀ the covariance of the start: momenta are N(0, (S Sᵀ)⁻¹).
-        generators: One for each image.
+        generators: The random stream of each image.
         num_pilots: P.
     """
 
@@ -89,7 +90,6 @@ class AnnealingPath:
     num_pilots: int
 
     @staticmethod
-    @torch.no_grad()
     def start(
         model: PyroProgram,
         x: Tensor,
@@ -99,11 +99,11 @@ class AnnealingPath:
         num_chains: int,
     ) -> AnnealingPath:
         """Draws the start of images x from their distributions, each with its own stream."""
-        num_pilots = num_pilots_for(num_chains)
+        num_draws = chains_with_pilots(num_chains)
         chains, scales = [], []
         for q, index in zip(starts, indices, strict=True):
             with seeded(image_seed(seed, index, "start"), x.device):
-                z = q.sample(torch.Size((num_pilots + num_chains,)))
+                z = q.sample(torch.Size((num_draws,)))
                 draws = q.sample(torch.Size((_DRAWS_PER_DIMENSION * z.shape[-1],)))[:, 0]
             chains.append(z)
             covariance = torch.atleast_2d(draws.double().mT.cov())
@@ -120,14 +120,14 @@ class AnnealingPath:
             torch.cat(chains, dim=1),
             torch.stack(scales),
             [torch.Generator().manual_seed(image_seed(seed, n, "moves")) for n in indices],
-            num_pilots,
+            num_draws - num_chains,
         )
 
     def forward(self, schedule: Sequence[float], num_leapfrog: int, bar: tqdm) -> Forward:
         """Anneals chains from the start to the posterior."""
         state, pilots = self.at(self.z), self.num_pilots
         leader = torch.arange(len(self.z) - pilots) % pilots
-        # where a standard normal accepts about as many as is aimed at, in any dimension
+        # with this step a standard normal has about the target acceptance, in any dimension
         log_step = torch.full_like(state.log_p[:pilots], -math.log(self.z.shape[-1]) / 4)
         log_weights = torch.zeros_like(state.log_p)
         acceptance = torch.zeros_like(state.log_p)
@@ -155,7 +155,7 @@ class AnnealingPath:
         num_leapfrog: int,
         bar: tqdm,
     ) -> Tensor:
-        """Anneals chains from z (B, p), drawn from the posterior, back; log weights (C, B)."""
+        """Anneals chains back from z (B, p), drawn from the posterior; log weights (C, B)."""
         num_chains = len(self.z) - self.num_pilots
         leader = torch.arange(num_chains) % self.num_pilots
         state = self.at(z.expand(num_chains, *z.shape))
@@ -180,9 +180,10 @@ class AnnealingPath:
     def move(
         self, state: _State, beta: float, step: Tensor, num_leapfrog: int
     ) -> tuple[_State, Tensor]:
-        """One HMC move of each chain, with its step size (C, B); and how likely it was accepted.
+        """Makes one HMC move of each chain with its step size (C, B).
 
-        In the coordinates u with z = S u, momenta are standard normal.
+        In the coordinates u with z = S u, momenta are standard normal. Returns the new state and
+        the acceptance probabilities (C, B).
         """
         momentum, log_uniform = self._noise(len(state.z))
         step = step.unsqueeze(-1)
@@ -191,7 +192,7 @@ class AnnealingPath:
         for _ in range(num_leapfrog):
             momentum = momentum + step / 2 * self._transformed(new.gradient(beta), self.scale)
             z = new.z + step * self._transformed(momentum, self.scale.mT)
-            # a step that was far too long leaves the numbers: it stays, and is rejected
+            # where a step is so long that z overflows, the chain stays, and is rejected below
             alive = alive & z.isfinite().all(-1)
             new = self.at(torch.where(alive.unsqueeze(-1), z, state.z))
             momentum = momentum + step / 2 * self._transformed(new.gradient(beta), self.scale)
@@ -213,27 +214,23 @@ class AnnealingPath:
         return torch.einsum("cbi,bij->cbj", vectors, matrix)
 
 
-@torch.no_grad()
 def start_distributions(
     model: PyroProgram, x: Tensor, guide: Any, seed: int, indices: Sequence[int]
 ) -> list[Distribution]:
     """Returns q(z|x) of each image, or the prior if there is no guide: batch shape (1,) each.
 
     Raises:
-        ValueError: If the guide has no density, or the model has latent sites besides z.
+        ValueError: If the guide has no density, or the model has latent sites other than z.
     """
     if guide is None:
         return [_prior(model, image) for image in x.split(1)]
     _prior(model, x[:1])
-    name = getattr(guide, "__name__", type(guide).__name__)
-    if not hasattr(guide, "posterior"):
-        raise ValueError(
-            f"the guide {name} has no posterior(x): annealing needs its density q(z|x). "
-            "Give it one, or start from the prior (guide=None)"
-        )
+    name, noise = name_of(guide), "posterior"
+    advice = "Start from the prior (guide=None)"
+    check_posterior(guide, f"annealing needs its density q(z|x). {advice}, or give it one")
     try:
-        with seeded(image_seed(seed, indices[0], "posterior"), x.device), nonfinite_as_error():
-            q = guide.posterior(x)
+        with seeded(image_seed(seed, indices[0], noise), x.device), nonfinite_as_error():
+            q: Any = posterior_of(guide, x)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"posterior(x) of the guide {name}, for images {indices[0]} to {indices[-1]}: {error}",
@@ -242,91 +239,73 @@ def start_distributions(
     if q.batch_shape != (len(x),):
         raise ValueError(
             f"posterior(x) of the guide {name} has batch shape {tuple(q.batch_shape)}, expected "
-            f"({len(x)},), one distribution an image"
+            f"({len(x)},), one distribution per image"
         )
-    starts = _slices(q)
-    if starts is None:
-        starts = []
+    starts = _split(q)
+    if not starts:
         for image, index in zip(x.split(1), indices, strict=True):
-            with seeded(image_seed(seed, index, "posterior"), x.device):
-                starts.append(guide.posterior(image))
+            with seeded(image_seed(seed, index, noise), x.device):
+                starts.append(cast(Distribution, posterior_of(guide, image)))
     try:
         with seeded(0, x.device):
             starts[0].log_prob(starts[0].sample())
     except NotImplementedError:
         raise ValueError(
-            f"the guide {name} has no density: its {type(q).__name__} has no log_prob, which "
-            "annealing needs. Start from the prior (guide=None)"
+            f"the guide {name} has no density: annealing needs log_prob, which its "
+            f"{type(q).__name__} does not have. {advice}"
         ) from None
     return starts
 
 
-def _is_diagonal(q: Distribution) -> bool:
-    return isinstance(q, Independent) and isinstance(q.base_dist, Normal)
-
-
-def _slices(q: Distribution) -> list[Distribution] | None:
-    """The distribution of each image, batch shape (1,), of a Gaussian; None for another family."""
-    if _is_diagonal(q):
-        base = cast(Any, q).base_dist
-        pairs = zip(base.loc.split(1), base.scale.split(1), strict=True)
-        return [Independent(Normal(loc, scale), 1) for loc, scale in pairs]
-    if isinstance(q, MultivariateNormal):
-        pairs = zip(q.loc.split(1), q.scale_tril.split(1), strict=True)
-        return [MultivariateNormal(loc, scale_tril=scale) for loc, scale in pairs]
-    return None
-
-
-def _prior(model: PyroProgram, image: Tensor) -> Any:
+def _prior(model: PyroProgram, image: Tensor) -> Distribution:
     """The model's distribution of z for one image; refuses models with other latent sites."""
-    local = poutine.block(model, hide_fn=is_global)
-    # of this draw only the sites matter, not whether the decoder is finite there
+    # only the sites of this draw matter, not whether the decoder is finite there
     with pyro.validation_enabled(False):
-        trace = poutine.trace(local).get_trace(image)
-    sites = {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and in_data_plate(site) and not site["is_observed"]
-    }
-    if list(sites) != ["z"]:
+        latent = local_sites(model, image).latent
+    if list(latent) != ["z"]:
         raise ValueError(
             "annealing needs a model whose only latent site in plate('data') is 'z', "
-            f"found {', '.join(map(repr, sites)) or 'none'}"
+            f"found {', '.join(map(repr, latent)) or 'none'}"
         )
-    return sites["z"]["fn"]
+    return cast(Distribution, latent["z"]["fn"])
 
 
-def log_joint_of(model: PyroProgram, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """log p(x, z) in nats, (C, B), as a function of z (C, B, p); global sites do not enter."""
-    local = poutine.block(model, hide_fn=is_global)
-
-    def log_joint(z: Tensor) -> Tensor:
-        # checks would refuse the infinities of a step that is about to be rejected
-        with pyro.validation_enabled(False), pyro.plate("chains", len(z), dim=-2):
-            trace = poutine.trace(poutine.condition(local, data={"z": z})).get_trace(x)
-            trace.compute_log_prob()
-        return site_sum(trace, {"z", *observed_sites(trace)}, (len(z), len(x)))
-
-    return log_joint
+def _gaussian_parts(q: Any) -> tuple[type[Distribution], str, Any] | None:
+    """The class, the name of its scale, and the parameters of a Gaussian; None for others."""
+    if isinstance(q, Independent) and isinstance(q.base_dist, Normal):
+        return Normal, "scale", q.base_dist
+    return (MultivariateNormal, "scale_tril", q) if isinstance(q, MultivariateNormal) else None
 
 
-def _joined(parts: Sequence[Distribution]) -> Callable[[Tensor], Tensor]:
+def _gaussian(kind: type[Distribution], name: str, loc: Tensor, scale: Tensor) -> Distribution:
+    """A Gaussian with event shape (p,), without validation, which would refuse infinite z."""
+    q = cast(Any, kind)(loc, **{name: scale}, validate_args=False)
+    return Independent(q, 1, validate_args=False) if kind is Normal else cast(Distribution, q)
+
+
+def _split(q: Distribution) -> list[Distribution]:
+    """The distribution of each image of a Gaussian, batch shape (1,); [] for another family."""
+    parts = _gaussian_parts(q)
+    if parts is None:
+        return []
+    kind, name, base = parts
+    pairs = zip(base.loc.split(1), getattr(base, name).split(1), strict=True)
+    return [_gaussian(kind, name, loc, scale) for loc, scale in pairs]
+
+
+def _joined(starts: Sequence[Distribution]) -> Callable[[Tensor], Tensor]:
     """log q of z (C, B, p), (C, B), under a distribution of batch shape (1,) for each image."""
-    joint: Distribution
-    if all(_is_diagonal(q) for q in parts):
-        bases = [cast(Any, q).base_dist for q in parts]
-        loc, scale = (torch.cat([getattr(q, n) for q in bases]) for n in ("loc", "scale"))
-        joint = Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
-        return joint.log_prob
-    if all(isinstance(q, MultivariateNormal) for q in parts):
-        loc, scale = (torch.cat([getattr(q, n) for q in parts]) for n in ("loc", "scale_tril"))
-        joint = MultivariateNormal(loc, scale_tril=scale, validate_args=False)
-        return joint.log_prob
+    parts = [_gaussian_parts(q) for q in starts]
+    if parts[0] is not None and len({part and part[:2] for part in parts}) == 1:
+        kind, name, _ = parts[0]
+        bases = [cast(Any, part)[2] for part in parts]
+        loc, scale = (torch.cat([getattr(q, n) for q in bases]) for n in ("loc", name))
+        return _gaussian(kind, name, loc, scale).log_prob
     return lambda z: torch.cat(
-        [q.log_prob(column) for q, column in zip(parts, z.split(1, dim=1), strict=True)], dim=1
+        [q.log_prob(column) for q, column in zip(starts, z.split(1, dim=1), strict=True)], dim=1
     )
 
 
-def num_pilots_for(num_chains: int) -> int:
-    """How many pilots run beside so many chains."""
-    return -(-num_chains // _CHAINS_PER_PILOT)
+def chains_with_pilots(num_chains: int) -> int:
+    """Returns the number of chains including their pilots."""
+    return num_chains + -(-num_chains // _CHAINS_PER_PILOT)

@@ -1,37 +1,38 @@
-r"""log p(x) of each image by annealed importance sampling, with bounds from both sides."""
+"""AIS and BDMC: log p(x) by annealed importance sampling, and bounds on both sides."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import torch
-from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import NonFiniteError, name_images, nonfinite_as_error
-from pyro_gpvae.core._memory import bytes_each
-from pyro_gpvae.core._plates import is_global
-from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
+from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
+from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.evaluation._evaluator import (
+    MAX_IMAGES,
+    batches,
+    check_at_least,
+    check_images,
+    device_of,
+    evaluator,
+    progress_bar,
+)
 from pyro_gpvae.evaluation._hmc import (
     AnnealingPath,
-    log_joint_of,
-    num_pilots_for,
+    Forward,
+    chains_with_pilots,
     start_distributions,
 )
-from pyro_gpvae.evaluation.importance import (
-    MAX_IMAGES,
-    Evidence,
-    as_pixels,
-    check_batch,
-    default_chunk_size,
-    device_and_dtype,
-)
+from pyro_gpvae.evaluation._traces import local_sites
+from pyro_gpvae.evaluation.importance import Evidence
+from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = [
     "AnnealedEvidence",
@@ -41,6 +42,8 @@ __all__ = [
     "sigmoidal_schedule",
 ]
 
+_Result = TypeVar("_Result")
+
 
 @dataclass(frozen=True, repr=False)
 class AnnealedEvidence:
@@ -48,13 +51,13 @@ class AnnealedEvidence:
 
     Attributes:
         log_evidence: log of the mean weight of the chains; a lower bound in expectation.
-        standard_error: Its Monte-Carlo standard error from the spread of the weights (delta
-            method). Too small where few chains carry the weight, and blind to a mode that no
-            chain has found.
+        standard_error: Its Monte-Carlo standard error from the variance of the weights (delta
+            method). It is too small if few chains carry the weight, and does not see a mode that
+            no chain has found.
         effective_sample_size: (Σ w)² / Σ w² over chains, between 1 and ``num_chains``.
         acceptance_rate: The mean acceptance probability of the HMC moves.
-        num_chains: Chains per image.
-        num_steps: Steps of the schedule.
+        num_chains: The number of chains per image.
+        num_steps: The number of steps of the schedule.
     """
 
     log_evidence: Tensor
@@ -73,14 +76,14 @@ class AnnealedEvidence:
 
 @dataclass(frozen=True, repr=False)
 class Sandwich:
-    """Bounds of log p(x) from both sides, for B simulated images, in nats.
+    """Lower and upper bounds of log p(x) for B simulated images, in nats.
 
     Attributes:
-        lower: Annealed from the start to the posterior, (B,): at most log p(x) in expectation.
-        upper: Annealed back from the posterior, (B,): at least log p(x) in expectation.
-        lower_error: Monte-Carlo standard error of ``lower``, (B,).
-        upper_error: Monte-Carlo standard error of ``upper`` for this z, (B,).
-        x: The simulated images, (B, C, H, W): not confined to [0, 1].
+        lower: From the start to the posterior, (B,): at most log p(x) in expectation.
+        upper: From the posterior back to the start, (B,): at least log p(x) in expectation.
+        lower_error: The Monte-Carlo standard error of ``lower``, (B,).
+        upper_error: The Monte-Carlo standard error of ``upper`` for this z, (B,).
+        x: The simulated images, (B, C, H, W), not confined to [0, 1].
         z: The latent vectors that they were simulated from, (B, p).
     """
 
@@ -103,7 +106,7 @@ class Sandwich:
         )
 
 
-@with_own_parameters
+@evaluator
 def annealed_evidence(
     model: PyroProgram,
     x: Tensor,
@@ -117,26 +120,25 @@ def annealed_evidence(
     first_image: int = 0,
     progress: bool | str = False,
 ) -> AnnealedEvidence:
-    r"""Estimates log p(x) of every image by annealed importance sampling (Neal 2001).
+    r"""Estimates log p(x) of every image by annealed importance sampling (AIS, Neal 2001).
 
     .. math::
         \log f_\beta(z) = (1 - \beta) \log q_0(z) + \beta \log p(x, z), \qquad
         \log w = \sum_{t=1}^{T} (\beta_t - \beta_{t-1})
                  [\log p(x, z_{t-1}) - \log q_0(z_{t-1})]
 
-    from :math:`z_0 \sim q_0`, the prior or the guide's q(z|x), along a sigmoidal schedule β, with
-    one HMC move after each step. The mean of w is p(x) exactly, whatever the moves do.
+    Chains start at :math:`z_0 \sim q_0`, the prior or the guide's q(z|x), and follow a sigmoidal
+    schedule β with one HMC move after each step. The mean of w is p(x) exactly for any moves that
+    keep :math:`f_\beta`.
 
-    The step size of a chain follows a pilot chain, which is run beside it and then forgotten, and
-    which adapts it to 65 % acceptance as it goes. Chains that adapt to their own past are no
-    longer Markov chains that keep :math:`f_\beta`, and their weights are slightly biased; the
-    pilots cost a quarter more, and keep the estimate exact. Momenta have the inverse covariance
-    of the start as their own, estimated from draws: from a good guide, chains move as in a
-    standard normal.
+    Every fourth chain is accompanied by a pilot chain, which adapts the step size to 65 %
+    acceptance and is then discarded. A chain that adapted to its own past would no longer keep
+    :math:`f_\beta`, and its weight would be biased. Momenta have the inverse covariance of the
+    start, estimated from draws.
 
-    Every image has a stream of random numbers of its own, which depends on the seed and the
-    image's index only: results do not depend on how images are split into batches or chunks
-    (beyond rounding, and but for guides whose posterior(x) itself draws random numbers).
+    Every image has its own stream of random numbers, which depends on the seed and the image's
+    index only. Results therefore do not depend on batches or chunks, except for rounding and for
+    guides whose ``posterior(x)`` itself draws random numbers.
 
     References:
         Neal, *Annealed importance sampling*, 2001.
@@ -144,23 +146,23 @@ def annealed_evidence(
         generative models*, 2017. https://arxiv.org/abs/1611.04273
 
     Arguments:
-        model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``.
-            Global sites, such as the weights W and U of a GPVAE, never enter.
-        x: Images (B, C, H, W), uint8, or floats, which are taken as they are.
+        model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``. Its
+            global sites never enter.
+        x: Images (B, C, H, W), uint8 or floats.
         guide: A guide with ``posterior(x)`` to start from; None starts from the model's prior.
-        num_chains: Chains per image.
-        num_steps: Steps T of the schedule.
-        num_leapfrog: Gradients per HMC move.
-        chunk_size: How many chains, pilots included, are moved at once; bounds the memory. By
-            default 640 on a CPU; on a GPU 65,536, or as many as fit half of its free memory.
-        seed: The same seed gives the same numbers; the global random state is left as it was.
+        num_chains: The number of chains per image.
+        num_steps: The number T of steps of the schedule.
+        num_leapfrog: The number of gradients per HMC move.
+        chunk_size: The number of chains, pilots included, that are moved at once; see
+            :func:`pyro_gpvae.log_weights`.
+        seed: The same seed gives the same numbers, and the global random state is left as it was.
             None draws a seed.
-        first_image: The index of the first image of x, where x is a part of a data set.
+        first_image: The index of the first image of x, if x is a part of a data set.
         progress: Whether to show a progress bar; a text is its label.
 
     Raises:
         ValueError: If a number is not positive, x is not a batch of images, the guide has no
-            density, or the model has latent sites besides z.
+            density, or the model has latent sites other than z.
         NonFiniteError: If log p(x, z) or log q(z|x) is NaN or +∞ where a chain stands; names the
             images. Moves to such a z are rejected, but a chain may start there.
 
@@ -172,30 +174,26 @@ def annealed_evidence(
         >>> bool(((result.log_evidence - model.log_evidence(x)).abs() < 0.2).all())
         True
     """
-    check_batch(model, x)
-    schedule = sigmoidal_schedule(num_steps)
-    seed = _seed(seed)
-    device, _ = device_and_dtype(model, x)
-    size = _images_at_once(model, x, num_chains, num_leapfrog, chunk_size)
-    found: list[tuple[Tensor, Tensor]] = []
-    with seeded(seed, device), _progress(len(x), size, num_steps, progress) as bar:
-        for path in _paths(model, x, guide, seed, first_image, num_chains, size):
-            run = path.forward(schedule, num_leapfrog, bar)
-            _check_finite(run.log_weights, first_image + sum(w.shape[1] for w, _ in found))
-            found.append((run.log_weights, run.acceptance))
-    log_weights, acceptance = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    evidence = Evidence.from_log_weights(log_weights)
-    return AnnealedEvidence(
-        evidence.log_evidence,
-        evidence.standard_error,
-        evidence.effective_sample_size,
-        acceptance.mean(0),
-        num_chains,
-        num_steps,
-    )
+    check_images(model, x)
+    annealing = _Annealing(model, guide, num_chains, num_steps, num_leapfrog, seed, first_image)
+
+    def work(size: int) -> AnnealedEvidence:
+        with progress_bar(progress, "annealing", -(-len(x) // size) * num_steps) as bar:
+            parts = [chains for chains, _ in annealing.forward(x, size, bar)]
+        evidence = Evidence.from_log_weights(torch.cat([part.log_weights for part in parts], 1))
+        return AnnealedEvidence(
+            evidence.log_evidence,
+            evidence.standard_error,
+            evidence.effective_sample_size,
+            torch.cat([part.acceptance for part in parts], 1).mean(0),
+            num_chains,
+            num_steps,
+        )
+
+    return annealing.run(work, x, chunk_size)
 
 
-@with_own_parameters
+@evaluator
 def bidirectional(
     model: PyroProgram,
     guide: PyroProgram | None = None,
@@ -210,7 +208,7 @@ def bidirectional(
     like: Tensor | None = None,
     progress: bool | str = False,
 ) -> Sandwich:
-    r"""Bounds log p(x) from both sides for images simulated from the model (Grosse et al. 2016).
+    r"""Bounds log p(x) on both sides for images simulated from the model (BDMC, Grosse 2016).
 
     The z that an image x was simulated from is an exact draw of p(z|x). Chains from it back to
     the start :math:`q_0` have weights with :math:`E[1/w] = 1/p(x)`, so that
@@ -220,8 +218,8 @@ def bidirectional(
         \;\lesssim\; \log p(x) \;\lesssim\;
         -\log \tfrac1M \sum_m 1 / w_m^{\text{back}},
 
-    each in expectation. Where they meet, annealing has converged, modes included, for images like
-    those of the model. The way back takes the step sizes of the pilots on the way forward.
+    each in expectation. Where both bounds meet, annealing has converged, including all modes, for
+    images like those of the model. The way back uses the step sizes of the forward pilots.
 
     References:
         Grosse, Ancha and Roy, *Measuring the reliability of MCMC inference with bidirectional
@@ -230,12 +228,12 @@ def bidirectional(
     Arguments:
         model: As in :func:`annealed_evidence`; its observations must be one site.
         guide: A guide with ``posterior(x)`` to start from; None starts from the model's prior.
-        num_images: How many images to simulate.
+        num_images: The number of images to simulate.
         num_chains, num_steps, num_leapfrog, chunk_size, seed, progress: As in
             :func:`annealed_evidence`.
-        first_image: The index of the first image: image n of a seed is the same in every call.
-        like: Images (1, C, H, W) to call the model with, for their shape; by default zeros of
-            ``model.image_shape``.
+        first_image: The index of the first image. An image of a seed is the same in every call.
+        like: Images (1, C, H, W) that give the model the shape; by default zeros of the shape of
+            an :class:`pyro_gpvae.ImageModel`.
 
     Raises:
         ValueError: As :func:`annealed_evidence`, or if the model's observations are not one site.
@@ -247,34 +245,39 @@ def bidirectional(
         >>> bidirectional(model, num_images=8, seed=0).gap < 0.2
         True
     """
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-    schedule = sigmoidal_schedule(num_steps)
-    seed = _seed(seed)
+    check_at_least(1, num_images=num_images)
     if like is None:
-        if not hasattr(model, "image_shape"):
+        if not isinstance(model, ImageModel):
             raise ValueError("the model has no image_shape: pass an image of its shape as like=")
         like = torch.zeros(1, *model.image_shape)
-    like = as_pixels(model, like[:1])
-    size = _images_at_once(model, like, num_chains, num_leapfrog, chunk_size)
-    found: list[tuple[Tensor, Tensor]] = []
-    with seeded(seed, like.device), _progress(num_images, size, 2 * num_steps, progress) as bar:
+    blank = to_batch(like[:1], model, guide)
+    annealing = _Annealing(model, guide, num_chains, num_steps, num_leapfrog, seed, first_image)
+
+    def work(size: int) -> Sandwich:
         indices = range(first_image, first_image + num_images)
-        pairs = [_simulate(model, like, seed, n) for n in indices]
+        pairs = [_simulate(model, blank, annealing.seed, index) for index in indices]
         x, z = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        paths = _paths(model, x, guide, seed, first_image, num_chains, size)
-        for path, end in zip(paths, z.split(size), strict=True):
-            forward = path.forward(schedule, num_leapfrog, bar)
-            back = path.back(end, forward.steps, schedule, num_leapfrog, bar)
-            image = first_image + sum(w.shape[1] for w, _ in found)
-            _check_finite(forward.log_weights, image)
-            _check_finite(back, image)
-            found.append((forward.log_weights, -back))
-    bounds = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    lower, upper = map(Evidence.from_log_weights, bounds)
-    return Sandwich(
-        lower.log_evidence, -upper.log_evidence, lower.standard_error, upper.standard_error, x, z
-    )
+        lower: list[Tensor] = []
+        upper: list[Tensor] = []
+        with progress_bar(progress, "annealing", -(-num_images // size) * 2 * num_steps) as bar:
+            for forward, path in annealing.forward(x, size, bar):
+                image = sum(part.shape[1] for part in lower)
+                end = z[image : image + forward.log_weights.shape[1]]
+                back = path.back(end, forward.steps, annealing.schedule, num_leapfrog, bar)
+                _check_finite(back, first_image + image)
+                lower.append(forward.log_weights)
+                upper.append(-back)
+        below, above = (Evidence.from_log_weights(torch.cat(part, 1)) for part in (lower, upper))
+        return Sandwich(
+            below.log_evidence,
+            -above.log_evidence,
+            below.standard_error,
+            above.standard_error,
+            x,
+            z,
+        )
+
+    return annealing.run(work, blank, chunk_size)
 
 
 def sigmoidal_schedule(num_steps: int, steepness: float = 4.0) -> list[float]:
@@ -284,109 +287,87 @@ def sigmoidal_schedule(num_steps: int, steepness: float = 4.0) -> list[float]:
         >>> [round(beta, 3) for beta in sigmoidal_schedule(4)]
         [0.0, 0.105, 0.5, 0.895, 1.0]
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    check_at_least(1, num_steps=num_steps)
     s = torch.linspace(-steepness, steepness, num_steps + 1, dtype=torch.float64).sigmoid()
     return cast(list[float], ((s - s[0]) / (s[-1] - s[0])).tolist())
 
 
-def _paths(
-    model: PyroProgram,
-    x: Tensor,
-    guide: PyroProgram | None,
-    seed: int,
-    first_image: int,
-    num_chains: int,
-    size: int,
-) -> Iterator[AnnealingPath]:
-    """The paths of all images, so many images at a time; the guide is asked for more at once."""
-    outer = -(-MAX_IMAGES // size) * size  # whole parts, at least MAX_IMAGES
-    for begin in range(0, len(x), outer):
-        images = as_pixels(model, x[begin : begin + outer])
-        indices = range(first_image + begin, first_image + begin + len(images))
-        starts = start_distributions(model, images, guide, seed, indices)
-        for at in range(0, len(images), size):
-            part = slice(at, at + size)
-            yield AnnealingPath.start(
-                model, images[part], starts[part], seed, indices[part], num_chains
-            )
+class _Annealing:
+    """The settings that both estimators share, and the forward chains."""
+
+    def __init__(
+        self,
+        model: PyroProgram,
+        guide: PyroProgram | None,
+        num_chains: int,
+        num_steps: int,
+        num_leapfrog: int,
+        seed: int | None,
+        first_image: int,
+    ) -> None:
+        check_at_least(1, num_chains=num_chains, num_leapfrog=num_leapfrog)
+        self.model, self.guide = model, guide
+        self.num_chains, self.num_leapfrog = num_chains, num_leapfrog
+        self.schedule = sigmoidal_schedule(num_steps)
+        self.seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.first_image = first_image
+
+    def run(self, work: Callable[[int], _Result], x: Tensor, chunk_size: int | None) -> _Result:
+        """Calls the work with the number of images whose chains fit into a chunk."""
+        device = device_of(x, self.model, self.guide)
+        chains = chains_with_pilots(self.num_chains)
+        with seeded(self.seed, device):
+            return halving_chunks(lambda size: work(max(1, size // chains)), chunk_size, device)
+
+    def forward(self, x: Tensor, size: int, bar: tqdm) -> Iterator[tuple[Forward, AnnealingPath]]:
+        """Yields the forward chains of all images, ``size`` images at a time, and their paths."""
+        index = self.first_image
+        # the guide is asked for whole parts, of at least MAX_IMAGES images
+        for images in batches(x, self.model, self.guide, size=-(-MAX_IMAGES // size) * size):
+            indices = range(index, index + len(images))
+            starts = start_distributions(self.model, images, self.guide, self.seed, indices)
+            for at in range(0, len(images), size):
+                part = slice(at, at + size)
+                path = AnnealingPath.start(
+                    self.model,
+                    images[part],
+                    starts[part],
+                    self.seed,
+                    indices[part],
+                    self.num_chains,
+                )
+                chains = path.forward(self.schedule, self.num_leapfrog, bar)
+                _check_finite(chains.log_weights, index + at)
+                yield chains, path
+            index += len(images)
 
 
 def _simulate(model: PyroProgram, like: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
     """One image (1, C, H, W) and its z (1, p), drawn from the model."""
-    local = poutine.block(model, hide_fn=is_global)
-    with seeded(image_seed(seed, index, "simulation"), like.device), torch.no_grad():
+    with seeded(image_seed(seed, index, "simulation"), like.device):
         try:
             with nonfinite_as_error():
-                trace = poutine.trace(poutine.uncondition(local)).get_trace(like)
+                sites = local_sites(model, like, simulate=True)
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"image {index} cannot be simulated: {error}", images=[index]
             ) from error
-    images = [
-        site["value"]
-        for site in cast(Any, trace.nodes.values())
-        if site["type"] == "sample" and site["infer"].get("was_observed")
-    ]
-    if len(images) != 1 or "z" not in trace:
+    if len(sites.observed) != 1 or "z" not in sites.latent:
         raise ValueError(
             "images can be simulated from a model with the site 'z' and one observed site, "
-            f"found {len(images)} of them"
+            f"found {len(sites.observed)} of them"
         )
-    return images[0], cast(Any, trace.nodes["z"])["value"]
+    (image,) = sites.observed.values()
+    return image["value"], sites.latent["z"]["value"]
 
 
 def _check_finite(log_weights: Tensor, first: int) -> None:
     wrong = (~(log_weights < torch.inf)).any(0).nonzero().flatten() + first
     if len(wrong):
         images = wrong.tolist()
-        names = name_images(images)
         raise NonFiniteError(
-            f"annealing meets a log p(x, z) or log q(z|x) that is NaN or overflows "
-            f"{log_weights.dtype}, for image {names}: is the decoder finite for every z that its "
-            "start may draw?",
+            "a log p(x, z) or log q(z|x) in annealing is NaN or overflows "
+            f"{log_weights.dtype}, for image {name_images(images)}: is the decoder finite for "
+            "every z that its start may draw?",
             images=images,
         )
-
-
-def _images_at_once(
-    model: PyroProgram, x: Tensor, num_chains: int, num_leapfrog: int, chunk_size: int | None
-) -> int:
-    if chunk_size is None:
-        device, _ = device_and_dtype(model, x)
-        chunk_size = default_chunk_size(device, partial(_bytes_per_chain, model, x))
-    for name, value in (
-        ("num_chains", num_chains),
-        ("num_leapfrog", num_leapfrog),
-        ("chunk_size", chunk_size),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    return max(1, chunk_size // (num_chains + num_pilots_for(num_chains)))
-
-
-def _bytes_per_chain(model: PyroProgram, x: Tensor) -> int:
-    """What log p(x, z) and its gradient take for a chain; the density of the start is not in it."""
-    device, dtype = device_and_dtype(model, x)
-    image = torch.zeros_like(x[:1], device=device, dtype=dtype)
-    log_joint = log_joint_of(model, image)
-    with torch.enable_grad(), seeded(0, device):
-        (prior,) = start_distributions(model, image, None, 0, [0])
-
-        def begin(count: int) -> Callable[[], Any]:
-            z = prior.sample(torch.Size([count])).requires_grad_()
-            return lambda: torch.autograd.grad(log_joint(z).sum(), z)
-
-        return bytes_each(begin)
-
-
-def _seed(seed: int | None) -> int:
-    return int(torch.randint(2**31, ())) if seed is None else seed
-
-
-@contextmanager
-def _progress(num_images: int, size: int, num_steps: int, progress: bool | str) -> Iterator[tqdm]:
-    label = progress if isinstance(progress, str) else "annealing"
-    total = -(-num_images // size) * num_steps
-    with tqdm(total=total, desc=label, disable=not progress) as bar:
-        yield bar

@@ -1,29 +1,34 @@
-r"""How much z says about the image: active units, mutual information."""
+"""How much z depends on the image: active units and mutual information."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
-from pyro_gpvae.evaluation.generation import (
-    float_batches,
-    posterior_mean,
-    program_sites,
-    seeded_for,
+from pyro_gpvae.core._chunks import check_chunk_size, default_chunk_size, halving_chunks
+from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.evaluation._evaluator import (
+    batches,
+    check_at_least,
+    check_images,
+    check_posterior,
+    device_of,
+    evaluator,
+    progress_bar,
+    seeded_if,
 )
+from pyro_gpvae.evaluation._posteriors import posterior_mean
+from pyro_gpvae.evaluation.generation import prior_and_likelihood
+from pyro_gpvae.model.guide import posterior_of
 
 __all__ = ["ActiveUnits", "LatentInformation", "active_units", "mutual_information"]
-
-# densities q(z|x) evaluated at once; some guides need 50 numbers for each latent dimension
-_DENSITIES = {"cpu": 2**14, "cuda": 2**18}
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,9 @@ class ActiveUnits:
     """How much the posterior means move with the image.
 
     Attributes:
-        variances: Var_x(E_q[z_j|x]) of each latent dimension, (p,), float64; 0 where a dimension
-            is ignored and at most about 1 where it is used.
-        threshold: What a variance must exceed to be active.
+        variances: Var_x(E_q[z_j|x]) of each latent dimension, (p,), float64: 0 where a dimension
+            is ignored, and at most about 1 where it is used.
+        threshold: The variance above which a dimension is active.
         num_images: The number of images.
     """
 
@@ -47,8 +52,7 @@ class ActiveUnits:
         return int((self.variances > self.threshold).sum())
 
 
-@with_own_parameters
-@torch.no_grad()
+@evaluator
 def active_units(
     model: PyroProgram,
     guide: PyroProgram,
@@ -60,10 +64,10 @@ def active_units(
 ) -> ActiveUnits:
     r"""Counts latent dimensions whose posterior mean varies: :math:`Var_x(E_q[z_j|x]) > 0.01`.
 
-    Where a guide does not tell its mean, that of 100 draws is taken, and the variance over images
-    that it has from them is subtracted: for an inactive unit it is 1/100, as large as the
-    threshold. The result is the covariance between the means of two halves of the draws, so that
-    random weights, which move all images at once, do not matter.
+    Where the posterior mean is not known, it is estimated from 100 draws. The variance over
+    images that this adds is subtracted: for an inactive unit it is 1/100, as large as the
+    threshold. The result is the covariance between the means of two halves of the draws, in which
+    random weights that move all images at once cancel.
 
     References:
         Burda, Grosse and Salakhutdinov, *Importance Weighted Autoencoders*, 2016, section 5.2.
@@ -71,20 +75,21 @@ def active_units(
 
     Arguments:
         model, guide, seed: See :func:`reconstruct`.
-        images: At least two images (N, C, H, W), uint8 or floats in [0, 1].
+        images: At least two images (N, C, H, W), uint8 or floats.
         threshold: See above.
         progress: Whether to show a progress bar; a text is its label.
 
     Raises:
         ValueError: If there are fewer than two images, or the threshold is negative.
     """
-    if len(images) < 2:
-        raise ValueError(f"a variance over images needs at least 2 of them, got {len(images)}")
+    check_images(model, images)
+    check_at_least(2, num_images=len(images))
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
     means, errors = [], []
-    with seeded_for(model, images, seed), _bar(progress, "active units", len(images)) as bar:
-        for x in float_batches(model, images):
+    device = device_of(images, model, guide)
+    with seeded_if(seed, device), progress_bar(progress, "active units", len(images)) as bar:
+        for x in batches(images, model, guide):
             mean, error = posterior_mean(guide, x)
             means.append(mean.double())
             errors.append(error.double())
@@ -95,16 +100,16 @@ def active_units(
 
 @dataclass(frozen=True)
 class LatentInformation:
-    """How much z says about the image, in nats; see :func:`mutual_information`.
+    """How much z depends on the image, in nats; see :func:`mutual_information`.
 
     Attributes:
         mutual_information: I_q(x; z) of the N images, at most log N.
         marginal_kl: KL(q(z) ‖ p(z)) of the aggregate posterior.
         kl: The mean of KL(q(z|x) ‖ p(z)): the sum of the two.
         mutual_information_error, marginal_kl_error, kl_error: Their standard errors due to the
-            draws, for fixed images; not a number for one draw per image.
+            draws, for fixed images; NaN for one draw per image.
         num_images: N.
-        num_samples: Draws per image.
+        num_samples: The number of draws per image.
     """
 
     mutual_information: float
@@ -122,8 +127,7 @@ class LatentInformation:
         return math.log(self.num_images)
 
 
-@with_own_parameters
-@torch.no_grad()
+@evaluator
 def mutual_information(
     model: PyroProgram,
     guide: PyroProgram,
@@ -141,14 +145,10 @@ def mutual_information(
         I_q(x; z) &= \frac1N \sum_n E_{q(z|x_n)} \Bigl[\log \frac{q(z|x_n)}{q(z)}\Bigr],
         \qquad q(z) = \frac1N \sum_m q(z|x_m)
 
-    with expectations over draws of z. For these N images the estimates are unbiased. The sum over
-    m includes n, so that no draw says more than log N. The mutual information under the
-    distribution that the images come from lies between two of the numbers, in expectation:
-    :math:`I_q(x; z)` is a lower bound, which tells nothing where it has come near log N, and
-    the mean KL an upper bound. On digits (p = 10, 20 epochs, N = 200) all of eleven guides were
-    within 0.002 nats of log N: there, only the upper bound tells guides apart.
-
-    All S N² pairs of a draw and an image are evaluated, ``chunk_size`` at a time.
+    Expectations are over draws of z, and unbiased for these N images. The sum over m includes n,
+    so that no draw contributes more than log N. For the distribution that the images come from,
+    :math:`I_q(x; z)` is a lower bound in expectation, which is uninformative near log N, and the
+    mean KL is an upper bound.
 
     References:
         Hoffman and Johnson, *ELBO surgery: yet another way to carve up the variational evidence
@@ -159,9 +159,10 @@ def mutual_information(
     Arguments:
         model: A Pyro model, whose site ``"z"`` has the prior.
         guide: A guide with ``posterior(x)``.
-        images: The N images (N, C, H, W), uint8 or floats in [0, 1].
-        num_samples: Draws per image; at least 2 for standard errors.
-        chunk_size: How many densities q(z|x) to evaluate at once; bounds the memory.
+        images: The N images (N, C, H, W), uint8 or floats.
+        num_samples: The number S of draws per image; at least 2 for standard errors.
+        chunk_size: How many of the S N² densities are evaluated at once, which limits the memory;
+            by default four times that of :func:`pyro_gpvae.log_weights`.
         seed: As in :func:`sample_images`.
         progress: Whether to show a progress bar; a text is its label.
 
@@ -169,31 +170,35 @@ def mutual_information(
         ValueError: If the guide has no ``posterior(x)``, a number is less than 1, or a density is
             not finite.
     """
-    if not hasattr(guide, "posterior"):
-        name = getattr(guide, "__name__", type(guide).__name__)
-        raise ValueError(
-            f"mutual_information needs the density q(z|x), but the guide {name} has no posterior(x)"
-        )
-    for argument, value in (("num_samples", num_samples), ("chunk_size", chunk_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")
-    num_images = len(images)
-    pairs = num_samples * num_images * num_images
-    with seeded_for(model, images, seed), _bar(progress, "mutual information", pairs) as bar:
-        # a refined posterior may be random: every image gets one, for its draws and densities
-        posteriors, columns, priors = [], [], []
-        for x in float_batches(model, images):
-            q = guide.posterior(x)
+    check_posterior(guide, "mutual_information needs the density q(z|x)")
+    check_at_least(1, num_samples=num_samples)
+    check_chunk_size(chunk_size)
+    check_images(model, images)
+    device, count = device_of(images, model, guide), len(images)
+    with seeded_if(seed, device):
+        # some posteriors are random: the same one serves the draws and the densities of an image
+        posteriors: list[Any] = []
+        columns, priors = [], []
+        for x in batches(images, model, guide):
+            q = cast(Any, posterior_of(guide, x))
             z = q.sample((num_samples,))
             posteriors.append(q)
             columns.append(z)
-            priors.append(program_sites(model, x)[0]["fn"].log_prob(z).double())
-        draws = torch.cat(columns, 1).flatten(0, 1)  # (S N, p); row s N + n is of image n
-        if chunk_size is None:
-            chunk_size = _DENSITIES.get(draws.device.type, _DENSITIES["cpu"])
-        own, total = _densities(posteriors, draws, num_images, chunk_size, bar)
-    log_q, log_total = (values.view(num_samples, num_images) for values in (own, total))
-    log_marginal, log_prior = log_total - math.log(num_images), torch.cat(priors, 1)
+            priors.append(prior_and_likelihood(model, x)[0].log_prob(z).double())
+    draws = torch.cat(columns, 1).flatten(0, 1)  # (S N, p); row s N + n is of image n
+
+    def work(size: int) -> tuple[Tensor, Tensor]:
+        total = num_samples * count * count
+        with progress_bar(progress, "mutual information", total) as bar:
+            return _densities(posteriors, draws, count, size, bar)
+
+    own, total = halving_chunks(work, chunk_size or 4 * default_chunk_size(device), device)
+    log_q, log_total = (values.view(num_samples, count) for values in (own, total))
+    return _summary(log_q, log_total - math.log(count), torch.cat(priors, 1))
+
+
+def _summary(log_q: Tensor, log_marginal: Tensor, log_prior: Tensor) -> LatentInformation:
+    """Averages log densities (S, N) of q(z|x), of the aggregate posterior, and of the prior."""
     information, marginal, kl = log_q - log_marginal, log_marginal - log_prior, log_q - log_prior
     if not (information.isfinite().all() and kl.isfinite().all()):
         raise ValueError(
@@ -207,13 +212,13 @@ def mutual_information(
         mutual_information_error=_error(information),
         marginal_kl_error=_error(marginal),
         kl_error=_error(kl),
-        num_images=num_images,
-        num_samples=num_samples,
+        num_images=log_q.shape[1],
+        num_samples=log_q.shape[0],
     )
 
 
 def _densities(
-    posteriors: Sequence[Any], z: Tensor, num_images: int, chunk_size: int, bar: Any
+    posteriors: Sequence[Any], z: Tensor, num_images: int, chunk_size: int, bar: tqdm
 ) -> tuple[Tensor, Tensor]:
     """log q(z|x_n) of the image that z (S N, p) was drawn for, and log Σ_m q(z|x_m): (S N,)."""
     image = torch.arange(len(z), device=z.device) % num_images
@@ -241,8 +246,3 @@ def _error(terms: Tensor) -> float:
     if len(terms) == 1:
         return math.nan
     return float((terms.var(0) / len(terms)).sum().sqrt()) / terms.shape[1]
-
-
-def _bar(progress: bool | str, label: str, total: int) -> Any:
-    label = progress if isinstance(progress, str) else label
-    return tqdm(total=total, desc=label, disable=not progress, unit_scale=True)

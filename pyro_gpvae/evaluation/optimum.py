@@ -1,12 +1,10 @@
-r"""The instance-wise optimum: a posterior of its own for each image, optimised to convergence."""
+r"""The instance-wise optimum: the Gaussian of highest ELBO of each image."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, get_args
 
 import pyro
@@ -15,17 +13,29 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import check_finite
-from pyro_gpvae.core._memory import bytes_each
-from pyro_gpvae.core._plates import DATA_PLATE
-from pyro_gpvae.core._programs import BorrowedModules, Program
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.evaluation._autoguides import Stack, fit_autoguide, load_autoguide
-from pyro_gpvae.evaluation.generation import estimated_mean, known_mean
-from pyro_gpvae.evaluation.importance import default_chunk_size
+from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.evaluation._evaluator import (
+    check_at_least,
+    check_images,
+    check_posterior,
+    evaluator,
+)
+from pyro_gpvae.evaluation._posteriors import estimated_mean, known_mean
 from pyro_gpvae.model.curvature import inverse_cholesky, line_search, linearize
+from pyro_gpvae.model.guide import HasPosterior, posterior_of
+from pyro_gpvae.model.image_model import ImageModel
 
-__all__ = ["InstanceGuide", "InstanceOptimum"]
+__all__ = [
+    "Covariance",
+    "InstanceOptimum",
+    "check_optimum_options",
+    "climb",
+    "laplace_start",
+    "optimise_gaussian",
+]
 
 Covariance = Literal["diagonal", "full"]
 
@@ -38,16 +48,17 @@ _CURVATURE = 0.25
 
 @dataclass(frozen=True)
 class InstanceOptimum:
-    """What the optimisation of B images found; tensors have shape (B,), figures are in nats.
+    """The result of the optimisation of B images; tensors have shape (B,), in nats.
 
     Attributes:
         posterior: The optimised q(z|x), batch shape (B,), event shape (p,).
         elbo: Its ELBO, as estimated during the last steps.
-        gap: How far that is below the optimum nearby, as estimated from the last gradients.
+        gap: The estimated distance of the ELBO from the nearest local optimum.
         converged: Whether the gap is below the tolerance.
-        steps: How many steps each image took.
-        jitter: What the precision at the mode, where they start, had to have added to its
-            diagonal, as a share of its mean; see :func:`guides.laplace.inverse_cholesky`.
+        steps: The number of steps of each image.
+        jitter: What had to be added to the diagonal of the precision at the mode, as a share of
+            its mean; see :func:`pyro_gpvae.model.curvature.inverse_cholesky`.
+        tolerance: The tolerance of the ELBO.
     """
 
     posterior: TorchDistribution
@@ -56,40 +67,55 @@ class InstanceOptimum:
     converged: Tensor
     steps: Tensor
     jitter: Tensor
+    tolerance: float
+
+    def warn_unless_converged(self, stacklevel: int = 2) -> None:
+        """Warns of images that have not converged."""
+        left = int((~self.converged).sum())
+        if left:
+            warnings.warn(
+                f"{left} of {len(self.gap)} images are not within {self.tolerance} nats of their "
+                f"optimum after {int(self.steps.max())} steps (estimated gap up to "
+                f"{float(self.gap.max()):.2g}): raise max_steps",
+                stacklevel=stacklevel + 1,
+            )
 
 
-class InstanceGuide(Program):
-    r"""The Gaussian of highest ELBO for each image: the reference for the amortisation gap.
+@evaluator
+def optimise_gaussian(
+    model: ImageModel,
+    x: Tensor,
+    covariance: Covariance = "full",
+    *,
+    start: HasPosterior | None = None,
+    tolerance: float = 0.05,
+    max_steps: int = 200,
+    num_starts: int = 2,
+    chunk_size: int | None = None,
+) -> InstanceOptimum:
+    r"""Finds the Gaussian of highest ELBO of each image, without amortisation.
 
     .. math:: q^*(z|x) = \arg\max_q E_q[\log p(x, z) - \log q(z)],
         \qquad q = N(\mu, \mathrm{diag}\, s^2) \text{ or } N(\mu, \Sigma)
 
-    without amortisation: it has no parameters, and is used at evaluation, as a reference and
-    as the proposal of :func:`pyro_gpvae.log_evidence` for any model.
-
     Gauss-Newton steps with a line search find a mode. From the Laplace approximation there, mean
-    and covariance :math:`\Sigma = S S^\top` climb together along the natural gradient,
+    and covariance :math:`\Sigma = S S^\top` follow the natural gradient,
 
     .. math::
         \mu \leftarrow \mu + \rho_t S a, \quad a = S^\top E_q[\nabla \log p(x, z)], \qquad
         S \leftarrow S e^{\rho_t A / 2}, \quad
         A = I + S^\top E_q[\nabla \log p(x, z)\, \varepsilon^\top], \quad z = \mu + S\varepsilon
 
-    (symmetric part of A, or its diagonal). Expectations are randomly rotated cubatures of 2p + 1
-    points, exact for quadratic functions and unbiased up to degree five; the rotations are the
-    same for all images, so that a result does not depend on the batch, and no random state is
-    used. The rate :math:`\rho_t = 2/(t + 4)` averages what they leave of noise; t starts again
-    while gradients still point the same way.
+    (the symmetric part of A, or its diagonal). Expectations are randomly rotated cubatures of
+    2p + 1 points, exact for quadratic functions and unbiased up to degree five. The rotations are
+    the same for all images, so a result does not depend on the batch, and the random state is not
+    used. The rate :math:`\rho_t = 2/(t + 4)` averages the remaining noise; t is reset while
+    successive gradients agree.
 
-    In these coordinates the ELBO around a Gaussian posterior has curvature 1, whatever the shape,
-    and the gap to the optimum is :math:`\frac12 \|a\|^2 + \frac14 \|A\|^2`. An image has
-    converged when four times this, for the average of the latest gradients, is below the
-    tolerance: other posteriors are flatter. It is an estimate, and of the next optimum, not of
-    the highest. On digits (p = 10, tolerance 0.05) full covariances ended 0.01 nats below a
-    run of 200 steps on average, 0.07 at most; diagonal ones 0.03, and 0.23 at most.
-
-    Cost per image, in forward passes of the decoder: about 7 (p + 8) for each start, then
-    3 (2p + 1) a step; most images take 10 to 20 steps.
+    In these coordinates the ELBO around a Gaussian posterior has curvature 1, and the gap to the
+    optimum is :math:`\frac12 \|a\|^2 + \frac14 \|A\|^2`. Other posteriors are flatter: an image
+    has converged when four times this, for the average of the latest gradients, is below the
+    tolerance. The estimate refers to the nearest local optimum.
 
     References:
         Cremer, Li and Duvenaud, *Inference Suboptimality in Variational Autoencoders*, 2018.
@@ -98,224 +124,159 @@ class InstanceGuide(Program):
 
     Arguments:
         model: The model, whose decoder and likelihood are used.
+        x: Images (B, C, H, W), uint8 or floats.
         covariance: "diagonal" or "full".
-        warm_start: Any guide with ``posterior(x)``, whose mean is the start; by default zero.
-        tolerance: Of the ELBO of an image, in nats.
-        max_steps: At most so many steps; by default 200, and 3000 of Adam with an autoguide.
-        num_starts: Modes are searched from so many points, the first of them as above, the
-            others about half a prior standard deviation away; the best mode is taken. On digits
-            the second gains 0.1 to 0.2 nats on average, further ones nothing.
-        autoguide: A class of :mod:`pyro.infer.autoguide` with a density, such as
-            ``AutoMultivariateNormal`` or ``AutoIAFNormal``, its name, or any function from a
-            Pyro model to such a guide. Each image is then a model of its own, with the latent
-            site ``"u"``, z = μ + s u for the mode μ and scale s of the Laplace approximation,
-            and is optimised by Adam, one image after the other. The convergence figures are
-            then differences between windows of steps: good for a check, and slow.
+        start: Any guide with ``posterior(x)``, whose mean is the start; by default zero.
+        tolerance: The tolerance of the ELBO of an image, in nats.
+        max_steps: The largest number of steps.
+        num_starts: The number of starting points of the search for a mode. The first one is the
+            start, the others are about half a prior standard deviation away. The mode of highest
+            Laplace evidence is taken.
+        chunk_size: The number of latent vectors decoded at once; see
+            :func:`pyro_gpvae.log_weights`. It does not change the result.
 
     Raises:
         ValueError: If an option is unknown, or a number is not positive.
-        torch.linalg.LinAlgError: From :meth:`optimise`, if the curvature of an image's log joint
-            is not finite; names the image.
+        torch.linalg.LinAlgError: If the curvature of an image's log joint is not finite; names
+            the image.
 
     Example:
-        >>> from pyro_gpvae import ImageModel
-        >>> guide = InstanceGuide(ImageModel((1, 28, 28), latent_dim=2))
-        >>> guide.optimise(torch.rand(3, 1, 28, 28)).converged
+        >>> model = ImageModel((1, 28, 28), latent_dim=2)
+        >>> optimise_gaussian(model, torch.rand(3, 1, 28, 28)).converged
         tensor([True, True, True])
     """
+    check_optimum_options(covariance, start, tolerance, max_steps, num_starts)
+    check_images(model, x)
+    images = to_batch(x, model)
+    loc, factor, jitter = laplace_start(model, images, covariance, start, num_starts)
 
-    def __init__(
-        self,
-        model: Any,
-        covariance: Covariance = "diagonal",
-        *,
-        warm_start: Any = None,
-        tolerance: float = 0.05,
-        max_steps: int | None = None,
-        num_starts: int = 2,
-        autoguide: Callable[[Any], Any] | str | None = None,
-    ) -> None:
-        super().__init__()
-        if covariance not in get_args(Covariance):
-            raise ValueError(
-                f"covariance must be one of {get_args(Covariance)}, got {covariance!r}"
-            )
-        if autoguide is not None and covariance != "diagonal":
-            raise ValueError(
-                f"covariance={covariance!r} with an autoguide: it is the autoguide's own"
-            )
-        if not (tolerance > 0 and math.isfinite(tolerance)):
-            raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
-        if max_steps is None:
-            max_steps = 200 if autoguide is None else 3000
-        for name, value in (("max_steps", max_steps), ("num_starts", num_starts)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if warm_start is not None and not hasattr(warm_start, "posterior"):
-            raise ValueError(
-                f"a warm start must have posterior(x), which {type(warm_start).__name__} has not"
-            )
-        self.latent_dim: int = model.latent_dim
-        self.covariance = covariance
-        self.tolerance = tolerance
-        self.max_steps = max_steps
-        self.num_starts = num_starts
-        self.autoguide = load_autoguide(autoguide)
-        # in tuples, so that their parameters are not this guide's
-        self._model, self._start = BorrowedModules((model,)), BorrowedModules((warm_start,))
+    def work(size: int) -> InstanceOptimum:
+        begin = loc.clone(), factor.clone(), jitter
+        return climb(model, images, begin, covariance, tolerance, max_steps, size)
 
-    def posterior(self, x: Tensor) -> TorchDistribution:
-        """Returns q*(z|x), batch shape (B,), event shape (p,); warns of images not converged."""
-        optimum = self.optimise(x)
-        left = int((~optimum.converged).sum())
-        if left:
-            warnings.warn(
-                f"{left} of {len(x)} images are not within {self.tolerance} nats of their "
-                f"optimum after {self.max_steps} steps (estimated gap up to "
-                f"{float(optimum.gap.max()):.2g}): raise max_steps",
-                stacklevel=2,
-            )
-        return optimum.posterior
+    return halving_chunks(work, chunk_size, images.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.posterior(x)
-        with pyro.plate(DATA_PLATE, len(x), dim=-1):
-            z: Tensor = pyro.sample("z", q)
-        return z
 
-    @torch.no_grad()
-    def optimise(self, x: Tensor) -> InstanceOptimum:
-        """Optimises the posterior of each image of x (B, C, H, W)."""
-        start = self._laplace(x)
-        if self.autoguide is not None:
-            return self._optimise_autoguide(x, *start)
-        return self._optimise_gaussian(x, *start)
+def check_optimum_options(
+    covariance: str, start: Any, tolerance: float, max_steps: int, num_starts: int
+) -> None:
+    """Raises ValueError if an option of :func:`optimise_gaussian` is wrong."""
+    if covariance not in get_args(Covariance):
+        raise ValueError(f"covariance must be one of {get_args(Covariance)}, got {covariance!r}")
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
+    check_at_least(1, max_steps=max_steps, num_starts=num_starts)
+    if start is not None:
+        check_posterior(start, "the optimisation starts from the mean of q(z|x)")
 
-    def _laplace(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The mode of highest Laplace evidence, (B, p), S with S Sᵀ = Λ⁻¹, (B, p, p), jitter."""
-        model, (start,) = self._model[0], self._start
-        origin = x.new_zeros(len(x), self.latent_dim) if start is None else _mean(start, x)
-        generator = torch.Generator().manual_seed(0)
-        for index in range(self.num_starts):
-            shift = torch.randn(self.latent_dim, generator=generator, dtype=torch.float64) / 2
-            mode, precision = _mode(model, x, origin + shift.to(origin) if index else origin)
-            factor, jitter = inverse_cholesky(precision)
-            volume = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            evidence = model.log_joint(x, mode) + volume
-            if self.covariance == "diagonal":
-                # the mean-field optimum for a Gaussian posterior: variances 1 / Λ_jj
-                factor = torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
-            if index == 0:
-                best = evidence, mode, factor, jitter
-            else:
-                better = evidence > best[0]
-                best = (
-                    torch.where(better, evidence, best[0]),
-                    torch.where(better[:, None], mode, best[1]),
-                    torch.where(better[:, None, None], factor, best[2]),
-                    torch.where(better, jitter, best[3]),
-                )
-        return best[1], best[2].to(origin.dtype), best[3]
 
-    def _optimise_gaussian(
-        self, x: Tensor, loc: Tensor, factor: Tensor, jitter: Tensor
-    ) -> InstanceOptimum:
-        """Natural-gradient ascent from N(loc, S Sᵀ); an image that has converged drops out."""
-        p = self.latent_dim
-        chunk_size = default_chunk_size(x.device, partial(self._bytes_per_gradient, x[:1]))
-        entropy = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + p / 2 * math.log(
-            2 * math.pi * math.e
-        )
-        elbo, gap = torch.zeros_like(entropy), torch.full_like(entropy, torch.inf)
-        mean_a, mean_A = torch.zeros_like(loc), torch.zeros_like(factor)
-        steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        age = torch.zeros_like(entropy)  # steps since the image last had a way to go
-        eye = torch.eye(p, dtype=loc.dtype, device=loc.device)
-        generator = torch.Generator().manual_seed(0)
-        active = torch.arange(len(x), device=x.device)
-        for t in range(self.max_steps):
-            points, weights = (tensor.to(loc) for tensor in _cubature(p, generator))
-            S = factor[active]
-            z = loc[active] + torch.einsum("bij,sj->sbi", S, points)
-            log_joint, gradient = self._gradient(x[active], z, chunk_size)
-            check_finite("the gradient of log p(x, z)", gradient, active)
-            a = torch.einsum("bji,sbj,s->bi", S, gradient, weights)
-            A = eye + torch.einsum("bji,sbj,sk,s->bik", S, gradient, points, weights)
-            A = A * eye if self.covariance == "diagonal" else (A + A.mT) / 2
-
-            share = (2 / (age[active] + 2)).unsqueeze(-1)
-            value = weights @ log_joint + entropy[active]
-            elbo[active] = torch.lerp(elbo[active], value, share[:, 0])
-            mean_a[active] = torch.lerp(mean_a[active], a, share)
-            mean_A[active] = torch.lerp(mean_A[active], A, share.unsqueeze(-1))
-            gap[active] = _estimate_gap(mean_a[active], mean_A[active])
-            steps[active] += 1
-
-            rate = (2 / (age[active] + 4)).unsqueeze(-1)
-            # where the average keeps most of a gradient there is a way to go: no smaller steps yet
-            far = gap[active] > 0.5 * _estimate_gap(a, A)
-            age[active] = torch.where(far, age[active].clamp(max=_FAR_AGE), age[active]) + 1
-            a, A = rate * _shorten(a, p), rate.unsqueeze(-1) * _shorten(A, p)
-            loc[active] += (S @ a.unsqueeze(-1)).squeeze(-1)
-            factor[active] = S @ torch.linalg.matrix_exp(A / 2)
-            entropy[active] += A.diagonal(dim1=-2, dim2=-1).sum(-1) / 2
-            if t + 1 >= _MIN_STEPS:
-                active = active[gap[active] >= self.tolerance]
-            if len(active) == 0:
-                break
-
-        if self.covariance == "diagonal":
-            scale = factor.diagonal(dim1=-2, dim2=-1)
-            posterior: TorchDistribution = dist.Normal(loc, scale).to_event(1)
-        else:
-            # S is a square root of the covariance, but no longer triangular
-            root = torch.linalg.qr(factor.mT).R.mT
-            root = root * root.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
-            posterior = dist.MultivariateNormal(loc, scale_tril=root)
-        return InstanceOptimum(posterior, elbo, gap, gap < self.tolerance, steps, jitter)
-
-    def _gradient(self, x: Tensor, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-        """log p(x, z) (S, B) and its gradient (S, B, p) for latents z (S, B, p)."""
-        size = max(1, chunk_size // len(z))
-        values, gradients = [], []
-        for images, latents in zip(x.split(size), z.split(size, dim=1), strict=True):
-            with torch.enable_grad(), pyro.validation_enabled(False):
-                latents = latents.detach().requires_grad_()
-                log_joint = self._model[0].log_joint(images, latents)
-                (gradient,) = torch.autograd.grad(log_joint.sum(), latents)
-            values.append(log_joint.detach())
-            gradients.append(gradient)
-        return torch.cat(values, dim=1), torch.cat(gradients, dim=1)
-
-    def _bytes_per_gradient(self, x: Tensor) -> int:
-        """What :meth:`_gradient` takes for a latent vector of one image."""
-        z = x.new_zeros(4, 1, self.latent_dim)
-        return bytes_each(lambda count: partial(self._gradient, x, z[:count], count))
-
-    def _optimise_autoguide(
-        self, x: Tensor, loc: Tensor, factor: Tensor, jitter: Tensor
-    ) -> InstanceOptimum:
-        """Fits Pyro's autoguide to each image in turn, in the coordinates of its scales."""
-        assert self.autoguide is not None
-        options = self.autoguide, self.tolerance, self.max_steps
-        scale = factor.diagonal(dim1=-2, dim2=-1)
-        found = [
-            fit_autoguide(self._model[0], image[None], mu, s, *options)
-            for image, mu, s in zip(x, loc, scale, strict=True)
+def laplace_start(
+    model: ImageModel, x: Tensor, covariance: str, start: HasPosterior | None, num_starts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the mode of highest Laplace evidence, (B, p), S with S Sᵀ = Λ⁻¹, and the jitter."""
+    origin = x.new_zeros(len(x), model.latent_dim) if start is None else _mean(start, x)
+    generator = torch.Generator().manual_seed(0)
+    best: list[Tensor] = []
+    for index in range(num_starts):
+        shift = torch.randn(model.latent_dim, generator=generator, dtype=torch.float64) / 2
+        mode, precision = _mode(model, x, origin + shift.to(origin) if index else origin)
+        factor, jitter = inverse_cholesky(precision)
+        evidence = model.log_joint(x, mode) + _log_volume(factor)
+        if covariance == "diagonal":
+            # the mean-field optimum for a Gaussian posterior: variances 1 / Λ_jj
+            factor = torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
+        found = [evidence, mode, factor, jitter]
+        if not best:
+            best = found
+        better = evidence > best[0]
+        best = [
+            torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
+            for new, old in zip(found, best, strict=True)
         ]
-        posteriors, elbos, gaps, steps = zip(*found, strict=True)
-        gap = x.new_tensor(gaps)
-        return InstanceOptimum(
-            Stack(posteriors),
-            x.new_tensor(elbos),
-            gap,
-            gap < self.tolerance,
-            torch.tensor(steps, device=x.device),
-            jitter,
-        )
+    return best[1], best[2].to(origin.dtype), best[3]
 
 
-def _mode(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+def climb(
+    model: ImageModel,
+    x: Tensor,
+    begin: tuple[Tensor, Tensor, Tensor],
+    covariance: str,
+    tolerance: float,
+    max_steps: int,
+    chunk_size: int,
+) -> InstanceOptimum:
+    """Follows the natural gradient from N(μ, S Sᵀ), with (μ, S, jitter) as in laplace_start.
+
+    Changes μ and S.
+    """
+    loc, factor, jitter = begin
+    p, diagonal = loc.shape[-1], covariance == "diagonal"
+    entropy = _log_volume(factor) + p / 2 * math.log(2 * math.pi * math.e)
+    elbo, gap = torch.zeros_like(entropy), torch.full_like(entropy, torch.inf)
+    mean_a, mean_A = torch.zeros_like(loc), torch.zeros_like(factor)
+    steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    age = torch.zeros_like(entropy)  # the t of the rates, which is reset while gradients agree
+    eye = torch.eye(p, dtype=loc.dtype, device=loc.device)
+    generator = torch.Generator().manual_seed(0)
+    active = torch.arange(len(x), device=x.device)
+    for t in range(max_steps):
+        points, weights = (tensor.to(loc) for tensor in _cubature(p, generator))
+        S = factor[active]
+        z = loc[active] + torch.einsum("bij,sj->sbi", S, points)
+        log_joint, gradient = _gradient(model, x[active], z, chunk_size)
+        check_finite("the gradient of log p(x, z)", gradient, active)
+        a = torch.einsum("bji,sbj,s->bi", S, gradient, weights)
+        A = eye + torch.einsum("bji,sbj,sk,s->bik", S, gradient, points, weights)
+        A = A * eye if diagonal else (A + A.mT) / 2
+
+        share = (2 / (age[active] + 2)).unsqueeze(-1)
+        value = weights @ log_joint + entropy[active]
+        elbo[active] = torch.lerp(elbo[active], value, share[:, 0])
+        mean_a[active] = torch.lerp(mean_a[active], a, share)
+        mean_A[active] = torch.lerp(mean_A[active], A, share.unsqueeze(-1))
+        gap[active] = _estimate_gap(mean_a[active], mean_A[active])
+        steps[active] += 1
+
+        rate = (2 / (age[active] + 4)).unsqueeze(-1)
+        # where the average keeps most of a gradient, the optimum is still far away
+        far = gap[active] > 0.5 * _estimate_gap(a, A)
+        age[active] = torch.where(far, age[active].clamp(max=_FAR_AGE), age[active]) + 1
+        a, A = rate * _shorten(a, p), rate.unsqueeze(-1) * _shorten(A, p)
+        loc[active] += (S @ a.unsqueeze(-1)).squeeze(-1)
+        factor[active] = S @ torch.linalg.matrix_exp(A / 2)
+        entropy[active] += A.diagonal(dim1=-2, dim2=-1).sum(-1) / 2
+        if t + 1 >= _MIN_STEPS:
+            active = active[gap[active] >= tolerance]
+        if len(active) == 0:
+            break
+    posterior = _gaussian(loc, factor, diagonal)
+    return InstanceOptimum(posterior, elbo, gap, gap < tolerance, steps, jitter, tolerance)
+
+
+def _gaussian(loc: Tensor, factor: Tensor, diagonal: bool) -> TorchDistribution:
+    if diagonal:
+        return dist.Normal(loc, factor.diagonal(dim1=-2, dim2=-1)).to_event(1)
+    # S is a square root of the covariance, but no longer triangular
+    root = torch.linalg.qr(factor.mT).R.mT
+    root = root * root.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return dist.MultivariateNormal(loc, scale_tril=root)
+
+
+def _gradient(model: ImageModel, x: Tensor, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """log p(x, z) (S, B) and its gradient (S, B, p) for latents z (S, B, p)."""
+    size = max(1, chunk_size // len(z))
+    values, gradients = [], []
+    for images, latents in zip(x.split(size), z.split(size, dim=1), strict=True):
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            latents = latents.detach().requires_grad_()
+            log_joint = model.log_joint(images, latents)
+            (gradient,) = torch.autograd.grad(log_joint.sum(), latents)
+        values.append(log_joint.detach())
+        gradients.append(gradient)
+    return torch.cat(values, dim=1), torch.cat(gradients, dim=1)
+
+
+def _mode(model: ImageModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """A mode of log p(x, z), (B, p), by Gauss-Newton steps, and the precision there."""
     z = z.clone()
     precision = z.new_zeros(*z.shape, z.shape[-1], dtype=torch.float64)
@@ -326,7 +287,7 @@ def _mode(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         whitened = (factor.mT @ gradient.unsqueeze(-1)).squeeze(-1)
         direction = (factor @ whitened.unsqueeze(-1)).squeeze(-1).to(z.dtype)
         new = line_search(model, x[active], z[active], direction)
-        # the Newton decrement, or no shorter step that helps: the rest is for the natural gradient
+        # an image stops where the Newton decrement is small, or no shorter step helps
         move = (whitened.square().sum(-1) / 2 > _MODE_TOLERANCE) & (new != z[active]).any(-1)
         active = active[move]
         z[active] = new[move]
@@ -335,15 +296,16 @@ def _mode(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return z, precision
 
 
-def _mean(guide: Any, x: Tensor) -> Tensor:
-    """The mean of a guide's posterior, (B, p); of draws for each image alone if it is not known."""
+def _mean(guide: HasPosterior, x: Tensor) -> Tensor:
+    """The mean of a guide's posterior, (B, p), estimated from draws where it is not known."""
     mean = known_mean(guide.posterior(x))
     if mean is not None:
         return mean.clone()
     means = []
     for image in x:
-        with seeded(0, x.device):  # every image alike, whatever its place in the batch
-            means.append(estimated_mean(guide.posterior(image[None]))[0])
+        with seeded(0, x.device):  # the same draws for every image, wherever it is in the batch
+            q: Any = posterior_of(guide, image[None])
+            means.append(estimated_mean(q)[0])
     return torch.cat(means)
 
 
@@ -361,8 +323,12 @@ def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return points, weights
 
 
+def _log_volume(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
 def _estimate_gap(a: Tensor, A: Tensor) -> Tensor:
-    """How far an ELBO of curvature _CURVATURE and this natural gradient is from its top, (B,)."""
+    """The distance of an ELBO of curvature _CURVATURE and this gradient from its maximum, (B,)."""
     return (a.square().sum(-1) / 2 + A.square().sum((-2, -1)) / 4) / _CURVATURE
 
 

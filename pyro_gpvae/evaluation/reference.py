@@ -1,10 +1,10 @@
-r"""log p(x) of each image by the most reliable of several estimators, named image by image."""
+"""log p(x) of each image by the most reliable of several estimators."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,31 +12,43 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
+from pyro_gpvae.core._chunks import halving_chunks
+from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
+from pyro_gpvae.evaluation._evaluator import (
+    batches,
+    check_at_least,
+    check_images,
+    device_of,
+    evaluator,
+    progress_bar,
+)
+from pyro_gpvae.evaluation._posteriors import Widened, estimated_mean
 from pyro_gpvae.evaluation.annealing import annealed_evidence
 from pyro_gpvae.evaluation.importance import (
-    MAX_IMAGES,
     PARETO_LIMIT,
     Evidence,
     ParetoWarning,
-    as_pixels,
-    check_batch,
-    log_weights,
+    weights_in_chunks,
 )
+from pyro_gpvae.evaluation.optimum import optimise_gaussian
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
-from pyro_gpvae.model.guide import make_guide
+from pyro_gpvae.model.guide import HasPosterior, posterior_of
+from pyro_gpvae.model.image_model import ImageModel
 
-__all__ = ["Estimate", "ReferenceEvidence", "reference_evidence"]
+__all__ = ["WIDTHS", "Estimate", "ReferenceEvidence", "reference_evidence"]
 
 #: log p(x), its standard error, and k̂ where there is one; each (B,).
 Estimate = tuple[Tensor, Tensor, Tensor]
 
-# by how many standard errors, and nats more for weights of heavy tail, a bound refutes another
-_REFUTING_ERRORS, _REFUTING_NATS = 3.0, 3.0
+#: Width factors c for :func:`reference_evidence`.
+WIDTHS = (0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 #: Annealing with fewer chains is not trusted: their spread does not tell their error.
 MIN_CHAINS = 8
-# nor where fewer than this part of the chains carries the weight
+# a bound refutes another one if it is higher by so many standard errors, and, if its own weights
+# have a heavy tail, by so many nats more
+_REFUTING_ERRORS, _REFUTING_NATS = 3.0, 3.0
+# annealing is not trusted where a smaller share of the chains carries the weight
 _MIN_EFFECTIVE = 0.25
 
 
@@ -47,11 +59,12 @@ class ReferenceEvidence:
     Attributes:
         log_evidence: log p(x).
         standard_error: Its Monte-Carlo standard error.
-        estimator: Which estimator gave it, a name an image, a key of ``estimates``.
-        pareto_k: Its Pareto k̂; not a number for annealing.
+        estimator: The estimator that gave it, one key of ``estimates`` per image.
+        pareto_k: Its Pareto k̂; NaN for annealing.
         trusted: Whether the estimator is reliable by rule 1 of :func:`reference_evidence`. Where
-            it is not, ``log_evidence`` may be too low by any amount.
-        estimates: What every estimator said of every image, by name.
+            it is not, ``log_evidence`` may be arbitrarily low.
+        estimates: The estimates of every estimator, by name.
+        width: The chosen width c of the row ``IWAE(K), width c``; NaN without one.
     """
 
     log_evidence: Tensor
@@ -60,6 +73,7 @@ class ReferenceEvidence:
     pareto_k: Tensor
     trusted: Tensor
     estimates: Mapping[str, Estimate]
+    width: Tensor
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{self.estimator.count(n)} by {n}" for n in self.estimates)
@@ -70,8 +84,7 @@ class ReferenceEvidence:
         )
 
 
-@with_own_parameters
-@torch.no_grad()
+@evaluator
 def reference_evidence(
     model: PyroProgram,
     x: Tensor,
@@ -80,54 +93,45 @@ def reference_evidence(
     num_samples: int = 5000,
     num_chains: int = 16,
     num_steps: int = 50,
+    widths: Sequence[float] = (),
     target_error: float | None = None,
     chunk_size: int | None = None,
     seed: int = 0,
     first_image: int = 0,
     progress: bool | str = False,
 ) -> ReferenceEvidence:
-    r"""Estimates log p(x) of every image as well as it can, and says how.
+    r"""Estimates log p(x) of every image by several estimators, and takes the most reliable one.
 
-    These estimators are run for every image, as far as they are possible:
+    The estimators, as far as model and guide allow them, are:
 
     * ``IWAE(K)``: importance sampling from the guide;
-    * ``IWAE(K), instance:full``: from the Gaussian of highest ELBO of each image, for an
-      :class:`pyro_gpvae.ImageModel`; optimised once per image, from the guide's mean if any;
-    * ``AIS(T)``: :func:`pyro_gpvae.evaluation.annealing.annealed_evidence` from that Gaussian, else from the
-      guide, else from the prior;
-    * ``AIS(T), prior``: from the prior as well, where ``AIS(T)`` starts from the guide. A guide
-      that is too narrow leads all chains to too low a value, on which they agree.
+    * ``IWAE(K), width c``, if ``widths`` are given and the guide has ``posterior(x)``: importance
+      sampling from q(z|x) widened about its mean by the factor c of highest IWAE(K). c is chosen
+      for each image on draws of its own, and the estimate is made with new draws. What it gains
+      over ``IWAE(K)`` is due to a better proposal, not to a better model;
+    * ``IWAE(K), instance:full``: importance sampling from the Gaussian of highest ELBO of each
+      image, see :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`, for an ImageModel;
+    * ``AIS(T)``: annealed importance sampling from that Gaussian, else from the guide, else from
+      the prior, see :func:`pyro_gpvae.annealed_evidence`;
+    * ``AIS(T), prior``: from the prior as well, where ``AIS(T)`` starts from the guide. All chains
+      from a guide that is too narrow agree on a value that is too low.
 
-    All are lower bounds in expectation: the *true* best is the highest. But the highest of noisy
-    estimates is too high, the more so the noisier they are, so the choice is by reliability:
+    All of them are lower bounds in expectation. The highest of noisy estimates is too high, so the
+    choice is by reliability:
 
-    1. An importance estimate is trusted if its Pareto k̂ is at most 0.7. Annealing is trusted if
-       it has 8 chains or more and an effective number of at least a quarter of them; from the
-       guide only if the guide's own k̂ is at most 0.7; and with T = 1, where no chain moves, only
-       from a start whose k̂ is at most 0.7.
+    1. Importance sampling is trusted if its Pareto k̂ is at most 0.7. Annealing is trusted if it
+       has at least 8 chains, an effective number of at least a quarter of them, and, if it starts
+       from the guide or has T = 1, a k̂ of its start of at most 0.7.
     2. An estimate is refuted by a trusted one that is more than three joint standard errors
-       higher; such a gap is no noise but a tail or a mode that the lower one has not found. By
-       Markov's inequality even weights of heavy tail overshoot p(x) by a factor :math:`e^t` with
-       probability at most :math:`e^{-t}`, so that an untrusted estimate refutes others if it is
-       higher by three nats more.
-    3. Of the trusted ones left, the one of smallest standard error is taken; if none is left,
-       the highest of the rest, with one warning for all such images.
+       higher, and by an untrusted one that is higher by three nats more. (By Markov's inequality
+       weights overshoot p(x) by a factor :math:`e^t` with probability at most :math:`e^{-t}`.)
+    3. Of the trusted estimates that are left, the one of smallest standard error is taken. If none
+       is left, the highest of the others is taken, with one warning for all such images.
 
-    Trusted is not exact. The weights of 16 chains may all miss the same tail: of 200 images of a
-    linear Gaussian model with p = 10, annealed in 50 steps from the prior, rule 1 trusts two
-    thirds, and one in 20 of those is off by more than four of its standard errors, by 1.8 nats at
-    worst; 200 steps do better (one in 200). Asking for more effective chains makes it worse, as
-    that prefers weights that have missed their tail.
-
-    **A limit.** All but the prior's chains start from one mode. Where the posterior has several,
-    as for a decoder of z², importance sampling and annealing from the best Gaussian may all see
-    that one only, agree, and be too low by -log of its share (log 2 for two equal modes), with a
-    small standard error, a small k̂ and ``trusted``. Nothing that is computed here can tell.
-    :func:`pyro_gpvae.evaluation.annealing.bidirectional` shows it by those images simulated from the model
-    whose z lies in another mode, and a guide that covers the modes, with a large K, refutes it.
-
-    The smallest of several estimated errors favours weights that have missed their tail, whose
-    estimate is too low: the rule errs to the side of a lower bound. Rule 1 is there to limit that.
+    Trusted does not mean exact: all weights may miss the same tail. In particular, all chains but
+    those from the prior start from one mode. If the posterior has several, all estimators may
+    agree on a value that is too low by -log of the mode's share.
+    :func:`pyro_gpvae.bidirectional` shows such a case on simulated images.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto smoothed importance sampling*, 2024.
@@ -136,18 +140,18 @@ def reference_evidence(
 
     Arguments:
         model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``.
-        x: Images (B, C, H, W), uint8, or floats, which are taken as they are.
+        x: Images (B, C, H, W), uint8 or floats.
         guide: A guide for it; None leaves out what needs one.
         num_samples: K.
-        num_chains: Chains of annealing; 0 leaves it out. The standard error of 2 to 7 chains is
-            no use: their estimate is listed, but not trusted.
-        num_steps: Its steps T.
-        target_error: The standard error that is wanted, in nats. Warns of images that miss it,
-            and says which K or number of chains would do.
-        chunk_size: How many latent vectors are decoded at once; bounds the memory.
+        num_chains: The number of chains of annealing; 0 leaves it out.
+        num_steps: Its number T of steps.
+        widths: The factors c to choose from, such as :data:`WIDTHS`; by default none.
+        target_error: The desired standard error in nats. Warns of images that miss it, and says
+            which K or number of chains is needed.
+        chunk_size: See :func:`pyro_gpvae.log_weights`.
         seed: The same seed gives the same numbers; the global random state is left as it was.
-        first_image: The index of the first image of x, where x is a part of a data set. Every
-            image has random numbers of its own, in whatever batch it comes.
+        first_image: The index of the first image of x, if x is a part of a data set. Every image
+            has its own random numbers, in whatever batch it comes.
         progress: Whether to show a progress bar; a text is its label.
 
     Raises:
@@ -168,101 +172,146 @@ def reference_evidence(
         >>> bool(((result.log_evidence - model.log_evidence(x)).abs() < 0.01).all())
         True
     """
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
-    if num_chains < 0 or num_chains == 1:
-        raise ValueError(f"num_chains must be 0 (no annealing) or at least 2, got {num_chains}")
+    check_at_least(2, num_samples=num_samples)
+    check_chains(num_chains)
     if target_error is not None and not target_error > 0:
         raise ValueError(f"target_error must be positive, got {target_error}")
-    check_batch(model, x)
-    can_optimise = hasattr(model, "log_joint") and hasattr(model, "likelihood")
-    if guide is None and not can_optimise and not num_chains:
+    check_images(model, x)
+    if guide is None and not isinstance(model, ImageModel) and not num_chains:
         raise ValueError(
-            "without a guide, an ImageModel or chains there is no way to estimate log p(x)"
+            "log p(x) cannot be estimated without a guide, an ImageModel or chains: give one"
         )
     label = progress if isinstance(progress, str) else "reference"
-    own, optimum = f"IWAE({num_samples})", f"IWAE({num_samples}), instance:full"
-    parts: list[dict[str, Estimate]] = []
-    trusts: list[dict[str, Tensor]] = []
-    with tqdm(total=len(x), desc=label, unit="image", disable=not progress) as bar:
-        for begin in range(0, len(x), MAX_IMAGES):
-            images = as_pixels(model, x[begin : begin + MAX_IMAGES])
-            first = first_image + begin
-            start: Any = guide if hasattr(guide, "posterior") else None
-            proposals: dict[str, Any] = {} if guide is None else {own: guide}
-            if can_optimise:
-                with seeded(image_seed(seed, first, "optimum"), images.device):
-                    optimiser = make_guide("instance:full", model, warm_start=start)
-                    start = PrecomputedPosterior(optimiser.posterior(images))
-                proposals[optimum] = start
-            columns: dict[str, list[Tensor]] = {name: [] for name in proposals}
-            for n in range(len(images)):
-                for name, q in proposals.items():
-                    with seeded(image_seed(seed, first + n, name), images.device):
-                        weights = log_weights(
-                            model,
-                            _of_image(q.q, n) if name == optimum else q,
-                            images[n : n + 1],
-                            num_samples,
-                            chunk_size=chunk_size,
-                        )
-                    columns[name].append(weights)
-                bar.update()
-            part: dict[str, Estimate] = {}
-            trust: dict[str, Tensor] = {}
-            for name, column in columns.items():
-                found = Evidence.from_log_weights(torch.cat(column, dim=1))
-                part[name] = found.log_evidence, found.standard_error, found.pareto_k
-                trust[name] = found.pareto_k <= PARETO_LIMIT
-            starts = {f"AIS({num_steps})": start} if num_chains else {}
-            if num_chains and start is not None and start is guide:
-                starts[f"AIS({num_steps}), prior"] = None
-            for name, q in starts.items():
-                annealed = annealed_evidence(
-                    model,
-                    images,
-                    q,
-                    num_chains=num_chains,
-                    num_steps=num_steps,
-                    chunk_size=chunk_size,
-                    seed=seed,
-                    first_image=first,
-                    progress=f"{label}: annealing" if progress else False,
-                )
-                no_k = torch.full_like(annealed.log_evidence, math.nan)
-                part[name] = annealed.log_evidence, annealed.standard_error, no_k
-                # from equal weights the number is all chains, but for rounding
-                trust[name] = annealed.effective_sample_size >= _MIN_EFFECTIVE * num_chains
-                trust[name] &= num_chains >= MIN_CHAINS
-                if q is None:
-                    trust[name] &= num_steps > 1  # else it is IWAE of few draws, without a k̂
-                elif q is guide or num_steps == 1:
-                    trust[name] &= trust[own if q is guide else optimum]
-            parts.append(part)
-            trusts.append(trust)
+
+    def work(size: int) -> list[_Part]:
+        options = {"num_chains": num_chains, "num_steps": num_steps, "chunk_size": size}
+        parts, index = [], first_image
+        with progress_bar(progress, label, len(x), unit="image") as bar:
+            for images in batches(x, model, guide):
+                part = _Part(model, images, guide, num_samples, seed, index)
+                part.sample(widths, size, bar)
+                if num_chains:
+                    part.anneal(f"{label}: annealing" if progress else False, **options)
+                parts.append(part)
+                index += len(images)
+        return parts
+
+    parts = halving_chunks(work, chunk_size, device_of(x, model, guide))
     estimates: dict[str, Estimate] = {}
-    for name in parts[0]:
-        value, error, k = (torch.cat(c) for c in zip(*(p[name] for p in parts), strict=True))
+    for name in parts[0].estimates:
+        columns = zip(*(part.estimates[name] for part in parts), strict=True)
+        value, error, k = (torch.cat(column) for column in columns)
         estimates[name] = value, error, k
-    result = _choose(estimates, {n: torch.cat([t[n] for t in trusts]) for n in trusts[0]})
+    trust = {name: torch.cat([part.trust[name] for part in parts]) for name in estimates}
+    result = _choose(estimates, trust, torch.cat([part.width for part in parts]))
     _warn_of_distrust(result)
     if target_error is not None:
         _check_target(result, target_error, num_samples, num_chains)
     return result
 
 
-def _of_image(q: Any, n: int) -> PrecomputedPosterior:
-    """The guide for one of the images that these normals with full covariance are for."""
-    part = slice(n, n + 1)
-    return PrecomputedPosterior(type(q)(q.loc[part], scale_tril=q.scale_tril[part]))
+def check_chains(num_chains: int) -> None:
+    """Raises ValueError unless the number of chains is 0 (no annealing), or at least 2."""
+    if num_chains < 0 or num_chains == 1:
+        raise ValueError(f"num_chains must be 0 (no annealing) or at least 2, got {num_chains}")
 
 
-def _choose(estimates: Mapping[str, Estimate], trust: Mapping[str, Tensor]) -> ReferenceEvidence:
-    """Applies the rule of :func:`reference_evidence`."""
+class _Part:
+    """The estimates of images that are refined together, and whether each one is trusted."""
+
+    def __init__(
+        self,
+        model: PyroProgram,
+        images: Tensor,
+        guide: Any,
+        num_samples: int,
+        seed: int,
+        first_image: int,
+    ) -> None:
+        self.model, self.images, self.guide = model, images, guide
+        self.num_samples, self.seed, self.first_image = num_samples, seed, first_image
+        self.own, self.full = f"IWAE({num_samples})", f"IWAE({num_samples}), instance:full"
+        self.start: Any = guide if isinstance(guide, HasPosterior) else None
+        self.best: Any = None
+        if isinstance(model, ImageModel):
+            with seeded(image_seed(seed, first_image, "optimum"), images.device):
+                optimum = optimise_gaussian(model, images, "full", start=self.start)
+            optimum.warn_unless_converged(stacklevel=6)
+            self.best = optimum.posterior
+            self.start = PrecomputedPosterior(self.best)
+        self.estimates: dict[str, Estimate] = {}
+        self.trust: dict[str, Tensor] = {}
+        self.width = images.new_full((len(images),), math.nan)
+
+    def sample(self, widths: Sequence[float], chunk_size: int, bar: tqdm) -> None:
+        """Adds the estimates by importance sampling, which take one image at a time."""
+        columns: dict[str, list[Tensor]] = {}
+
+        def sampled(n: int, q: Any, noise: str) -> Tensor:
+            """Log weights (K, 1) of the n-th image, with random numbers that the noise names."""
+            first, image = self.first_image + n, self.images[n : n + 1]
+            with seeded(image_seed(self.seed, first, noise), image.device):
+                return weights_in_chunks(self.model, q, image, self.num_samples, chunk_size, first)
+
+        for n in range(len(self.images)):
+            proposals = {} if self.guide is None else {self.own: self.guide}
+            if widths and isinstance(self.guide, HasPosterior):
+                wider = self._widened(n, widths)
+                scores = {c: sampled(n, q, "choice of width") for c, q in wider.items()}
+                c = max(scores, key=lambda c: float(scores[c].logsumexp(0)))
+                proposals[f"{self.own}, width c"], self.width[n] = wider[c], c
+            if self.best is not None:
+                proposals[self.full] = self._optimum(n)
+            for name, q in proposals.items():
+                columns.setdefault(name, []).append(sampled(n, q, name))
+            bar.update()
+        for name, column in columns.items():
+            found = Evidence.from_log_weights(torch.cat(column, dim=1))
+            self.estimates[name] = found.log_evidence, found.standard_error, found.pareto_k
+            self.trust[name] = found.pareto_k <= PARETO_LIMIT
+
+    def _optimum(self, n: int) -> PrecomputedPosterior:
+        loc, scale = (t[n : n + 1] for t in (self.best.loc, self.best.scale_tril))
+        return PrecomputedPosterior(type(self.best)(loc, scale_tril=scale))
+
+    def _widened(self, n: int, widths: Sequence[float]) -> dict[float, PrecomputedPosterior]:
+        """q(z|x) of the n-th image, widened about its mean, for each width."""
+        image = self.images[n : n + 1]
+        with seeded(image_seed(self.seed, self.first_image + n, "widened"), image.device):
+            q: Any = posterior_of(self.guide, image)
+            mean = estimated_mean(q)[0]
+        return {c: PrecomputedPosterior(Widened(q, mean, c)) for c in widths}
+
+    def anneal(self, progress: bool | str, **options: int) -> None:
+        """Adds the estimates by annealing from the optimum, the guide and the prior."""
+        name = f"AIS({options['num_steps']})"
+        starts = {name: self.start}
+        if self.start is not None and self.start is self.guide:
+            starts[f"{name}, prior"] = None
+        seed = {"seed": self.seed, "first_image": self.first_image}
+        for name, q in starts.items():
+            found = annealed_evidence(
+                self.model, self.images, q, progress=progress, **seed, **options
+            )
+            no_k = torch.full_like(found.log_evidence, math.nan)
+            self.estimates[name] = found.log_evidence, found.standard_error, no_k
+            trust = found.effective_sample_size >= _MIN_EFFECTIVE * found.num_chains
+            trust &= found.num_chains >= MIN_CHAINS
+            if q is None:
+                trust &= found.num_steps > 1  # else it is IWAE with few draws, and without k̂
+            elif q is self.guide or found.num_steps == 1:
+                trust &= self.trust[self.own if q is self.guide else self.full]
+            self.trust[name] = trust
+
+
+def _choose(
+    estimates: Mapping[str, Estimate], trust: Mapping[str, Tensor], width: Tensor
+) -> ReferenceEvidence:
+    """Applies the rules of :func:`reference_evidence`."""
     names = list(estimates)
     value, error, k = (torch.stack(rows) for rows in zip(*estimates.values(), strict=True))
     trusted = torch.stack([trust[name] for name in names])
-    # [i, j]: how much higher estimate j is than i, and what would still be noise
+    # [i, j]: how much higher estimate j is than i, and how much would be noise
     excess = value.unsqueeze(0) - value.unsqueeze(1)
     noise = _REFUTING_ERRORS * torch.hypot(error.unsqueeze(0), error.unsqueeze(1))
     noise = noise + _REFUTING_NATS * (~trusted).unsqueeze(0)
@@ -273,28 +322,28 @@ def _choose(estimates: Mapping[str, Estimate], trust: Mapping[str, Tensor]) -> R
     best = torch.where(usable.any(0), by_error, by_value)
     taken = [rows.gather(0, best.unsqueeze(0))[0] for rows in (value, error, k)]
     chosen = tuple(names[index] for index in best.tolist())
-    return ReferenceEvidence(taken[0], taken[1], chosen, taken[2], usable.any(0), estimates)
+    return ReferenceEvidence(taken[0], taken[1], chosen, taken[2], usable.any(0), estimates, width)
 
 
 def _warn_of_distrust(result: ReferenceEvidence) -> None:
     count = int((~result.trusted).sum())
     if count:
         warnings.warn(
-            f"no estimate of log p(x) is reliable for {count} of {len(result.trusted)} images: "
-            f"Pareto k is above {PARETO_LIMIT} or not known (fewer than 25 samples), and annealing "
-            f"has fewer than {MIN_CHAINS} chains, or under {_MIN_EFFECTIVE:.0%} of them carry the "
-            "weight, or its start is a guide of such a k. The highest that nothing refutes is "
-            "given, which may be too low by any amount; raise num_samples, num_chains and "
+            f"no estimate of log p(x) is reliable for {count} of {len(result.trusted)} images, "
+            "and the highest that no other refutes is taken, which may be arbitrarily low: Pareto "
+            f"k is above {PARETO_LIMIT} or not known (fewer than 25 samples), and annealing has "
+            f"fewer than {MIN_CHAINS} chains, or under {_MIN_EFFECTIVE:.0%} of them carry the "
+            "weight, or it starts from a guide of such a k. Raise num_samples, num_chains and "
             "num_steps, or give a wider guide",
             ParetoWarning,
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
 def _check_target(
     result: ReferenceEvidence, target: float, num_samples: int, num_chains: int
 ) -> None:
-    """Warns of images whose error is above the target, and says what would do."""
+    """Warns of images whose error is above the target, and says what is needed."""
     missed = ~(result.standard_error <= target)
     if not missed.any():
         return
@@ -305,29 +354,29 @@ def _check_target(
         if result.estimator[n].startswith("AIS"):
             name, count = "num_chains", num_chains * ratio**2
         else:
-            # the error of a mean falls as 1/√K for k̂ < 1/2, then as K^(k̂ - 1)
+            # the error of a mean falls as 1/√K for k̂ < 1/2, and as K^(k̂ - 1) above
             k = float(result.pareto_k[n])
             if not k <= PARETO_LIMIT:
                 unknown += 1
                 continue
             name, count = "num_samples", num_samples * ratio ** (1 / (1 - max(k, 0.5)))
         needs[name] = max(needs.get(name, 0.0), count)
-    advice = [f"{name} = {_rounded_up(count):,} would do" for name, count in needs.items()]
+    advice = [f"{name} = {_rounded_up(count):,} is enough" for name, count in needs.items()]
     if unknown:
         advice.append(
-            f"no num_samples is known to do for {unknown} (Pareto k above {PARETO_LIMIT}): anneal "
-            "(num_chains, num_steps), or give a guide"
+            f"no num_samples is known to be enough for {unknown} (Pareto k above {PARETO_LIMIT}): "
+            "anneal (num_chains, num_steps), or give a guide"
         )
     warnings.warn(
         f"the standard error of log p(x) is above target_error = {target} nats for "
         f"{int(missed.sum())} of {len(missed)} images, {float(result.standard_error.max()):.2g} "
         f"at most: {'; '.join(advice)}",
-        stacklevel=5,
+        stacklevel=4,
     )
 
 
 def _rounded_up(count: float) -> int:
-    """To two digits."""
+    """Rounds up to two digits."""
     if not math.isfinite(count):
         return 0
     unit = 10 ** max(0, math.floor(math.log10(count)) - 1)

@@ -16,7 +16,7 @@ _STEPS = {
     "beyond_gaussian": "beyond Gaussian",
     "independence": "independence",
     "encoder": "encoder",
-    "spread": "spread I(z; (W, U) | x)",
+    "weight_information": "I(z; (W, U) | x)",
     "kl_global": "KL(q(W, U) ‖ p) / N",
 }
 

@@ -12,17 +12,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import new_folder, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.images import to_float
-from pyro_gpvae.evaluation.companion import companion_scores, width_images
-from pyro_gpvae.evaluation.importance import Evidence, chunk_size_for, log_evidence
+from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.evaluation import PARETO_LIMIT, WIDTHS, Evidence, log_evidence, reference_evidence
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.folder import load_run, named_device, warm_guide
 
-__all__ = ["diagnostics", "evaluate", "evaluate_run", "with_chunk_size"]
+__all__ = ["diagnostics", "evaluate", "evaluate_run"]
 
 
 def evaluate_run(
@@ -36,7 +36,7 @@ def evaluate_run(
     data: str | None = None,
     root: str | None = None,
     device: str | None = None,
-    companion: int | None = None,
+    reference: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     trust_guide: bool = False,
@@ -51,8 +51,8 @@ def evaluate_run(
         guide: Another guide over the run's decoder, such as "vlae:2"; it starts from the run's
             encoder if it takes a ``warm_start``, and from random weights otherwise. It is not
             trained.
-        companion: For the first so many of the images, also the scores that tell a better model
-            from a better proposal; see :func:`pyro_gpvae.evaluation.companion.companion_scores`.
+        reference: For the first so many of the images, also the estimates of
+            :func:`pyro_gpvae.reference_evidence`, which tell a better model from a better proposal.
         out: A folder to write ``record.json`` and ``scores.csv`` to.
         overwrite: Whether to replace an earlier evaluation there.
         trust_guide: Whether the run's guide may be code outside the registered guides.
@@ -60,7 +60,7 @@ def evaluate_run(
     Returns:
         ``run``, ``guide``, ``trained_guide`` (the run's own), ``config``, ``data``, ``scores``,
         ``recorded`` (the scores of the run), ``diagnostics``, ``seconds``, versions, commit,
-        device and threads, and ``companion`` if asked for.
+        device and threads, and ``reference`` if asked for.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`pyro_gpvae.load_run`; or if an option is wrong.
@@ -83,8 +83,8 @@ def evaluate_run(
         if isinstance(program, torch.nn.Module):
             program.to(target).eval()
     images = run.data.take(test=test_images).test
-    if companion is not None and not 1 <= companion <= len(images):
-        raise ValueError(f"companion must be 1 to {len(images)} test images, got {companion}")
+    if reference is not None and not 1 <= reference <= len(images):
+        raise ValueError(f"reference must be 1 to {len(images)} test images, got {reference}")
 
     files = ("record.json", "scores.csv")
     with (
@@ -93,8 +93,10 @@ def evaluate_run(
         else new_folder(out, overwrite=overwrite, files=files) as target_folder
     ):
         begin = time.monotonic()
-        config = with_chunk_size(config, run.model, program, images)
+        if target.type == "cpu":
+            keep_freed_memory()
         scores, table = evaluate(run.model, program, images, config)
+        config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
         result = {
             "run": str(folder),
             "guide": config.guide,
@@ -107,18 +109,12 @@ def evaluate_run(
             "recorded": run.record["scores"],
             "diagnostics": diagnostics(program, images, target, run.record["data"]["train_images"]),
         }
-        if companion is not None:
-            chosen_on, source = width_images(run.data.train, run.config.validation)
-            result["companion"], columns = companion_scores(
-                run.model,
-                program,
-                images[:companion],
-                chosen_on,
-                num_samples=config.num_samples,
-                chunk_size=config.chunk_size,
-                seed=config.seed,
+        if reference is not None:
+            begin = time.monotonic()
+            result["reference"], columns = _reference(
+                run.model, program, images[:reference], config
             )
-            result["companion"]["validation"] = source
+            result["seconds"]["reference"] = time.monotonic() - begin
             table = table.join(columns)  # empty for the images that follow
         if target_folder is not None:
             write_text(target_folder / "scores.csv", table.to_csv(index=False))
@@ -126,10 +122,34 @@ def evaluate_run(
     return result
 
 
-def with_chunk_size(config: RunConfig, model: ImageModel, guide: Any, images: Tensor) -> RunConfig:
-    """The configuration with its chunk size filled in: on a GPU, what fits now."""
-    chunk_size = config.chunk_size or chunk_size_for(model, guide, images)
-    return dataclasses.replace(config, chunk_size=chunk_size)
+def _reference(
+    model: ImageModel, guide: Any, images: Tensor, config: RunConfig
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The means of all reference estimates over images, and their table with a row per image."""
+    found = reference_evidence(
+        model, images, guide, num_samples=config.num_samples, num_chains=8, num_steps=30,
+        widths=WIDTHS, chunk_size=config.chunk_size, seed=config.seed,
+    )  # fmt: skip
+    rows = {
+        name: {
+            "log_evidence": float(value.mean()),
+            "monte_carlo_error": float(error.square().sum().sqrt() / len(images)),
+            "heavy_tails": int((k > PARETO_LIMIT).sum()),
+        }
+        for name, (value, error, k) in found.estimates.items()
+    }
+    has_width = f"IWAE({config.num_samples}), width c" in rows
+    record = {
+        "num_images": len(images),
+        "num_samples": config.num_samples,
+        "seed": config.seed,
+        "log_evidence": float(found.log_evidence.mean()),
+        "not_trusted": int((~found.trusted).sum()),
+        "mean_width": float(found.width.mean()) if has_width else None,
+        "estimates": rows,
+    }
+    columns = {name: value.cpu().numpy() for name, (value, _, _) in found.estimates.items()}
+    return record, pd.DataFrame(columns)
 
 
 def evaluate(
@@ -152,7 +172,7 @@ def evaluate(
         "num_images": len(images),
         "num_samples": config.num_samples,
         "seed": config.seed,
-        "chunk_size": config.chunk_size,
+        "chunk_size": evidence.chunk_size,
     }
     return scores, table
 
@@ -167,7 +187,7 @@ def _table(evidence: Evidence) -> pd.DataFrame:
 @torch.no_grad()
 def _uncertainty(guide: Any, images: Tensor, device: torch.device) -> Tensor:
     """The inference uncertainty of uint8 images (N, C, H, W): shape (N,), on the CPU."""
-    chunks = [guide.uncertainty(to_float(x.to(device))).cpu() for x in images.split(512)]
+    chunks = [guide.uncertainty(to_batch(x, guide)).cpu() for x in images.split(512)]
     return torch.cat(chunks)
 
 
@@ -178,7 +198,7 @@ def diagnostics(
     """What the guide reports on up to 512 test images, and KL(q(W, U) ‖ p)/N in nats."""
     if not hasattr(guide, "diagnostics"):
         return {}
-    found = guide.diagnostics(to_float(images[:512].to(device)))
+    found = guide.diagnostics(to_batch(images[:512], guide))
     values = {name: float(value) for name, value in found.items()}
     if "kl_weights" in values:
         values["kl_weights_per_image"] = values["kl_weights"] / num_train

@@ -112,7 +112,8 @@ def describe(run: Run) -> dict[str, Any]:
 
 def read_table(path: str | Path) -> pd.DataFrame:
     """Reads a table of images, such as ``gap.csv``."""
-    return pd.read_csv(path)
+    # the former name of the column
+    return pd.read_csv(path).rename(columns={"spread": "weight_information"})
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

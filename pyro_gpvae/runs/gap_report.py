@@ -32,7 +32,7 @@ QUANTITIES = (
 )  # fmt: skip
 
 #: The costs of a random encoder, which its guide may leave unknown.
-_COSTS = ["spread", "kl_global"]
+_COSTS = ["weight_information", "kl_global"]
 
 
 def report_gaps(

@@ -34,7 +34,7 @@ from pyro_gpvae.model.guide import make_guide
 from pyro_gpvae.model.image_model import initial_sigma
 from pyro_gpvae.model.networks import ImageShape, autocast_networks
 from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.runs.evaluate import diagnostics, evaluate, with_chunk_size
+from pyro_gpvae.runs.evaluate import diagnostics, evaluate
 from pyro_gpvae.runs.folder import (
     FORMAT,
     RUN_FILES,
@@ -309,8 +309,8 @@ class Begun:
         data, device = self.data, self.device
         history = trained.frame()
         begin = time.monotonic()
-        config = self.config = with_chunk_size(self.config, self.model, self.guide, data.test)
-        scores, table = evaluate(self.model, self.guide, data.test, config)
+        scores, table = evaluate(self.model, self.guide, data.test, self.config)
+        config = self.config = dataclasses.replace(self.config, chunk_size=scores["chunk_size"])
         record: dict[str, Any] = {
             "format": FORMAT,
             "config": dataclasses.asdict(config),

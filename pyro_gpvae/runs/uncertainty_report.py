@@ -13,11 +13,10 @@ import torch
 
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import read_json, write_bytes, write_json, write_text
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.evaluation.posterior_grid import posterior_record
 from pyro_gpvae.evaluation.uncertainty import (
     MIN_IMAGES,
     RankCorrelation,
-    posterior_record,
     rank_correlation,
     uncertainty_scores,
 )
@@ -58,11 +57,8 @@ def add_uncertainty(table: pd.DataFrame, run: Run) -> pd.DataFrame:
     Raises:
         ValueError: If the guide is not a random encoder.
     """
-    parts = [
-        uncertainty_scores(run.model, run.guide, to_batch(x, run.model))
-        for x in run.data.test[: len(table)].split(256)
-    ]
-    scores = pd.concat(parts, ignore_index=True).set_index(table.index)
+    scores = uncertainty_scores(run.model, run.guide, run.data.test[: len(table)])
+    scores = scores.set_index(table.index)
     return pd.concat([table, scores], axis=1).assign(surprise=-table["log_evidence"])
 
 
@@ -136,7 +132,7 @@ def measure_uncertainty(
             f"a rank correlation needs at least {MIN_IMAGES} images, got {count} (images = "
             f"{images}, of {len(test)} test images)"
         )
-    uncertainty_scores(model, guide, to_batch(test[:1], model))  # its errors come before the work
+    uncertainty_scores(model, guide, test[:1])  # its errors come before the work
     budget: dict[str, Any] = {"num_samples": num_samples, "reference_samples": reference_samples}
     budget |= {"num_chains": 0, "num_steps": 1, "seed": seed}
     table, _ = measure_gaps(
@@ -160,7 +156,7 @@ def measure_uncertainty(
         count = min(3, len(order) // 2)
         chosen = [int(index) for index in (*order[:count], *order[::-1][:count])]
         record["posterior_images"] = chosen
-        x = to_batch(test[torch.tensor(chosen)], model)
+        x = test[torch.tensor(chosen)]
         _write_arrays(out / "posterior.npz", **posterior_record(model, guide, x, seed=seed))
     _write_arrays(out / "images.npz", images=test[: len(table)].numpy())
     write_text(out / "uncertainty.csv", table.to_csv(index=False))

@@ -97,7 +97,7 @@ def test_a_plain_pyro_model_is_annealed(toy):
     assert set(both.estimates) == {"IWAE(20)", "AIS(20)", "AIS(20), prior"}
     difference = (alone.log_evidence - model.log_evidence(x)) / alone.standard_error
     assert float(difference.abs().max()) < 3.5
-    with pytest.raises(ValueError, match="without a guide, an ImageModel or chains"):
+    with pytest.raises(ValueError, match="without a guide, an ImageModel or chains: give one"):
         reference_evidence(program, x, num_chains=0)
 
 
@@ -150,6 +150,54 @@ def test_a_few_chains_are_never_trusted(toy):
     assert set(both.estimator) == {"IWAE(1000), instance:full"}
 
 
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
+class TestWidths:
+    """IWAE(K) with q widened about its mean by a factor that is chosen on other draws."""
+
+    def test_the_best_width_undoes_what_is_wrong(self, toy):
+        model, _, x = toy
+        found = reference_evidence(
+            plain(model), x, Narrow(model, 1 / 3), num_samples=500, num_chains=0,
+            widths=(1.0, 3.0, 9.0),
+        )  # fmt: skip
+        assert found.width.tolist() == [3.0] * 6
+        value, _, _ = found.estimates["IWAE(500), width c"]
+        torch.testing.assert_close(value, model.log_evidence(x), rtol=0, atol=1e-8)
+        assert float((found.estimates["IWAE(500)"][0] - value).mean()) < -0.5
+
+    def test_other_estimates_stay_and_an_image_is_the_same_in_any_batch(self, toy, reference):
+        model, guide, x = toy
+        found = reference_evidence(model, x[2:4], guide, num_samples=1000, widths=(1.0, 1.5),
+                                   first_image=2)  # fmt: skip
+        for name, columns in reference.estimates.items():
+            value, error = (column[2:4] for column in columns[:2])
+            torch.testing.assert_close(found.estimates[name][0], value, rtol=0, atol=1e-7)
+            torch.testing.assert_close(found.estimates[name][1], error, rtol=0, atol=1e-7)
+        one = reference_evidence(model, x[3:4], guide, num_samples=1000, widths=(1.0, 1.5),
+                                 first_image=3, num_chains=0)  # fmt: skip
+        name = "IWAE(1000), width c"
+        assert torch.equal(one.estimates[name][0], found.estimates[name][0][1:])
+        assert bool(reference.width.isnan().all())
+
+    def test_the_estimate_uses_new_draws(self, toy):
+        """The highest of several noisy scores is too high; the estimate is a lower bound."""
+        model, guide, x = toy
+        many = x[:1].expand(200, *SHAPE)
+        found = reference_evidence(
+            plain(model), many, guide, num_samples=2, num_chains=0, widths=(0.999, 1.0, 1.001)
+        )
+        wide, own = (found.estimates[name][0] for name in ("IWAE(2), width c", "IWAE(2)"))
+        difference = (wide - own).mean() / (wide.var() / 200 + own.var() / 200).sqrt()
+        assert abs(float(difference)) < 4
+
+    def test_a_guide_without_posterior_has_no_width(self, toy):
+        model, guide, x = toy
+        found = reference_evidence(
+            plain(model), x[:1], lambda x: guide(x), num_samples=30, num_chains=0, widths=(2.0,)
+        )
+        assert list(found.estimates) == ["IWAE(30)"]
+
+
 class Square(nn.Module):
     def forward(self, z):
         return z.square().expand(*z.shape[:-1], 4).unflatten(-1, (1, 2, 2))
@@ -197,7 +245,7 @@ def estimates(**rows):
 def choose(found):
     """The choice where annealing is trusted."""
     trust = {n: (k <= 0.7) | torch.tensor(n == "AIS") for n, (_, _, k) in found.items()}
-    return _choose(found, trust)
+    return _choose(found, trust, torch.full((1,), math.nan))
 
 
 nan = math.nan
@@ -250,9 +298,9 @@ def test_the_choice_errs_downwards():
 @pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
 def test_a_missed_target_says_what_would_do(toy):
     model, guide, x = toy
-    with pytest.warns(UserWarning, match=r"for 6 of 6 images.*num_chains = [\d,]+ would do"):
+    with pytest.warns(UserWarning, match=r"for 6 of 6 images.*num_chains = [\d,]+ is enough"):
         reference_evidence(plain(model), x, num_steps=20, target_error=1e-3)
-    with pytest.warns(UserWarning, match="no num_samples is known to do for 6 "):
+    with pytest.warns(UserWarning, match="no num_samples is known to be enough for 6 "):
         reference_evidence(plain(model), x, guide, num_samples=20, num_chains=0, target_error=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

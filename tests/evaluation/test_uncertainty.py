@@ -12,10 +12,9 @@ from torch import nn
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import ImageModel, log_evidence
+from pyro_gpvae.evaluation.posterior_grid import posterior_grid, posterior_record
 from pyro_gpvae.evaluation.uncertainty import (
     bhattacharyya_uncertainty,
-    posterior_grid,
-    posterior_record,
     rank_correlation,
     uncertainty_scores,
     weight_information,

@@ -1,0 +1,71 @@
+"""How many latent vectors are decoded at once, and what happens where they do not fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from pyro_gpvae.core._seeds import random_state, set_random_state
+
+__all__ = ["check_chunk_size", "default_chunk_size", "halving_chunks"]
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+def default_chunk_size(device: torch.device) -> int:
+    """Returns how many latent vectors are decoded at once on a device by default.
+
+    A CPU is fastest while the activations fit into its cache.
+    """
+    return 65_536 if device.type == "cuda" else 640
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raises ValueError unless the chunk size is None or positive."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(
+            f"chunk_size must be at least 1, got {chunk_size}: with 1, one latent vector of one "
+            "image is decoded at a time"
+        )
+
+
+def halving_chunks(
+    work: Callable[[int], _Result], chunk_size: int | None, device: torch.device
+) -> _Result:
+    """Returns ``work(chunk_size)``, repeated with half the size where CUDA runs out of memory.
+
+    Every repetition starts from the same random state, so that the result is the one that the
+    smaller chunk size gives. The chunk size that fitted is logged.
+
+    Arguments:
+        work: A function of the chunk size. It must not change what it works on.
+        chunk_size: The first chunk size; None is :func:`default_chunk_size`.
+        device: The device whose random state is restored.
+
+    Raises:
+        ValueError: If chunk_size is less than 1.
+        torch.cuda.OutOfMemoryError: If a chunk size of 1 does not fit either.
+
+    Example:
+        >>> halving_chunks(lambda size: size, None, torch.device("cpu"))
+        640
+    """
+    check_chunk_size(chunk_size)
+    size = default_chunk_size(device) if chunk_size is None else chunk_size
+    state = random_state(device)
+    while True:
+        try:
+            return work(size)
+        except torch.cuda.OutOfMemoryError:
+            if size == 1:
+                raise
+        # outside the except clause, because the traceback keeps tensors alive
+        set_random_state(state, device)
+        size //= 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        _log.warning("out of GPU memory: starting again with chunk_size=%d", size)
