@@ -68,9 +68,12 @@ def test_every_python_name_on_a_page_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_test_and_script_on_a_page_exists(page):
     text = page.read_text()
-    for file, test in re.findall(r"`(tests/\w+\.py)::(\w+)`", text):
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
-    for file in re.findall(r"`(experiments/\w+\.py)", text):
+    everything = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    for test in re.findall(r"`(test_\w+)`", text):  # a test that keeps a promise
+        assert f"def {test}(" in everything, test
+    for file in re.findall(r"`(experiments/[\w/]+\.py)", text):
         assert (ROOT / file).is_file(), file
 
 

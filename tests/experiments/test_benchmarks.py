@@ -212,20 +212,6 @@ def test_peer(tmp_path, monkeypatch, script):
     assert "| log p(x) |" in (tmp_path / "peer_cpu.md").read_text()
 
 
-def test_a_peer_with_another_torch_is_refused(tmp_path):
-    class Fake:
-        def __init__(self, version):
-            self.version = version
-
-        def ask(self, do, **values):
-            return {"torch": self.version}
-
-    options = peer.PeerOptions(**TINY, images=4, test_images=1)
-    workers = {"ours": Fake("2.13.0"), "peer": Fake("1.0")}
-    with pytest.raises(ValueError, match=r"the same torch, found .*1\.0"):
-        peer.setup(workers, options, "vae", 2, peer.random_images(options), tmp_path)
-
-
 def test_a_worker_that_fails_is_named(script, capfd):
     with Worker(sys.executable, script) as worker:
         assert worker.ask("setup") == {"torch": torch.__version__}

@@ -74,21 +74,6 @@ def test_one_seed_is_never_tested():
     assert table.loc["VAE", "mark"] == "untested"
 
 
-def test_no_spread_is_never_tested():
-    table = compare_methods({"VAE": [1.0, 1.0], "GP": [2.0, 2.0]})
-    assert table.loc["VAE", "mark"] == "untested"
-    assert "no spread" in table.loc["VAE", "note"]
-
-
-def test_scores_must_be_finite():
-    with pytest.raises(ValueError, match="no scores"):
-        compare_methods({})
-    with pytest.raises(ValueError, match=r"'GP' must be finite numbers, got \[1.0, nan\]"):
-        compare_methods({"VAE": [1.0], "GP": [1.0, math.nan]})
-    with pytest.raises(ValueError, match="'GP' must be"):
-        compare_methods({"GP": []})
-
-
 def test_holm_by_hand():
     # 4 tests: 4 × 0.01, max(0.04, 3 × 0.012), 2 × 0.03, 1 × 0.04 raised to 0.06
     assert holm([0.03, 0.01, math.nan, 0.04, 0.012]) == pytest.approx(
