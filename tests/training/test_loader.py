@@ -1,0 +1,133 @@
+"""Images from a DataLoader: every image once an epoch, and resuming bit for bit."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from toy import images, linear_encoder, linear_model
+
+from guides import GaussianGuide
+from pyro_gpvae import Checkpoints, fit
+from pyro_gpvae.training._batches import LoaderBatches
+
+
+class Kill(BaseException):
+    """The process ends."""
+
+
+class Dying(Checkpoints):
+    """Checkpoints whose process ends right after the one of step 4, in the second epoch."""
+
+    def save(self, checkpoint):
+        super().save(checkpoint)
+        if checkpoint.step == 4:
+            raise Kill
+
+
+def uint8(count=22):
+    return (images(count) * 255).to(torch.uint8)
+
+
+class Noisy(Dataset):
+    """Images with noise of the global generator, as augmentation adds it."""
+
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, i):
+        return (uint8()[i] / 255 + 0.01 * torch.randn(1, 2, 3)).clamp(0, 1), i
+
+
+def plain(**options):
+    return DataLoader(uint8(), batch_size=8, **options)
+
+
+LOADERS = {
+    "in order": plain,
+    "shuffled": lambda: plain(shuffle=True),
+    "drop_last": lambda: plain(shuffle=True, drop_last=True),
+    "tuples": lambda: DataLoader(TensorDataset(uint8(), torch.arange(22)), 8, shuffle=True),
+    "own generator": lambda: plain(shuffle=True, generator=torch.Generator().manual_seed(9)),
+    "replacement": lambda: plain(sampler=RandomSampler(uint8(), replacement=True)),
+    "random transform": lambda: DataLoader(Noisy(), batch_size=8, shuffle=True),
+}
+
+
+def train(loader, checkpoints=None, **options):
+    torch.manual_seed(0)
+    model = linear_model().float()
+    guide = GaussianGuide(model, linear_encoder())
+    options = {"epochs": 2, "learning_rate": 0.01, "progress": False, "seed": 3} | options
+    history = fit(model, guide, loader, checkpoints=checkpoints, **options)
+    weights = [*model.state_dict().values(), *guide.state_dict().values()]
+    return weights, history.frame().drop(columns="seconds")
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(kind, tmp_path):
+    torch.manual_seed(1)
+    expected = train(LOADERS[kind]())
+    torch.manual_seed(2)  # a new process has another random state
+    with pytest.raises(Kill):
+        train(LOADERS[kind](), Dying(tmp_path, every=1))
+    torch.manual_seed(3)
+    found = train(LOADERS[kind](), Checkpoints(tmp_path, resume=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+    assert found[1].equals(expected[1])
+
+
+@pytest.mark.slow
+def test_workers_resume_bit_for_bit(tmp_path):
+    def loader():
+        return DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=2)
+
+    expected = train(loader())
+    with pytest.raises(Kill):
+        train(loader(), Dying(tmp_path, every=1))
+    found = train(loader(), Checkpoints(tmp_path, resume=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+
+
+def test_an_epoch_visits_each_image_once_in_a_new_order():
+    data = LoaderBatches(plain(shuffle=True))
+    generator = torch.Generator().manual_seed(0)
+    epochs = [[batch.images for batch in data.epoch(generator)] for _ in range(2)]
+    assert [len(batch) for batch in epochs[0]] == [8, 8, 6]
+    first, second = (torch.cat(epoch) for epoch in epochs)
+    assert not torch.equal(first, second)
+    for epoch in (first, second):
+        assert sorted(map(str, epoch.tolist())) == sorted(map(str, uint8().tolist()))
+
+
+def test_a_loader_in_order_logs_what_a_tensor_logs():
+    """Another order of minibatches, but the same number of steps, N and images that are logged."""
+    _, ours = train(plain())
+    _, tensors = train(uint8(), batch_size=8)
+    assert list(ours.columns) == list(tensors.columns)
+    assert list(ours["step"]) == list(tensors["step"]) == [3, 6]
+    assert list(train(plain(drop_last=True))[1]["step"]) == [2, 4]
+
+
+def test_other_images_are_refused(tmp_path):
+    train(plain(), tmp_path)
+    other = DataLoader(255 - uint8(), batch_size=8)
+    with pytest.raises(ValueError, match="its images is"):
+        train(other, Checkpoints(tmp_path, resume=True))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from uint8()
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (lambda: DataLoader(uint8(), batch_size=None), "must have a batch_size"),
+        (lambda: DataLoader(Endless(), batch_size=8), r"must have len\(\) and an index"),
+        (lambda: DataLoader([{"x": 1}] * 9, batch_size=3), "must give tensors of images"),
+        (lambda: DataLoader(torch.zeros(9, 1, 4, 4), batch_size=3), "the model expects images"),
+    ],
+)
+def test_loaders_that_cannot_be_used_are_named(loader, message):
+    with pytest.raises(ValueError, match=message):
+        train(loader())
