@@ -110,7 +110,7 @@ def main(options: Options) -> Summary:
                 if finished:
                     break
                 summary.kills += 1
-                summary.inside_a_checkpoint += bool(list(partial_folder(out).glob("*/.*.partial")))
+                summary.inside_a_checkpoint += bool(list(partial_folder(out).glob(".*.partial")))
                 now = summary.steps_of_a_run if out.exists() else _last_checkpoint(out)
                 summary.before_the_first_checkpoint += now is None
                 summary.after_training += now == summary.steps_of_a_run
@@ -184,7 +184,7 @@ def _kill(process: int, out: Path, seconds: float, aim: bool) -> bool:
     end = time.monotonic() + seconds
     while True:
         left = time.monotonic() >= end
-        if left and (not aim or list(partial_folder(out).glob("*/.*.partial"))):
+        if left and (not aim or list(partial_folder(out).glob(".*.partial"))):
             os.kill(process, signal.SIGKILL)
             break
         if os.waitpid(process, os.WNOHANG)[0]:
@@ -203,7 +203,7 @@ def _wait(process: int) -> bool:
 
 def _last_checkpoint(out: Path) -> int | None:
     """The step of the newest checkpoint that is whole."""
-    state = Checkpoints(partial_folder(out) / "checkpoints").latest()
+    state = Checkpoints(partial_folder(out)).latest()
     return None if state is None else state.step
 
 

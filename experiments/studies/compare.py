@@ -30,10 +30,10 @@ from _gap_against_time import gap_against_time
 
 from pyro_gpvae.core._files import read_json, write_json, write_text
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.config import RunConfig, check_same
 from pyro_gpvae.runs.evaluate import evaluate_run
-from pyro_gpvae.runs.folder import Run, check_options, load_run, warm_guide
-from pyro_gpvae.runs.train import complete_run
+from pyro_gpvae.runs.folder import Run, load_run, warm_guide
+from pyro_gpvae.runs.train import train_run
 
 #: Trained end to end, and again over the VAE's decoder.
 AMORTISED = (
@@ -152,10 +152,10 @@ def collect(options: Options) -> dict[str, Any]:
 def _train(config: RunConfig, folder: Path) -> Run:
     if not (folder / "record.json").exists():
         print(f"training {folder}", flush=True)
-        complete_run(config, folder)
+        train_run(config, folder, resume=True)
     run = load_run(folder)
     irrelevant = ("device", "chunk_size", "root", "warm_start")
-    check_options(run, config, irrelevant, "choose another --out, or delete it")
+    check_same(run.config, config, irrelevant, folder)
     return run
 
 

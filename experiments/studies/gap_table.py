@@ -31,11 +31,11 @@ from pyro_gpvae.core._files import read_json, write_text
 from pyro_gpvae.evaluation.gap import decompose
 from pyro_gpvae.evaluation.importance import ParetoWarning
 from pyro_gpvae.plots.gap import gap_ladder
-from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.runs.folder import check_options, load_run
+from pyro_gpvae.runs.config import PLACE, RunConfig, check_same
+from pyro_gpvae.runs.folder import load_run
 from pyro_gpvae.runs.gap_chunks import measure_gaps, read_table
 from pyro_gpvae.runs.gap_report import gap_caption, gap_markdown, write_gaps
-from pyro_gpvae.runs.train import complete_run
+from pyro_gpvae.runs.train import train_run
 from pyro_gpvae.runs.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 
 #: Names, options and folders are those of compare.py, so that its runs can be used again.
@@ -44,7 +44,7 @@ GUIDES = (
     "vlae:1",
 )  # fmt: skip
 #: Options of a run that do not change its training.
-_IRRELEVANT = ("device", "chunk_size", "root", "download", "test_images", "num_samples")
+_IRRELEVANT = (*PLACE, "test_images", "num_samples")
 
 
 @dataclass(kw_only=True)
@@ -116,8 +116,8 @@ def collect(options: Options) -> None:
             with warnings.catch_warnings():
                 # of the guide's own importance weights, which are not what is measured here
                 warnings.simplefilter("ignore", ParetoWarning)
-                complete_run(config, folder)
-        check_options(load_run(folder), config, _IRRELEVANT, "choose another --runs, or delete it")
+                train_run(config, folder, resume=True)
+        check_same(load_run(folder).config, config, _IRRELEVANT, folder)
         folders.append(folder)
         labels.append(config.guide)
     budget = _budget(options)

@@ -10,11 +10,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.config import PLACE, RunConfig
 from pyro_gpvae.runs.results import FULL, matches
-
-#: Options that say where a run is computed, and do not change what is computed.
-WHERE_IT_RUNS = ("root", "download", "device", "chunk_size")
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Cell:
         options = {
             f.name: value
             for f in fields(config)
-            if (value := getattr(config, f.name)) != f.default and f.name not in WHERE_IT_RUNS
+            if (value := getattr(config, f.name)) != f.default and f.name not in PLACE
         }
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
         warm = () if config.warm_start is None else ("warm",)

@@ -39,17 +39,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from _plans import WHERE_IT_RUNS, Cell, Plan
+from _plans import Cell, Plan
 
 from pyro_gpvae.data.images import available_data
 from pyro_gpvae.model.guide import make_guide
 from pyro_gpvae.model.image_model import ImageModel
-from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.config import PLACE, RunConfig
 from pyro_gpvae.runs.folder import check_trust
 from pyro_gpvae.runs.results import FULL
 
 _OPTIONS = {f.name for f in fields(RunConfig)}
-_GRID = _OPTIONS - set(FULL) - {*WHERE_IT_RUNS, "guide", "warm_start", "seed"}
+_GRID = _OPTIONS - set(FULL) - {*PLACE, "guide", "warm_start", "seed"}
 _METHOD = _GRID | {"name", "guide", "warm_start", "epochs_factor"}
 
 

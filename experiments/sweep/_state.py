@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 import torch
 from _costs import duration
-from _plans import WHERE_IT_RUNS, Plan
+from _plans import Plan
 
 from pyro_gpvae.core._environment import environment, sha256
 from pyro_gpvae.core._files import partial_folder, read_json
 from pyro_gpvae.data.images import ImageData, load_data
-from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.config import PLACE, RunConfig
 from pyro_gpvae.runs.folder import load_images
 from pyro_gpvae.runs.results import COLUMNS, read_results
 
@@ -73,10 +73,10 @@ def finished_runs(plan: Plan, out: Path) -> pd.DataFrame:
     frame = frame[frame["run"].isin(list(cells))].reset_index(drop=True)
     for name in frame["run"]:
         source = out / name / "record.json"
-        found = read_json(source)["config"]
+        found = RunConfig.from_json(read_json(source)["config"], source)
         for option in fields(RunConfig):
-            value, wanted = found.get(option.name), getattr(cells[name].config, option.name)
-            if option.name not in WHERE_IT_RUNS and value != wanted:
+            value, wanted = getattr(found, option.name), getattr(cells[name].config, option.name)
+            if option.name not in PLACE and value != wanted:
                 raise ValueError(
                     f"{source}: config.{option.name} is {value!r}, the plan says {wanted!r}: "
                     "delete the folder, or choose another --out"

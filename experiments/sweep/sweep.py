@@ -39,7 +39,7 @@ from _state import describe, finished_runs, load_images_once, warn_of_commits
 from pyro_gpvae.core._files import InUseError, locked, write_text
 from pyro_gpvae.data.images import ImageData
 from pyro_gpvae.runs.results import parse_where, score_table
-from pyro_gpvae.runs.train import complete_run
+from pyro_gpvae.runs.train import train_run
 
 STEP_TIMES = Path(__file__).parents[1] / "plans" / "step_times.csv"
 
@@ -203,9 +203,10 @@ def train(
     """Trains a cell in the working directory, or continues it, and returns its score."""
     while True:
         try:
-            record = complete_run(
+            record = train_run(
                 replace(cells[name].config, device=device),
                 name,
+                resume=True,
                 progress=False,
                 checkpoint_every=checkpoint_every,
                 trust_guide=True,  # read_plan has refused a guide that is not trusted

@@ -32,6 +32,7 @@ class Train(RunConfig):
         checkpoint_every: Steps between checkpoints, or minutes such as "5m".
         on_checkpoint_error: If the disk is full or read-only, "continue" without a checkpoint, or
             "stop".
+        download: Download the data set if it is missing.
         trust_guide: Import the guide MODULE:CLASS that the run or the warm start names.
         quiet: Show no progress bar.
     """
@@ -43,6 +44,7 @@ class Train(RunConfig):
     overwrite: bool = False
     checkpoint_every: str = "5m"
     on_checkpoint_error: Literal["continue", "stop"] = "continue"
+    download: bool = False
     trust_guide: bool = False
     quiet: bool = False
 
@@ -58,7 +60,7 @@ class Train(RunConfig):
     def _run(self, seed: int, out: Path) -> None:
         """Trains one run, and prints its scores."""
         from pyro_gpvae.runs.reproduce import reproduce_run
-        from pyro_gpvae.runs.train import complete_run, resume_run, train_run
+        from pyro_gpvae.runs.train import resume_run, train_run
 
         options = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
         config = RunConfig(**options | {"seed": seed})
@@ -66,6 +68,7 @@ class Train(RunConfig):
             "progress": not self.quiet,
             "checkpoint_every": self.checkpoint_every,
             "on_checkpoint_error": self.on_checkpoint_error,
+            "download": self.download,
             "trust_guide": self.trust_guide,
         }
         try:
@@ -81,10 +84,10 @@ class Train(RunConfig):
                     overwrite=self.overwrite,
                     **train_kwargs,
                 )
-            elif self.seeds is not None and not self.overwrite:
-                record = complete_run(config, out, **train_kwargs)
             else:
-                record = train_run(config, out, overwrite=self.overwrite, **train_kwargs)
+                train_kwargs["overwrite"] = self.overwrite
+                train_kwargs["resume"] = self.seeds is not None and not self.overwrite
+                record = train_run(config, out, **train_kwargs)
         except (KeyboardInterrupt, SystemExit):
             if partial_folder(out).is_dir():
                 own = self.guide.partition(":")[0] not in registered_guides()

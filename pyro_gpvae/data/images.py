@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -23,12 +22,9 @@ __all__ = [
     "ImageData",
     "available_data",
     "check_images",
-    "is_memory_mapped",
     "load_data",
-    "memory_mapped",
     "split_validation",
     "to_batch",
-    "to_float",
 ]
 
 
@@ -381,90 +377,3 @@ def _note(name: str, parts: Parts, file: str | None = None) -> str:
             f"file holds the published images in the published split."
         )
     return note
-
-
-def to_float(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    r"""Returns images as floats in [0, 1], \( x / 255 \) for uint8 values \( x \).
-
-    Arguments:
-        images: (B, C, H, W), uint8, or floats that are in [0, 1] already.
-        dtype: the floating-point type to return.
-
-    Raises:
-        ValueError: another rank or dtype, or a float that is NaN or outside [0, 1].
-
-    Example:
-        >>> to_float(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)).flatten()
-        tensor([0.0000, 0.2000, 1.0000])
-    """
-    if images.ndim != 4:
-        raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
-    if images.dtype == torch.uint8:
-        return images.to(dtype) / 255
-    if not images.dtype.is_floating_point:
-        raise ValueError(
-            f"images: expected uint8 values or floats in [0, 1], got {images.dtype}; "
-            f"values 0 to 255 of another type need .to(torch.uint8)"
-        )
-    inside = (images >= 0) & (images <= 1)  # False for NaN
-    if not inside.all():
-        value = images[~inside][0].item()
-        raise ValueError(
-            f"images: expected floats in [0, 1], found {value}; divide values 0 to 255 by 255, "
-            f"or pass them as uint8"
-        )
-    return images.to(dtype)
-
-
-#: Arrays whose pixels are in a file, by the address of the first.
-_MAPS: weakref.WeakValueDictionary[int, np.memmap[Any, Any]] = weakref.WeakValueDictionary()
-
-
-def memory_mapped(path: str | Path) -> Tensor:
-    r"""Returns the images of an `.npy` file without reading them: pixels come when they are used.
-
-    :func:`pyro_gpvae.fit` trains on more images than memory holds. Slices share the file; what
-    indexes at random, such as :func:`split_validation`, copies into memory. The file must
-    not change meanwhile; writing to the tensor does not change the file.
-
-    Arguments:
-        path: a file that `numpy.save` wrote, uint8 (N, C, H, W). Nothing is unpickled.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds another dtype or shape.
-
-    Example:
-        >>> path = Path(getfixture("tmp_path")) / "images.npy"
-        >>> np.save(path, np.zeros((5, 1, 28, 28), np.uint8))
-        >>> memory_mapped(path).shape
-        torch.Size([5, 1, 28, 28])
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: expected uint8 (N, C, H, W), as .npy")
-    try:
-        # "c": torch warns of arrays that cannot be written; writes stay in memory
-        pixels = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(
-            f"{path} could not be read: {_cause(error)}. Expected an .npy file, uint8 (N, C, H, W)"
-        ) from error
-    if not isinstance(pixels, np.memmap):
-        pixels.close()
-        raise ValueError(f"{path} is an archive: expected one array, as numpy.save writes it")
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"{path}: expected uint8 values 0 to 255, got {pixels.dtype}")
-    if not pixels.flags.c_contiguous:
-        raise ValueError(f"{path} is in Fortran order: write it with numpy.ascontiguousarray")
-    images = torch.from_numpy(pixels)
-    check_images(images, str(path))
-    _MAPS[images.untyped_storage().data_ptr()] = pixels
-    return images
-
-
-def is_memory_mapped(images: Tensor) -> bool:
-    """Whether pixels are those of :func:`memory_mapped`, or of a slice of them."""
-    return images.device.type == "cpu" and images.untyped_storage().data_ptr() in _MAPS

@@ -1,25 +1,40 @@
-r"""The options of a run."""
+"""The options of a run; nothing heavy is imported, so that the command starts quickly."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["RunConfig"]
+__all__ = ["PLACE", "RunConfig", "check_same"]
+
+#: Options that say where a run is computed, not what is computed.
+PLACE = ("root", "device", "chunk_size")
+
+_LEAST = {"latent_dim": 1, "epochs": 1, "batch_size": 1, "num_samples": 1, "train_images": 2}
+_LEAST |= {"test_images": 1, "chunk_size": 1, "validation": 0, "seed": 0}
+#: Larger values would only fail in the allocator.
+_MOST = {"latent_dim": 100_000, "seed": 2**63 - 1}
+
+#: What older versions wrote: options that no longer exist, and values that have new names.
+_RETIRED = ("download",)
+_RENAMED = {
+    "backend": {"captured": "auto"},
+    "precision": {"default": "float32", "tf32": "float32"},
+}
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything that decides the outcome of a run.
+    """The options that decide the outcome of a run.
 
     Attributes:
         data: Name of a data set, or path of an .npz file with uint8 arrays "train" and "test"
             of shape (N, H, W) or (N, H, W, C).
         root: Folder where data sets are kept; None is the environment variable PYRO_GPVAE_DATA,
             or ~/.cache/pyro-gpvae.
-        download: Download the data set if it is not in the folder.
         guide: NAME, NAME:OPTIONS or MODULE:CLASS, such as "vae", "gp:covariance=full" or
             "my_guides:MyGuide"; "pyro-gpvae guides" lists the names.
         latent_dim: Dimension p of z.
@@ -31,27 +46,25 @@ class RunConfig:
         learning_rate: Step size of Adam.
         validation: Number of training images held out (the same for every seed), whose ELBO is
             logged after each epoch.
-        train_images: Use only the first so many training images; None is all.
-        test_images: Evaluate only the first so many test images; None is all.
+        train_images: Number of training images to use, from the first on; None is all.
+        test_images: Number of test images to evaluate, from the first on; None is all.
         num_samples: Importance samples K per image for log p(x).
-        seed: Seed of initial weights, permutations, samples, and of the evaluation.
+        seed: Seed of the initial weights, the permutations, the samples, and the evaluation.
         device: "cpu", "cuda" or "cuda:INDEX"; None is CUDA if there is one, else the CPU.
-        chunk_size: Latent vectors decoded at once in evaluation: bounds the memory. It decides the
-            order of random numbers. None is 640 on a CPU; on a GPU 65,536, or as many as fit half
-            of its free memory at the evaluation. The record says how many.
-        warm_start: Folder of a finished run: the model starts from its weights, and the guide
-            from its encoder where the guide can.
-        freeze_decoder: Train the guide only, on the decoder of the warm start as it is.
-        backend: How a step is made: "eager", "compiled" or, on CUDA, "captured"; "auto" chooses.
-        precision: Of the networks' matrix products and convolutions in training: "float32", "tf32"
-            (NVIDIA GPUs) or "bf16"; "default" is torch's own setting. Evaluation is in float32.
-        on_nonfinite: "stop" at a loss or gradient that is NaN or infinite, or "skip" the update;
-            more than 100 of them stop the run.
+        chunk_size: Latent vectors decoded at once in the evaluation, which bounds the memory and
+            decides the order of random numbers. None is 640 on a CPU and 65,536 on a GPU.
+        warm_start: Run folder to start from: the model gets its weights, the guide the weights
+            of its encoder where the guide can use them.
+        freeze_decoder: Train the guide only, and keep the decoder of the warm start.
+        backend: How a training step is made: "eager" or "compiled"; "auto" chooses.
+        precision: Precision of the networks in training: "float32" or "bf16" (autocast).
+            Evaluation is in float32.
+        on_nonfinite: What to do about a loss or gradient that is NaN or infinite: "stop", or
+            "skip" the update; more than 100 skipped updates stop the run.
     """
 
     data: str = "mnist5k"
     root: str | None = None
-    download: bool = False
     guide: str = "gp"
     latent_dim: int = 10
     decoder: Literal["conv", "fc"] = "conv"
@@ -68,15 +81,15 @@ class RunConfig:
     chunk_size: int | None = None
     warm_start: str | None = None
     freeze_decoder: bool = False
-    backend: Literal["auto", "eager", "compiled", "captured"] = "auto"
-    precision: Literal["default", "float32", "tf32", "bf16"] = "default"
+    backend: Literal["auto", "eager", "compiled"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def check(self) -> None:
         """Refuses values that would only fail after hours of training.
 
         Raises:
-            ValueError: Names the option, its value and what was expected.
+            ValueError: If a value is wrong; names the option, the value and what was expected.
         """
         for name, hint in get_type_hints(RunConfig).items():
             value = getattr(self, name)
@@ -84,26 +97,44 @@ class RunConfig:
             if get_origin(hint) is Literal:
                 valid, expected = value in options, f"one of {options}"
             else:
-                # a whole number will do for a float, but True, also an int, never for a number
+                # An integer is accepted as a float, but True, also an int, never as a number.
                 types = (*options, int) if float in options else options
                 valid = isinstance(value, types) and (bool in options or type(value) is not bool)
                 expected = " or ".join(t.__name__.replace("NoneType", "None") for t in options)
             if not valid:
                 raise ValueError(f"{name} must be {expected}, got {value!r}")
-        least = dict.fromkeys(("latent_dim", "epochs", "batch_size", "num_samples"), 1)
-        least |= {"train_images": 2, "test_images": 1, "chunk_size": 1, "validation": 0, "seed": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {value}")
+        for name, least in _LEAST.items():
+            value, most = getattr(self, name), _MOST.get(name, 2**31 - 1)
+            if value is not None and not least <= value <= most:
+                bound = f"at least {least}" if value < least else f"at most {most:,}"
+                raise ValueError(f"{name} must be {bound}, got {value:,}")
         if self.freeze_decoder and self.warm_start is None:
             raise ValueError("freeze_decoder needs a warm_start, whose trained decoder it keeps")
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
+    def moved(self, data: str | None, root: str | None, device: str | None) -> RunConfig:
+        """Returns the options with another place of the data or another device; None keeps it."""
+        return dataclasses.replace(
+            self,
+            data=data or self.data,
+            root=root or self.root,
+            device=device or self.device,
+        )
+
     @staticmethod
-    def from_json(values: dict[str, Any], source: str | Path) -> RunConfig:
-        """Builds a checked configuration from a file's content; errors name the file."""
+    def from_json(values: Mapping[str, Any], source: str | Path) -> RunConfig:
+        """Builds a checked configuration from the content of a file.
+
+        Options that only older versions had are ignored, and their values translated.
+
+        Raises:
+            ValueError: If an option is unknown or wrong; names the file.
+        """
+        values = {name: value for name, value in values.items() if name not in _RETIRED}
+        for name, renamed in _RENAMED.items():
+            if isinstance(values.get(name), str):
+                values[name] = renamed.get(values[name], values[name])
         known = {field.name for field in dataclasses.fields(RunConfig)}
         unknown = sorted(values.keys() - known)
         if unknown:
@@ -117,3 +148,23 @@ class RunConfig:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         return config
+
+
+def check_same(found: RunConfig, wanted: RunConfig, ignore: tuple[str, ...], source: Path) -> None:
+    """Refuses a run that was trained with other options than are wanted.
+
+    Arguments:
+        found: The options of the run.
+        wanted: The options that are wanted.
+        ignore: The names of options that may differ.
+        source: The run folder, for the error message.
+
+    Raises:
+        ValueError: If an option differs; names it.
+    """
+    for option, value in vars(wanted).items():
+        if option not in ignore and getattr(found, option) != value:
+            raise ValueError(
+                f"{source} was trained with {option} = {getattr(found, option)!r}, not {value!r}: "
+                "choose another folder, or delete it"
+            )

@@ -1,12 +1,13 @@
-r"""The evaluation of a run: its scores, a table with a row an image, and what its guide reports."""
+"""The evaluation of a run: its scores, also per image, and the diagnostics of its guide."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 import torch
@@ -17,10 +18,11 @@ from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import new_folder, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.evaluation import PARETO_LIMIT, WIDTHS, Evidence, log_evidence, reference_evidence
+from pyro_gpvae.evaluation import PARETO_LIMIT, WIDTHS, log_evidence, reference_evidence
+from pyro_gpvae.model.guide import HasDiagnostics, HasUncertainty
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.runs.folder import load_run, named_device, warm_guide
+from pyro_gpvae.runs.folder import Place, Run, load_run, named_device, warm_guide
 
 __all__ = ["diagnostics", "evaluate", "evaluate_run"]
 
@@ -33,29 +35,28 @@ def evaluate_run(
     seed: int | None = None,
     test_images: int | None = None,
     chunk_size: int | None = None,
-    data: str | None = None,
-    root: str | None = None,
-    device: str | None = None,
     reference: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
-    trust_guide: bool = False,
+    **place: Unpack[Place],
 ) -> dict[str, Any]:
-    """Evaluates a finished run again; as it stands, with exactly the recorded score.
+    """Evaluates a finished run again; without further arguments, with exactly the recorded score.
 
-    "Exactly" holds on the same device with the same number of threads, and versions of the
-    libraries. Every argument but the first changes something: see :class:`pyro_gpvae.RunConfig`.
+    The score is the same on the same device with the same number of threads and the same versions
+    of the libraries.
 
     Arguments:
         folder: The run folder.
-        guide: Another guide over the run's decoder, such as "vlae:2"; it starts from the run's
+        guide: Another guide for the run's decoder, such as "vlae:2"; it starts from the run's
             encoder if it takes a ``warm_start``, and from random weights otherwise. It is not
             trained.
-        reference: For the first so many of the images, also the estimates of
+        num_samples, seed, chunk_size: See :class:`pyro_gpvae.RunConfig`; None is as recorded.
+        test_images: The number of the run's test images to use, from the first on; None is all.
+        reference: For the first so many of them, also the estimates of
             :func:`pyro_gpvae.reference_evidence`, which tell a better model from a better proposal.
         out: A folder to write ``record.json`` and ``scores.csv`` to.
         overwrite: Whether to replace an earlier evaluation there.
-        trust_guide: Whether the run's guide may be code outside the registered guides.
+        place: See :class:`pyro_gpvae.runs.folder.Place`.
 
     Returns:
         ``run``, ``guide``, ``trained_guide`` (the run's own), ``config``, ``data``, ``scores``,
@@ -63,69 +64,82 @@ def evaluate_run(
         device and threads, and ``reference`` if asked for.
 
     Raises:
-        FileNotFoundError, ValueError: As :func:`pyro_gpvae.load_run`; or if an option is wrong.
+        FileNotFoundError: As :func:`pyro_gpvae.load_run`.
+        ValueError: As :func:`pyro_gpvae.load_run`; if an option is wrong, or the training of the
+            run diverged.
         FileExistsError: If ``out`` is not empty.
     """
-    run = load_run(folder, data=data, root=root, device=device, trust_guide=trust_guide)
+    run = load_run(folder, **place)
+    _check_converged(run)
+    own = run.config
     config = dataclasses.replace(
-        run.config,
-        guide=guide or run.config.guide,
-        num_samples=run.config.num_samples if num_samples is None else num_samples,
-        seed=run.config.seed if seed is None else seed,
-        chunk_size=run.config.chunk_size if chunk_size is None else chunk_size,
+        own,
+        guide=guide or own.guide,
+        num_samples=own.num_samples if num_samples is None else num_samples,
+        seed=own.seed if seed is None else seed,
+        test_images=own.test_images if test_images is None else test_images,
+        chunk_size=own.chunk_size if chunk_size is None else chunk_size,
     )
     config.check()
-    target = named_device(config.device)
+    config = dataclasses.replace(config, test_images=own.test_images)  # the options of the run
+    device = named_device(config.device)
     program = run.guide
     if guide is not None:
-        with seeded(config.seed, target):
+        with seeded(config.seed, device):
             program = warm_guide(guide, run.model, run.guide)
         if isinstance(program, torch.nn.Module):
-            program.to(target).eval()
+            program.to(device).eval()
     images = run.data.take(test=test_images).test
     if reference is not None and not 1 <= reference <= len(images):
         raise ValueError(f"reference must be 1 to {len(images)} test images, got {reference}")
 
     files = ("record.json", "scores.csv")
-    with (
-        nullcontext()
-        if out is None
-        else new_folder(out, overwrite=overwrite, files=files) as target_folder
-    ):
+    with new_folder(out, overwrite=overwrite, files=files) if out else nullcontext() as target:
         begin = time.monotonic()
-        if target.type == "cpu":
+        if device.type == "cpu":
             keep_freed_memory()
         scores, table = evaluate(run.model, program, images, config)
         config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
         result = {
             "run": str(folder),
             "guide": config.guide,
-            "trained_guide": run.config.guide,
+            "trained_guide": own.guide,
             "config": dataclasses.asdict(config),
             "data": run.record["data"],
-            **environment(target),
+            **environment(device),
             "seconds": {"evaluation": time.monotonic() - begin},
             "scores": scores,
             "recorded": run.record["scores"],
-            "diagnostics": diagnostics(program, images, target, run.record["data"]["train_images"]),
+            "diagnostics": diagnostics(program, images, run.record["data"]["train_images"]),
         }
         if reference is not None:
             begin = time.monotonic()
-            result["reference"], columns = _reference(
-                run.model, program, images[:reference], config
-            )
+            found, columns = _reference(run.model, program, images[:reference], config)
+            result["reference"] = found
             result["seconds"]["reference"] = time.monotonic() - begin
             table = table.join(columns)  # empty for the images that follow
-        if target_folder is not None:
-            write_text(target_folder / "scores.csv", table.to_csv(index=False))
-            write_json(target_folder / "record.json", result)
+        if target is not None:
+            write_text(target / "scores.csv", table.to_csv(index=False))
+            write_json(target / "record.json", result)
     return result
+
+
+def _check_converged(run: Run) -> None:
+    """Refuses a run whose training diverged: its weights give numbers that are no scores."""
+    scores = run.record["scores"]
+    last = pd.read_csv(run.folder / "history.csv")["loss"].iloc[-1]
+    found = (last, scores.get("elbo"), scores["log_evidence"])  # JSON has null for NaN
+    if not all(isinstance(value, float | int) and math.isfinite(value) for value in found):
+        raise ValueError(
+            f"the training of {run.folder} diverged: its last loss is {found[0]}, its ELBO "
+            f"{found[1]}, log p(x) {found[2]}. Train again, with a smaller learning rate"
+        )
 
 
 def _reference(
     model: ImageModel, guide: Any, images: Tensor, config: RunConfig
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """The means of all reference estimates over images, and their table with a row per image."""
+    """Returns the means of all reference estimates, and a table with one row per image."""
     found = reference_evidence(
         model, images, guide, num_samples=config.num_samples, num_chains=8, num_steps=30,
         widths=WIDTHS, chunk_size=config.chunk_size, seed=config.seed,
@@ -155,13 +169,17 @@ def _reference(
 def evaluate(
     model: ImageModel, guide: Any, images: Tensor, config: RunConfig
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """The scores of a record, and a table with a row for each image."""
+    """Returns the scores of a record, and a table with one row per image."""
     evidence = log_evidence(
         model, guide, images, config.num_samples, chunk_size=config.chunk_size, seed=config.seed
     )
-    table = _table(evidence)
-    if hasattr(guide, "uncertainty"):
-        table["uncertainty"] = _uncertainty(guide, images, named_device(config.device)).numpy()
+    names = ("log_evidence", "standard_error", "effective_sample_size", "elbo")
+    table = pd.DataFrame({name: getattr(evidence, name).cpu().numpy() for name in names})
+    table.insert(0, "image", range(len(table)))
+    if isinstance(guide, HasUncertainty):
+        with torch.no_grad():
+            parts = [guide.uncertainty(to_batch(x, guide)).cpu() for x in images.split(512)]
+        table["uncertainty"] = torch.cat(parts).numpy()
     scores = {
         "elbo": float(evidence.elbo.mean()),
         "log_evidence": evidence.mean,
@@ -177,26 +195,10 @@ def evaluate(
     return scores, table
 
 
-def _table(evidence: Evidence) -> pd.DataFrame:
-    names = ("log_evidence", "standard_error", "effective_sample_size", "elbo")
-    table = pd.DataFrame({name: getattr(evidence, name).cpu().numpy() for name in names})
-    table.insert(0, "image", range(len(table)))
-    return table
-
-
 @torch.no_grad()
-def _uncertainty(guide: Any, images: Tensor, device: torch.device) -> Tensor:
-    """The inference uncertainty of uint8 images (N, C, H, W): shape (N,), on the CPU."""
-    chunks = [guide.uncertainty(to_batch(x, guide)).cpu() for x in images.split(512)]
-    return torch.cat(chunks)
-
-
-@torch.no_grad()
-def diagnostics(
-    guide: Any, images: Tensor, device: torch.device, num_train: int
-) -> dict[str, float]:
-    """What the guide reports on up to 512 test images, and KL(q(W, U) ‖ p)/N in nats."""
-    if not hasattr(guide, "diagnostics"):
+def diagnostics(guide: Any, images: Tensor, num_train: int) -> dict[str, float]:
+    """Returns the guide's diagnostics on up to 512 test images, and KL(q(W, U) ‖ p)/N in nats."""
+    if not isinstance(guide, HasDiagnostics):
         return {}
     found = guide.diagnostics(to_batch(images[:512], guide))
     values = {name: float(value) for name, value in found.items()}

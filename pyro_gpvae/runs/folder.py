@@ -1,25 +1,27 @@
-r"""Run folders: what a finished run consists of, and reading it back.
+"""Run folders: what a finished run consists of, and how it is read back.
 
-A run folder holds ``config.json`` (every option), ``record.json`` (options, versions, commit,
-device, seconds, scores), ``history.csv`` (a row an epoch), ``scores.csv`` (a row a test image),
-``weights.safetensors``, and ``manifest.json`` (sizes and SHA-256 of the others).
+A run folder holds ``config.json`` (the options), ``record.json`` (options, versions, commit,
+device, seconds, scores, and the SHA-256 of images and weights), ``history.csv`` (one row per
+epoch), ``scores.csv`` (one row per test image) and ``weights.safetensors``. While a run is trained,
+its folder is ``RUN.partial`` with ``config.json``, the checkpoint files and a lock.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import inspect
 import warnings
-from collections.abc import Collection
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from pyro_gpvae.core._environment import sha256
-from pyro_gpvae.core._files import MANIFEST, check_manifest, partial_folder, read_json
+from pyro_gpvae.core._files import partial_folder, read_json
 from pyro_gpvae.core._programs import own_parameters
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import ImageData, load_data
@@ -31,28 +33,38 @@ from pyro_gpvae.runs.weights import load_weights
 
 __all__ = [
     "RUN_FILES",
+    "Place",
     "Run",
     "build_model",
-    "check_options",
+    "check_record",
     "check_trust",
     "load_images",
     "load_run",
+    "memory_as_error",
     "named_device",
     "warm_guide",
-    "warm_start",
 ]
 
-RUN_FILES = (
-    "config.json",
-    "history.csv",
-    "manifest.json",
-    "record.json",
-    "scores.csv",
-    "weights.safetensors",
-)
+RUN_FILES = ("config.json", "history.csv", "record.json", "scores.csv", "weights.safetensors")
 
-#: The newest format of run folders that this version writes, and reads with all older ones.
+#: The newest format of run folders that this version writes; it reads all older ones.
 FORMAT = 1
+
+
+class Place(TypedDict, total=False):
+    """Where the parts of a run are now, and whether its guide is trusted.
+
+    Attributes:
+        data: Name or .npz path of the data, if they are not where the configuration says.
+        root: The folder of data sets, likewise.
+        device: Where to put model and guide; by default the device of the run.
+        trust_guide: Whether a guide outside the registered ones may be imported.
+    """
+
+    data: str | None
+    root: str | None
+    device: str | None
+    trust_guide: bool
 
 
 @dataclass
@@ -60,7 +72,7 @@ class Run:
     """A finished run, read back from its folder.
 
     Attributes:
-        folder: Where it lies.
+        folder: The folder.
         config: Its options.
         record: The content of ``record.json``.
         model: The trained model.
@@ -74,11 +86,16 @@ class Run:
     guide: Any
 
     @cached_property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the file of the weights."""
+        return hashlib.sha256((self.folder / "weights.safetensors").read_bytes()).hexdigest()
+
+    @cached_property
     def data(self) -> ImageData:
         """The images that the run was trained and evaluated on, read at first use.
 
         Raises:
-            ValueError: If they are not the same images as in the run.
+            ValueError: If they are not the images of the run.
         """
         data = load_images(self.config)
         for part, images in (("train", data.train), ("test", data.test)):
@@ -101,98 +118,76 @@ def load_run(
 ) -> Run:
     """Reads a run folder back: configuration, record, trained model and guide.
 
-    No file of a run can run code: weights are safetensors, the rest is JSON and CSV. A guide
-    that is named ``module:Class``, though, is imported, from the current directory if it is there.
+    No file of a run can run code: weights are safetensors, the rest is JSON and CSV. A guide that
+    is named ``module:Class``, however, is imported, from the current directory if it lies there.
 
     Arguments:
         folder: The run folder.
-        data: Where the data lie now, if not where the configuration says.
-        root: Likewise, the folder of data sets.
-        device: Where to put model and guide; by default the device of the run.
-        trust_guide: Whether a guide outside the registered ones may be imported.
+        data, root, device, trust_guide: See :class:`Place`.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing, or the run not finished.
         ValueError: If a file is damaged or of a newer format, the files do not fit each other, or
-            the guide is not registered and not trusted.
+            the guide is neither registered nor trusted.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        begun = partial_folder(folder).is_dir()
-        hint = f"it is not finished: continue it (--resume {folder})" if begun else ""
-        raise FileNotFoundError(
-            f"there is no run folder {folder}: {hint or 'expected one that train wrote'}"
-        )
+        hint = "expected one that train wrote"
+        if partial_folder(folder).is_dir():
+            hint = f"it is not finished: continue it (--resume {folder})"
+        raise FileNotFoundError(f"there is no run folder {folder}: {hint}")
     if not (folder / "record.json").exists() and (
         inside := sorted(path.parent.name for path in folder.glob("*/record.json"))
     ):
         raise ValueError(f"{folder} holds the runs {', '.join(inside)}: name one of them")
-    if (folder / MANIFEST).exists():  # runs of version 0.1 have none
-        check_manifest(folder)
     source = folder / "config.json"
     config = RunConfig.from_json(read_json(source), source)
-    check_trust(config.guide, source, trust_guide)
-    config = dataclasses.replace(
-        config,
-        data=data or config.data,
-        root=root or config.root,
-        device=device or config.device,
-    )
     record = read_json(folder / "record.json")
-    if isinstance(record.get("format"), int) and record["format"] > FORMAT:
-        raise ValueError(
-            f"{folder} has format {record['format']}, this version reads up to {FORMAT}: "
-            "upgrade pyro-gpvae"
-        )
-    try:
-        channels, height, width = (int(size) for size in record["data"]["image_shape"])
-        [record["data"][name] for name in ("train_sha256", "test_sha256", "train_images")]
-        record["scores"]["log_evidence"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / 'record.json'} is not the record of a run: {error!r}"
-        ) from error
+    recorded = check_record(record, folder / "record.json")
+    for name, value in vars(recorded).items():
+        if value != getattr(config, name):
+            raise ValueError(
+                f"{folder / 'record.json'} and config.json differ: {name} is {value!r} and "
+                f"{getattr(config, name)!r}"
+            )
+    check_trust(config.guide, source, trust_guide)
+    config = config.moved(data, root, device)
     target = named_device(config.device)
-    with seeded(config.seed, torch.device("cpu")), torch.no_grad():
+    channels, height, width = record["data"]["image_shape"]
+    with seeded(config.seed, torch.device("cpu")), memory_as_error(config), torch.no_grad():
         model = build_model(config, (channels, height, width), sigma=1.0)
         guide = make_guide(config.guide, model).eval()
         with own_parameters(model, guide):
             guide(torch.zeros(1, *model.image_shape))  # Pyro makes some parameters at first use
-    load_weights(folder / "weights.safetensors", model, guide)
+    load_weights(folder / "weights.safetensors", model, guide, record.get("weights_sha256"))
     model.to(target).eval()
     guide.to(target)
     return Run(folder, config, record, model, guide)
 
 
-def warm_start(config: RunConfig, trust_guide: bool) -> Run | None:
-    """The run that a run starts from, if there is one; see :func:`load_run` about trust."""
-    if config.warm_start is None:
-        return None
-    return load_run(config.warm_start, trust_guide=trust_guide)
-
-
-def check_options(run: Run, config: RunConfig, ignore: Collection[str], advice: str) -> None:
-    """Refuses a finished run that has other options than are wanted.
-
-    Arguments:
-        run: The run.
-        config: The options that are wanted.
-        ignore: The names of those that may differ.
-        advice: What the error tells to do.
+def check_record(record: dict[str, Any], source: Path) -> RunConfig:
+    """Checks that the content of a file is the record of a run, and returns its configuration.
 
     Raises:
-        ValueError: If another option differs; names it.
+        ValueError: If it is anything else, or of a newer format. Names the file.
     """
-    for option, wanted in vars(config).items():
-        found = getattr(run.config, option)
-        if wanted != found and option not in ignore:
-            raise ValueError(
-                f"{run.folder} was trained with {option} = {found!r}, not {wanted!r}: {advice}"
-            )
+    if isinstance(record.get("format"), int) and record["format"] > FORMAT:
+        raise ValueError(
+            f"{source} has format {record['format']}, this version reads up to {FORMAT}: "
+            "upgrade pyro-gpvae"
+        )
+    try:
+        [int(size) for size in record["data"]["image_shape"]]
+        [record["data"][name] for name in ("train_sha256", "test_sha256", "train_images")]
+        record["scores"]["log_evidence"]
+        config = dict(record["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source} is not the record of a run: {error!r}") from error
+    return RunConfig.from_json(config, f"{source}: config")
 
 
 def check_trust(guide: str, source: Path, trust_guide: bool) -> None:
-    """Refuses to import code because a file says so: ValueError unless the guide is trusted."""
+    """Raises ValueError if a file names a guide that is neither registered nor trusted."""
     if not trust_guide and guide.partition(":")[0] not in available_guides():
         raise ValueError(
             f"{source} names the guide {guide!r}, which is not registered: to load it, Python "
@@ -202,23 +197,31 @@ def check_trust(guide: str, source: Path, trust_guide: bool) -> None:
 
 
 def load_images(config: RunConfig, data: ImageData | None = None) -> ImageData:
-    """The images of a configuration: cut down and binarised as it says.
+    """Returns the images of a configuration, cut down and binarised as it says.
 
-    Arguments:
-        config: The options.
-        data: The whole data set, if it is loaded already.
-
-    Raises:
-        FileNotFoundError, ValueError: As :func:`pyro_gpvae.load_data`.
+    The data set is read and never downloaded, unless it is given as ``data``.
     """
-    if data is None:
-        data = load_data(config.data, root=config.root, download=config.download)
+    data = data or load_data(config.data, root=config.root)
     data = data.take(config.train_images, config.test_images)
     return data.binarized() if config.likelihood == "bernoulli" else data
 
 
+@contextmanager
+def memory_as_error(config: RunConfig) -> Iterator[None]:
+    """Turns a failed allocation in the block into a ValueError that names the options."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # the allocators of Python and torch
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise ValueError(
+            f"the guide {config.guide!r} with latent_dim = {config.latent_dim:,} and decoder "
+            f"{config.decoder!r} needs more memory than there is: {error}"
+        ) from error
+
+
 def build_model(config: RunConfig, image_shape: ImageShape, sigma: float) -> ImageModel:
-    """The model of a configuration, with random weights."""
+    """Builds the model of a configuration, with random weights."""
     decoder = build_decoder(image_shape, config.latent_dim, config.decoder)
     return ImageModel(
         image_shape, config.latent_dim, decoder, likelihood=config.likelihood, sigma=sigma
@@ -226,8 +229,10 @@ def build_model(config: RunConfig, image_shape: ImageShape, sigma: float) -> Ima
 
 
 def warm_guide(spec: str, model: ImageModel, trained: Any) -> Any:
-    """Builds a guide as :func:`pyro_gpvae.make_guide` does, from a trained one where it can:
-    if its constructor takes a ``warm_start``."""
+    """Builds a guide as :func:`pyro_gpvae.make_guide`, from a trained guide where it can be.
+
+    A guide can start from another one if its constructor has an argument ``warm_start``.
+    """
     name, _, options = spec.partition(":")
     if name not in available_guides() and options:
         name = ":".join(spec.split(":")[:2])
@@ -236,20 +241,23 @@ def warm_guide(spec: str, model: ImageModel, trained: Any) -> Any:
     try:
         return make_guide(spec, model, warm_start=trained)
     except ValueError as error:
-        guide = make_guide(spec, model)  # if it was not the warm start, this fails as well
+        guide = make_guide(spec, model)  # fails as well if the warm start is not the reason
         warnings.warn(f"{spec} cannot start from the trained guide: {error}", stacklevel=2)
         return guide
 
 
 def named_device(name: str | None) -> torch.device:
-    """The device of that name; without one, the GPU if there is one: ValueError if it is not
-    there."""
+    """Returns the device of a name; None is the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: If the name is unknown, or the device is not there.
+    """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:INDEX") from None
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}: expected cpu, cuda or cuda:INDEX")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

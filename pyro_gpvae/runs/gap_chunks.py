@@ -18,7 +18,6 @@ from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._files import write_text
 from pyro_gpvae.evaluation.gap import BATCH, decompose
 from pyro_gpvae.runs.folder import Run, load_run
-from pyro_gpvae.runs.weights import weights_sha256
 
 __all__ = ["describe", "measure_gaps", "read_table"]
 
@@ -73,7 +72,7 @@ def measure_gaps(
     with tqdm(total=sum(counts), desc="inference gap", unit="image", disable=not progress) as bar:
         for run, count, label in zip(runs, counts, labels, strict=True):
             bar.set_postfix_str(label)
-            weights = weights_sha256(run.model, run.guide)
+            weights = run.weights_sha256
             for start in range(0, count, BATCH):
                 stop = min(start + BATCH, count)
                 path = Path(out) / "chunks" / f"{_key(run, weights, start, stop, budget)}.csv"
@@ -100,13 +99,13 @@ def measure_gaps(
 
 def describe(run: Run) -> dict[str, Any]:
     """Returns what a record tells about a run: its folder, options, data, σ and weights."""
-    config = {k: v for k, v in vars(run.config).items() if k not in ("root", "download")}
+    config = {k: v for k, v in vars(run.config).items() if k != "root"}
     return {
         "run": str(run.folder),
         "config": config,
         "train_images": run.record["data"]["train_images"],
         "sigma": run.record.get("sigma"),
-        "weights_sha256": weights_sha256(run.model, run.guide),
+        "weights_sha256": run.weights_sha256,
     }
 
 

@@ -1,4 +1,4 @@
-r"""A run again, from its record alone."""
+"""Repeats a run from its record alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from pyro_gpvae.core._environment import environment, sha256
+from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._files import read_json
 from pyro_gpvae.data.images import load_data
-from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.runs.folder import check_trust, load_images
+from pyro_gpvae.runs.folder import Place, check_record, check_trust, load_images
 from pyro_gpvae.runs.train import train_run
 
 __all__ = ["reproduce_run"]
@@ -27,22 +26,23 @@ def reproduce_run(
     root: str | None = None,
     device: str | None = None,
     trust_guide: bool = False,
-    **how: Any,
+    download: bool = False,
+    **train_kwargs: Any,
 ) -> dict[str, Any]:
     """Trains and evaluates a run again, with the options, images and threads of its record.
 
     On the same device, with the same versions, the scores are the same bit for bit (on CUDA: in
-    torch's deterministic mode). Where the
-    run started from another one, that is trained again first, in ``out-warm-start``, unless it
-    is where the record says, or beside the record's own run.
+    torch's deterministic mode). If the run started from another one, that run is used if it is
+    where the record says or beside the record's own run. Otherwise it is trained again first, in
+    ``out-warm-start``.
 
     Arguments:
         source: A ``record.json``, or the run folder that has it.
         out: The new run folder.
-        data, root: Where the images lie now, if not where the record says.
-        device: Another device; the scores then differ by rounding, which training amplifies.
-        trust_guide: Whether the record's guide may be code outside the registered guides.
-        how: Further arguments of :func:`pyro_gpvae.train_run`.
+        data, root, device, trust_guide: See :class:`pyro_gpvae.runs.folder.Place`. On another
+            device the scores differ by rounding, which training amplifies.
+        download: Whether to download the data set if it is missing.
+        train_kwargs: Further arguments of :func:`pyro_gpvae.train_run`.
 
     Returns:
         The content of the new ``record.json``.
@@ -53,33 +53,34 @@ def reproduce_run(
             run. Names file and field.
 
     Warns:
-        Where code, versions or device differ; and if the scores do.
+        If code, versions, device or scores differ from the record.
     """
-    source = Path(source)
+    source, out = Path(source), Path(out)
     source = source / "record.json" if source.is_dir() else source
-    recorded = read_json(source)
-    return _again(recorded, source, Path(out), (data, root, device), trust_guide, how)
+    place: Place = {"data": data, "root": root, "device": device, "trust_guide": trust_guide}
+    return _repeat(read_json(source), source, out, place, download, train_kwargs)
 
 
-def _again(
+def _repeat(
     recorded: dict[str, Any],
     source: Path,
     out: Path,
-    places: tuple[str | None, str | None, str | None],
-    trust_guide: bool,
-    how: dict[str, Any],
+    place: Place,
+    download: bool,
+    train_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    _check_record(recorded, source)
-    config = RunConfig.from_json(recorded["config"], f"{source}: config")
-    check_trust(config.guide, source, trust_guide)
-    data, root, device = places
-    config = dataclasses.replace(
-        config,
-        data=data or config.data,
-        root=root or config.root,
-        device=device or config.device,
-    )
-    images = load_data(config.data, root=config.root, download=config.download)
+    config = check_record(recorded, source)
+    threads = recorded.get("threads")
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"{source}: threads must be a positive number, got {threads!r}")
+    if config.warm_start is not None and not isinstance(recorded.get("warm_start"), dict):
+        raise ValueError(
+            f"{source}: config.warm_start names a run, whose record is not in this one: it was "
+            "written by an earlier version"
+        )
+    check_trust(config.guide, source, place["trust_guide"])
+    config = config.moved(place["data"], place["root"], place["device"])
+    images = load_data(config.data, root=config.root, download=download)
     used = load_images(config, images)
     for part, found in (("train", used.train), ("test", used.test)):
         if sha256(found) != recorded["data"][f"{part}_sha256"]:
@@ -87,59 +88,39 @@ def _again(
                 f"{source}: data.{part}_sha256 is not that of the {part} images of "
                 f"{config.data!r} here: point --data or --root to the files it was trained on"
             )
-    how = how | {"trust_guide": trust_guide}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(recorded["threads"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         if config.warm_start is not None:
             start = _find_start(recorded, source, config.warm_start)
             if start is None:
                 start = out.with_name(f"{out.name}-warm-start")
-                _again(recorded["warm_start"], source, start, places, trust_guide, how)
+                _repeat(recorded["warm_start"], source, start, place, download, train_kwargs)
             config = dataclasses.replace(config, warm_start=str(start))
-        record = train_run(config, out, data=images, **how)
+        options = train_kwargs | {"data": images, "trust_guide": place["trust_guide"]}
+        record = train_run(config, out, **options)
     finally:
-        torch.set_num_threads(threads)
-    _compare(recorded, record, source)
+        torch.set_num_threads(before)
+    now = {name: record.get(name) for name in ("commit", "versions", "device", "threads")}
+    differ = [
+        f"{name} (recorded {recorded.get(name)}, now {value})"
+        for name, value in now.items()
+        if recorded.get(name) != value
+    ]
+    scores = [each["scores"]["log_evidence"] for each in (recorded, record)]
+    if scores[0] != scores[1]:
+        differ.insert(0, f"the score (recorded {scores[0]}, now {scores[1]})")
+    if differ:
+        warnings.warn(f"{source}: not as recorded: {'; '.join(differ)}", stacklevel=3)
     return record
 
 
-def _check_record(record: Any, source: Path) -> None:
-    try:
-        threads, config = record["threads"], record["config"]
-        [record["data"][name] for name in ("train_sha256", "test_sha256")]
-        record["scores"]["log_evidence"]
-        if type(threads) is not int or threads < 1 or not isinstance(config, dict):
-            raise ValueError("threads must be a positive number, config an object")
-        if config.get("warm_start") is not None and "warm_start" not in record:
-            raise ValueError(
-                "config.warm_start names a run, whose record is not in this one: it was written "
-                "by an earlier version"
-            )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source} is not the record of a run: {error!r}") from error
-
-
 def _find_start(recorded: dict[str, Any], source: Path, folder: str) -> Path | None:
-    """The folder of the very run that the recorded one started from, if it is still there."""
-    for place in (Path(folder), source.absolute().parent.parent / folder):
+    """Returns the folder of the very run that the recorded one started from, if it is there."""
+    for path in (Path(folder), source.absolute().parent.parent / folder):
         try:
-            if read_json(place / "record.json") == recorded["warm_start"]:
-                return place
+            if read_json(path / "record.json") == recorded["warm_start"]:
+                return path
         except (FileNotFoundError, ValueError):
             continue
     return None
-
-
-def _compare(recorded: dict[str, Any], record: dict[str, Any], source: Path) -> None:
-    now = environment(torch.device(record["config"]["device"])) | {"threads": record["threads"]}
-    differ = [
-        f"{name} (recorded {recorded.get(name)}, now {now[name]})"
-        for name in ("commit", "versions", "device", "threads")
-        if recorded.get(name) != now[name]
-    ]
-    scores = [record["scores"]["log_evidence"], recorded["scores"]["log_evidence"]]
-    if scores[0] != scores[1]:
-        differ.insert(0, f"the score (recorded {scores[1]}, now {scores[0]})")
-    if differ:
-        warnings.warn(f"{source}: not as recorded: {'; '.join(differ)}", stacklevel=4)

@@ -1,4 +1,4 @@
-r"""The weights of a model and a guide as a safetensors file."""
+"""The weights of a model and a guide as a safetensors file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyro_gpvae.core._files import write_bytes
 from pyro_gpvae.training.checkpoint import check_extra_state, copy_tensors
 
-__all__ = ["load_weights", "save_weights", "weights_sha256"]
+__all__ = ["load_weights", "save_weights"]
 
 
-def save_weights(path: str | Path, model: Any, guide: Any) -> None:
+def save_weights(path: str | Path, model: Any, guide: Any) -> str:
     """Writes the parameters and buffers of model and guide to one safetensors file.
 
-    Names start with ``model.`` and ``guide.``. The file is complete or absent, never half-written.
+    Names start with ``model.`` and ``guide.``. The file is complete or absent.
+
+    Returns:
+        The SHA-256 of the file.
 
     Raises:
         ValueError: If model or guide is not a module, so that its parameters cannot be found.
@@ -29,17 +33,25 @@ def save_weights(path: str | Path, model: Any, guide: Any) -> None:
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in _named_tensors(model, guide).items()
     }
-    write_bytes(path, safetensors.torch.save(tensors))
+    content = safetensors.torch.save(tensors)
+    write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
-def load_weights(path: str | Path, model: Any, guide: Any) -> None:
-    """Reads what :func:`save_weights` wrote, into the modules, which keep their device and dtype.
+def load_weights(path: str | Path, model: Any, guide: Any, sha256: str | None = None) -> None:
+    """Reads what :func:`save_weights` wrote into the modules, which keep their device.
 
     Nothing is changed unless the whole file fits. No code in the file can run.
 
+    Arguments:
+        path: The file.
+        model, guide: The modules.
+        sha256: The SHA-256 that the file must have; None is any.
+
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, or holds other tensors than model and guide have.
+        ValueError: If the file is damaged or is another one, holds other tensors than model and
+            guide have, or a parameter in it is not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,31 +59,31 @@ def load_weights(path: str | Path, model: Any, guide: Any) -> None:
             f"there is no weights file {path}: expected one that training wrote, "
             "such as RUN/weights.safetensors"
         )
+    content = path.read_bytes()
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path} is not the file that was written: its SHA-256 differs")
     try:
-        found = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
+        found = safetensors.torch.load(content)
+    except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"cannot read the weights in {path}: {error}. The file is damaged or not in the "
             "safetensors format: copy it again, or train again."
         ) from error
-    copy_tensors(found, _named_tensors(model, guide), str(path))
-
-
-def weights_sha256(model: nn.Module, guide: nn.Module) -> str:
-    """Returns the SHA-256 of the parameters and buffers: names, shapes, dtypes and values.
-
-    The result is hexadecimal, and the same on any device.
-    """
-    digest = hashlib.sha256()
-    for program in (model, guide):
-        for name, tensor in sorted(program.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    expected = _named_tensors(model, guide)
+    for name, tensor in found.items():
+        wanted = expected.get(name)
+        if wanted is not None and tensor.dtype != wanted.dtype:
+            raise ValueError(f"{name} in {path} has dtype {tensor.dtype}, expected {wanted.dtype}")
+    for role, program in (("model", model), ("guide", guide)):
+        for name, _ in program.named_parameters():
+            tensor = found.get(f"{role}.{name}", torch.zeros(()))
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{role}.{name} in {path} is not finite: the training diverged")
+    copy_tensors(found, expected, str(path))
 
 
 def _named_tensors(model: Any, guide: Any) -> dict[str, Tensor]:
-    """The parameters and buffers of model and guide by name."""
+    """Returns the parameters and buffers of model and guide by name."""
     named: dict[str, Tensor] = {}
     for role, program in (("model", model), ("guide", guide)):
         if not isinstance(program, nn.Module):

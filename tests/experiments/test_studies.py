@@ -205,7 +205,7 @@ def test_the_gap_table(tmp_path, capsys, monkeypatch):
     assert str(tmp_path) not in (results / "gap.csv").read_text()
     assert (tmp_path / "docs" / "images" / "gap.png").exists()
     # again: nothing is trained or measured, the same table comes out
-    monkeypatch.setattr(gap_table, "complete_run", None)
+    monkeypatch.setattr(gap_table, "train_run", None)
     monkeypatch.setattr(gap_chunks, "decompose", None)
     gap_table.main(options)
     assert "to train 0 of 4 runs" in capsys.readouterr().out
