@@ -135,7 +135,11 @@ def interleaved(
     times: list[list[float]] = [[] for _ in programs]
     order = list(range(len(programs)))
     generator = random.Random(0)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of images that would need more steps
         for repeat in range(_WARM_UP + repeats):
