@@ -1,14 +1,14 @@
 r"""The documentation: ``sphinx-build -W --keep-going -b html docs docs/_build/html``.
 
 The tutorials are executed while they are built. With the environment variable PYRO_GPVAE_SMOKE
-set they cut their budgets to a few seconds, and every page says so.
+set they run with budgets of a few seconds, and every page says so.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import os
+import pkgutil
 from typing import Any
 
 from docutils import nodes
@@ -38,7 +38,7 @@ html_css_files = ["page.css"]
 html_theme_options: dict[str, Any] = {}
 if os.environ.get("PYRO_GPVAE_SMOKE"):
     html_theme_options["announcement"] = (
-        "A test build: the tutorials ran with cut budgets (PYRO_GPVAE_SMOKE), "
+        "This is a test build. The tutorials ran with very small budgets (PYRO_GPVAE_SMOKE), "
         "so their numbers and pictures mean nothing."
     )
 
@@ -49,14 +49,15 @@ nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 600
-# %%bash prints in pieces of 100 bytes: joined as they are, where myst-nb would break their lines
+# The output of %%bash arrives in pieces of 100 bytes. They are joined here, because myst-nb would
+# break lines between them.
 NotebookClient.__init__ = functools.partialmethod(  # type: ignore[assignment]
     NotebookClient.__init__, coalesce_streams=True
 )
-# progress bars are off in the tutorials; without Jupyter's widgets tqdm warns nevertheless
+# Without Jupyter's widgets tqdm warns, although progress bars are off in the tutorials.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
-# a name of ours that leads nowhere is a mistake; types of other libraries are just text
+# Names of this project must be documented. Types of other libraries are shown as text.
 nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(?!pyro_gpvae\.|guides\.).*")]
 autodoc_inherit_docstrings = False  # of torch.nn.Module.forward, for one
@@ -71,14 +72,16 @@ napoleon_numpy_docstring = False
 
 def public_name(name: str) -> str | None:
     """Where an object is documented: ``pyro_gpvae.fit`` lives in ``pyro_gpvae.training.loop``."""
-    package, _, attribute = name.partition(".")
-    if package not in ("pyro_gpvae", "guides") or not attribute:
+    if name.partition(".")[0] not in ("pyro_gpvae", "guides"):
         return None
-    head, _, rest = attribute.partition(".")
-    found = getattr(importlib.import_module(package), head, None)
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return None
+    found = getattr(found, "fget", found)  # a property
     if not hasattr(found, "__qualname__"):
         return None
-    return ".".join(filter(None, (found.__module__, found.__qualname__, rest)))
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 def resolve_short_names(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> Any:

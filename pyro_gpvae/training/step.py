@@ -56,7 +56,7 @@ class TrainingStep:
 
     The eager step runs the model and the guide as Pyro programs, without Pyro's checks. The
     compiled step runs a graph of the objective and its gradient instead, see
-    :mod:`pyro_gpvae.training._compiled`. Both draw the same random numbers in the same order.
+    ``_compiled.py``. Both draw the same random numbers in the same order.
     Minibatches of another shape than the first one are always eager.
 
     An update whose loss or gradient is not finite is not made: the optimisers read a flag on the
