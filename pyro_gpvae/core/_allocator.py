@@ -1,4 +1,4 @@
-r"""glibc's allocator gives memory back too eagerly for training: a quarter of a step."""
+r"""Lets glibc's allocator keep freed memory, which makes a training step on a CPU faster."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 @cache
 def keep_freed_memory() -> bool:
-    """Lets this process keep up to 1 GiB of memory that it has freed, to use it again.
+    """Lets this process keep up to 1 GiB of freed memory for later use.
 
-    A training step allocates and frees the same tens of MiB again and again. With its defaults
-    glibc returns them to the kernel each time, which has to clear every page anew: about a quarter
-    of the time of a step on the CPU (``docs/performance.md``). Called by :func:`pyro_gpvae.fit`
-    and :func:`pyro_gpvae.log_weights` on the CPU, once a process. Leaves an allocator alone that
-    is not glibc's, or that ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_`` or
-    ``LD_PRELOAD`` in the environment says something about.
+    A training step allocates and frees the same tens of MiB again and again. By default glibc
+    returns them to the kernel, which must clear every page again. That takes about a quarter of a
+    step on the CPU (``docs/performance.md``). :func:`pyro_gpvae.fit` and the command
+    ``pyro-gpvae`` call this function. It changes nothing if the allocator is not glibc's, or if
+    the environment sets ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_`` or ``LD_PRELOAD``.
 
     Returns:
-        Whether it was done.
+        Whether the allocator was changed.
     """
     named = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD")
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in named):

@@ -1,4 +1,4 @@
-r"""Signals: end a training after its step, with a checkpoint, and with the usual exit code."""
+r"""Signals that end a training after the present step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Interrupts", "Terminated", "stopped"]
 
 
 class Terminated(SystemExit):
-    """SIGTERM asked the process to end; left alone, it ends with exit code 143."""
+    """Raised after SIGTERM; the process ends with exit code 143 unless it is caught."""
 
     def __init__(self, message: str = "terminated") -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -22,9 +22,13 @@ class Terminated(SystemExit):
 
 
 class Interrupts:
-    """Notes SIGINT and SIGTERM inside a block instead of acting on them at once.
+    """Context manager that records SIGINT and SIGTERM instead of raising at once.
 
-    A second signal acts at once. Outside the main thread, where Python cannot, nothing is noted.
+    A second signal raises at once. Outside the main thread Python cannot handle signals, and
+    nothing is recorded.
+
+    Attributes:
+        signal: The number of the signal that came, or None.
     """
 
     def __init__(self) -> None:
@@ -41,7 +45,7 @@ class Interrupts:
         for number, handler in self._previous.items():
             # None: a handler that was not installed from Python, and cannot be put back
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if kind is None and self.signal is not None:  # it came too late for the block to see
+        if kind is None and self.signal is not None:  # the block did not see it
             raise stopped(self.signal, "stopped after the last step")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -51,5 +55,5 @@ class Interrupts:
 
 
 def stopped(number: int, message: str) -> BaseException:
-    """The exception that a signal stands for: KeyboardInterrupt, or Terminated."""
+    """Returns the exception for a signal: KeyboardInterrupt or Terminated."""
     return Terminated(message) if number == signal.SIGTERM else KeyboardInterrupt(message)

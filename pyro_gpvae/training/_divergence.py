@@ -28,16 +28,16 @@ def explain(
     parameters: Mapping[str, Tensor],
     reason: str = "",
 ) -> NonFiniteError:
-    """Says where a loss or gradient that is not finite comes from.
+    """Returns an error that says where a loss or gradient became NaN or infinite.
 
     Arguments:
         step: The optimiser step.
-        objective: The objective whose loss it is.
+        objective: The objective of the loss.
         programs: The scaled model and guide.
         x: The minibatch (B, C, H, W).
-        index: The number of each of its images among the training images, (B,).
-        parameters: What is trained, by name.
-        reason: What is known already.
+        index: The numbers of its images, (B,).
+        parameters: The parameters by name.
+        reason: The reason that a program gave by itself, if any.
     """
     broken = [name for name, p in parameters.items() if not bool(torch.isfinite(p).all())]
     if broken:
@@ -83,7 +83,7 @@ def _not_finite_terms(programs: tuple[PerImage, PerImage], x: Tensor) -> tuple[l
                     terms.append(f"log density of site {name!r} in the {program}")
                     if in_data_plate(site) and wrong.shape[-1:] == bad.shape:
                         bad |= wrong.reshape(-1, len(x)).any(0)
-    except (ValueError, RuntimeError, ArithmeticError):  # its gradient may tell more
+    except (ValueError, RuntimeError, ArithmeticError):  # the gradients may tell more
         pass
     finally:
         Distribution.set_default_validate_args(validate)
@@ -101,7 +101,7 @@ def _not_finite_gradients(
     names: dict[str, None] = {}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     for module in itertools.chain(*(program.modules() for program in programs)):
-        if isinstance(module, _BatchNorm):  # one image has no statistics
+        if isinstance(module, _BatchNorm):  # a single image has no batch statistics
             module.eval()
     for i in range(len(x)):
         try:
