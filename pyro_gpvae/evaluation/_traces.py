@@ -14,11 +14,20 @@ from pyro.infer.importance import vectorized_importance_weights
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._plates import DATA_PLATE, in_data_plate, is_global
 from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._seeds import image_seed, seeded
 from pyro_gpvae.model.guide import posterior_of
 
-__all__ = ["Sites", "local_programs", "local_sites", "log_joint_of", "weights_of_traces"]
+__all__ = [
+    "Sites",
+    "local_programs",
+    "local_sites",
+    "log_joint_of",
+    "simulate",
+    "weights_of_traces",
+]
 
 
 def local_programs(
@@ -111,6 +120,25 @@ def local_sites(
         is_latent = name == "z" or not seen
         (sites.latent if is_latent else sites.observed)[name] = site
     return sites
+
+
+def simulate(model: PyroProgram, like: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
+    """Draws one image (1, C, H, W) and its z (1, p) from the model."""
+    with seeded(image_seed(seed, index, "simulation"), like.device):
+        try:
+            with nonfinite_as_error():
+                sites = local_sites(model, like, simulate=True)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"image {index} cannot be simulated: {error}", images=[index]
+            ) from error
+    if len(sites.observed) != 1 or "z" not in sites.latent:
+        raise ValueError(
+            "images can be simulated from a model with the site 'z' and one observed site, "
+            f"found {len(sites.observed)} of them"
+        )
+    (image,) = sites.observed.values()
+    return image["value"], sites.latent["z"]["value"]
 
 
 def _site_sum(trace: Any, names: Container[str], shape: tuple[int, int]) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_gpvae.core._chunks import halving_chunks
-from pyro_gpvae.core._errors import NonFiniteError, name_images, nonfinite_as_error
+from pyro_gpvae.core._errors import NonFiniteError, name_images
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.core._seeds import image_seed, seeded
+from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.evaluation._evaluator import (
     MAX_IMAGES,
@@ -30,7 +30,7 @@ from pyro_gpvae.evaluation._hmc import (
     chains_with_pilots,
     start_distributions,
 )
-from pyro_gpvae.evaluation._traces import local_sites
+from pyro_gpvae.evaluation._traces import simulate
 from pyro_gpvae.evaluation.importance import Evidence
 from pyro_gpvae.model.image_model import ImageModel
 
@@ -51,9 +51,8 @@ class AnnealedEvidence:
 
     Attributes:
         log_evidence: log of the mean weight of the chains; a lower bound in expectation.
-        standard_error: Its Monte-Carlo standard error from the variance of the weights (delta
-            method). It is too small if few chains carry the weight, and does not see a mode that
-            no chain has found.
+        standard_error: Its Monte-Carlo standard error. It is too small if few chains carry the
+            weight, and does not see a mode that no chain has found.
         effective_sample_size: (Σ w)² / Σ w² over chains, between 1 and ``num_chains``.
         acceptance_rate: The mean acceptance probability of the HMC moves.
         num_chains: The number of chains per image.
@@ -131,14 +130,11 @@ def annealed_evidence(
     schedule β with one HMC move after each step. The mean of w is p(x) exactly for any moves that
     keep :math:`f_\beta`.
 
-    Every fourth chain is accompanied by a pilot chain, which adapts the step size to 65 %
-    acceptance and is then discarded. A chain that adapted to its own past would no longer keep
-    :math:`f_\beta`, and its weight would be biased. Momenta have the inverse covariance of the
-    start, estimated from draws.
-
-    Every image has its own stream of random numbers, which depends on the seed and the image's
-    index only. Results therefore do not depend on batches or chunks, except for rounding and for
-    guides whose ``posterior(x)`` itself draws random numbers.
+    For every four chains a pilot chain adapts the step size to 65 % acceptance and is then
+    discarded: a chain that adapted to its own past would have a biased weight. Momenta have the
+    inverse covariance of the start, estimated from draws. Every image has its own random numbers,
+    so results do not depend on batches or chunks, except for rounding and for guides whose
+    ``posterior(x)`` draws random numbers.
 
     References:
         Neal, *Annealed importance sampling*, 2001.
@@ -153,10 +149,8 @@ def annealed_evidence(
         num_chains: The number of chains per image.
         num_steps: The number T of steps of the schedule.
         num_leapfrog: The number of gradients per HMC move.
-        chunk_size: The number of chains, pilots included, that are moved at once; see
-            :func:`pyro_gpvae.log_weights`.
-        seed: The same seed gives the same numbers, and the global random state is left as it was.
-            None draws a seed.
+        chunk_size: The number of chains, pilots included, that are moved at once.
+        seed: The same seed gives the same numbers. None draws a seed.
         first_image: The index of the first image of x, if x is a part of a data set.
         progress: Whether to show a progress bar; a text is its label.
 
@@ -219,7 +213,7 @@ def bidirectional(
         -\log \tfrac1M \sum_m 1 / w_m^{\text{back}},
 
     each in expectation. Where both bounds meet, annealing has converged, including all modes, for
-    images like those of the model. The way back uses the step sizes of the forward pilots.
+    images like those of the model.
 
     References:
         Grosse, Ancha and Roy, *Measuring the reliability of MCMC inference with bidirectional
@@ -229,15 +223,13 @@ def bidirectional(
         model: As in :func:`annealed_evidence`; its observations must be one site.
         guide: A guide with ``posterior(x)`` to start from; None starts from the model's prior.
         num_images: The number of images to simulate.
-        num_chains, num_steps, num_leapfrog, chunk_size, seed, progress: As in
-            :func:`annealed_evidence`.
-        first_image: The index of the first image. An image of a seed is the same in every call.
+        num_chains, num_steps, num_leapfrog, chunk_size, seed, first_image, progress: As in
+            :func:`annealed_evidence`. An image of a seed is the same in every call.
         like: Images (1, C, H, W) that give the model the shape; by default zeros of the shape of
             an :class:`pyro_gpvae.ImageModel`.
 
     Raises:
-        ValueError: As :func:`annealed_evidence`, or if the model's observations are not one site.
-        NonFiniteError: As :func:`annealed_evidence`.
+        ValueError, NonFiniteError: As :func:`annealed_evidence`.
 
     Example:
         >>> from pyro_gpvae.testing import linear_gaussian
@@ -255,7 +247,7 @@ def bidirectional(
 
     def work(size: int) -> Sandwich:
         indices = range(first_image, first_image + num_images)
-        pairs = [_simulate(model, blank, annealing.seed, index) for index in indices]
+        pairs = [simulate(model, blank, annealing.seed, index) for index in indices]
         x, z = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         lower: list[Tensor] = []
         upper: list[Tensor] = []
@@ -340,25 +332,6 @@ class _Annealing:
                 _check_finite(chains.log_weights, index + at)
                 yield chains, path
             index += len(images)
-
-
-def _simulate(model: PyroProgram, like: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
-    """One image (1, C, H, W) and its z (1, p), drawn from the model."""
-    with seeded(image_seed(seed, index, "simulation"), like.device):
-        try:
-            with nonfinite_as_error():
-                sites = local_sites(model, like, simulate=True)
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"image {index} cannot be simulated: {error}", images=[index]
-            ) from error
-    if len(sites.observed) != 1 or "z" not in sites.latent:
-        raise ValueError(
-            "images can be simulated from a model with the site 'z' and one observed site, "
-            f"found {len(sites.observed)} of them"
-        )
-    (image,) = sites.observed.values()
-    return image["value"], sites.latent["z"]["value"]
 
 
 def _check_finite(log_weights: Tensor, first: int) -> None:

@@ -9,9 +9,10 @@ from torch import nn
 
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel
+from pyro_gpvae.evaluation._choice import choose as choose_of
 from pyro_gpvae.evaluation.annealing import bidirectional
 from pyro_gpvae.evaluation.importance import ParetoWarning
-from pyro_gpvae.evaluation.reference import _choose, reference_evidence
+from pyro_gpvae.evaluation.reference import reference_evidence
 from pyro_gpvae.testing import linear_gaussian
 
 SHAPE = (1, 4, 4)
@@ -245,7 +246,7 @@ def estimates(**rows):
 def choose(found):
     """The choice where annealing is trusted."""
     trust = {n: (k <= 0.7) | torch.tensor(n == "AIS") for n, (_, _, k) in found.items()}
-    return _choose(found, trust, torch.full((1,), math.nan))
+    return choose_of(found, trust, torch.full((1,), math.nan))
 
 
 nan = math.nan
