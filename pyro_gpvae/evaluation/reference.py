@@ -32,7 +32,12 @@ from pyro_gpvae.evaluation._evaluator import (
 )
 from pyro_gpvae.evaluation._posteriors import Widened, estimated_mean
 from pyro_gpvae.evaluation.annealing import annealed_evidence
-from pyro_gpvae.evaluation.importance import PARETO_LIMIT, Evidence, weights_in_chunks
+from pyro_gpvae.evaluation.importance import (
+    PARETO_LIMIT,
+    Evidence,
+    evidence_curve,
+    weights_in_chunks,
+)
 from pyro_gpvae.evaluation.optimum import optimise_gaussian
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
@@ -66,9 +71,9 @@ def reference_evidence(
 
     * ``IWAE(K)``: importance sampling from the guide;
     * ``IWAE(K), width c``, if ``widths`` are given and the guide has ``posterior(x)``: importance
-      sampling from q(z|x) widened about its mean by the factor c of highest IWAE(K). c is chosen
-      for each image on draws of its own, and the estimate is made with new draws. What it gains
-      over ``IWAE(K)`` is due to a better proposal, not to a better model;
+      sampling from q(z|x) widened about its mean by the factor c of highest IWAE(K/10). c is
+      chosen for each image on other draws than those of the estimate. What it gains over
+      ``IWAE(K)`` is due to a better proposal, not to a better model;
     * ``IWAE(K), instance:full``: importance sampling from the Gaussian of highest ELBO of each
       image, see :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`, for an ImageModel;
     * ``AIS(T)``: annealed importance sampling from that Gaussian, else from the guide, else from
@@ -218,7 +223,9 @@ class _Part:
             if widths and isinstance(self.guide, HasPosterior):
                 wider = self._widened(n, widths)
                 scores = {c: sampled(n, q, "choice of width") for c, q in wider.items()}
-                c = max(scores, key=lambda c: float(scores[c].logsumexp(0)))
+                # one estimate from all draws may be high by chance: the mean of ten is safer
+                count = max(1, self.num_samples // 10)
+                c = max(scores, key=lambda c: float(evidence_curve(scores[c], [count])[count]))
                 proposals[f"{self.own}, width c"], self.width[n] = wider[c], c
             if self.best is not None:
                 proposals[self.full] = self._optimum(n)

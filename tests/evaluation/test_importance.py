@@ -363,7 +363,7 @@ def test_posteriors_of_one_batch_refuse_another():
     for wrong, chunk_size in ((x, 2), (x[:3], None)):
         with pytest.raises(ValueError, match=r"knows the posteriors of 5 images, and was asked"):
             log_weights(model, q, wrong, 2, chunk_size=chunk_size)
-    with pytest.raises(ValueError, match="asked for 3: give fewer images at a time, or a larger"):
+    with pytest.raises(ValueError, match="asked for 3: pass fewer images at a time, or a larger"):
         q(x[:3])
 
 
