@@ -57,8 +57,10 @@ class GPGuide(GaussianGuide):
 
     * ``"weights"`` computes f and log h from one draw of W and U for the minibatch (plain Pyro).
     * ``"functions"`` draws f and log h for each image from the normals above. It estimates the
-      same objective, and the variance of the gradient with respect to the standard deviations of
-      W and U is 100 to 700 times smaller (``experiments/studies/gradient_variance.py``).
+      same objective: by eq. (6) of the supplement, the expectations over W and U are expectations
+      over f and log h of each image. The variance of the gradient with respect to the standard
+      deviations of W and U is 100 to 700 times smaller
+      (``experiments/studies/gradient_variance.py``).
     * ``"marginal"`` draws z from the marginal q(z|x) of eq. (7) and scores it by that density.
       It estimates a tighter bound than eq. (2) for the same q, because the mutual information
       :math:`I(z; (W, U) | x)` is not subtracted.

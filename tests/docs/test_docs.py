@@ -74,7 +74,7 @@ def test_every_test_and_script_on_a_page_exists(page):
     everything = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     for test in re.findall(r"`(test_\w+)`", text):  # a test that keeps a promise
         assert f"def {test}(" in everything, test
-    for file in re.findall(r"`(experiments/[\w/]+\.py)", text):
+    for file in re.findall(r"`((?:experiments|guides|pyro_gpvae)/[\w/]+\.py)", text):
         assert (ROOT / file).is_file(), file
 
 
