@@ -34,6 +34,7 @@ class Off:
         return dist.Normal(q.mean + 0.3 * q.stddev, 1.2 * q.stddev).to_event(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "steps"), [("guide", 100), ("prior", 400)])
 def test_the_linear_gaussian_evidence_within_a_twentieth_of_a_nat(start, steps):
     model, x = model_and_images()
@@ -51,6 +52,7 @@ def test_the_linear_gaussian_evidence_within_a_twentieth_of_a_nat(start, steps):
     assert bool((result.effective_sample_size > 16).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["guide", "prior"])
 def test_the_sandwich_holds_the_exact_evidence(start):
     model, _ = model_and_images()

@@ -114,6 +114,7 @@ class Narrow:
         return type(q)(q.loc, scale_tril=scale)
 
 
+@pytest.mark.slow
 def test_annealing_from_a_narrow_guide_is_not_trusted(toy):
     model, _, x = toy
     exact, program = model.log_evidence(x), plain(model)
@@ -357,6 +358,7 @@ def test_progress_is_shown(toy, capsys):
     assert "digits: annealing: 100%" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
 def test_more_images_than_are_annealed_at_once(toy):
     model, _, x = toy

@@ -84,6 +84,7 @@ class TestLinearGaussian:
 
 
 class TestOptimum:
+    @pytest.mark.slow
     def test_equals_brute_force(self):
         """p = 1: the ELBO by Gauss-Hermite quadrature, maximised by SciPy from many starts."""
         model, x = curved_model(1), toy.images(6)
@@ -205,6 +206,7 @@ class _Flow:
 
 
 class TestAutoguides:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("autoguide", "slack"),
         [(AutoNormal, 0.1), ("AutoMultivariateNormal", 0.1), (AutoIAFNormal, 0.3)],
