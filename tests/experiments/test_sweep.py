@@ -114,7 +114,7 @@ def test_select_takes_what_a_cell_starts_from_along(tiny):
     ]
     with pytest.raises(ValueError, match=r"no cell has guide=gq; there are vae, gp"):
         read_plan(tiny).select({"guide": ["gq"]})
-    with pytest.raises(ValueError, match=r"'guid=gp' is none: expected KEY=VALUE"):
+    with pytest.raises(ValueError, match=r"'guid=gp' : expected KEY=VALUE"):
         parse_where(["guid=gp"])
     where = parse_where(["guide=sa:4,step_size=0.1,vae"])
     assert where == {"guide": ["sa:4,step_size=0.1", "vae"]}
@@ -202,7 +202,6 @@ def test_finished_runs_that_do_not_fit_are_refused(tiny, tmp_path):
         finished_runs(plan, out)
     write_json(record, read_json(record) | {"config": read_json(record)["config"] | {"epochs": 9}})
     record.write_text(record.read_text().replace('log_evidenc"', 'log_evidence"'))
-    (out / cell.name / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"record.json: config.epochs is 9, the plan says 1"):
         finished_runs(plan, out)
 
