@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pyro
-import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -16,7 +15,6 @@ __all__ = [
     "NonFiniteError",
     "UnsupportedError",
     "check_finite",
-    "finite",
     "name_images",
     "nonfinite_as_error",
     "unvalidated",
@@ -26,12 +24,9 @@ __all__ = [
 class NonFiniteError(ArithmeticError):
     """Raised if a loss, gradient or density is NaN or infinite.
 
-    The message names the step, the term and the images, as far as they are known.
-
     Attributes:
         step: The optimiser step.
-        images: The indices of the images whose own values are not finite, or of the whole
-            minibatch if they cannot be separated.
+        images: The indices of the images concerned, of the whole minibatch if they are not known.
     """
 
     def __init__(self, message: str, step: int = 0, images: Sequence[int] = ()) -> None:
@@ -40,21 +35,13 @@ class NonFiniteError(ArithmeticError):
         self.images = tuple(images)
 
 
+class UnsupportedError(ValueError):
+    """Raised if a training step cannot be traced or compiled; the message gives the reason."""
+
+
 def name_images(numbers: Sequence[int]) -> str:
-    """Returns the indices of images as text for a message, at most the first five.
-
-    Example:
-        >>> name_images([3, 7]), name_images(range(100))
-        ('3, 7', '0, 1, 2, 3, 4, ...')
-    """
+    """Returns the indices of images as text for a message, at most the first five."""
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-
-
-def finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Returns a boolean scalar on the device: whether the loss and all gradients are finite."""
-    # a norm is finite only if all its terms are; in float64 it does not overflow
-    norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float64) if gradients else []
-    return torch.isfinite(torch.stack([loss.detach().double(), *norms]).sum())
 
 
 @contextmanager
@@ -70,10 +57,6 @@ def nonfinite_as_error() -> Iterator[None]:
             raise NonFiniteError(str(error).partition(", but found")[0]) from error
 
 
-class UnsupportedError(ValueError):
-    """Raised if a training step cannot be traced or compiled; the message gives the reason."""
-
-
 @contextmanager
 def unvalidated() -> Iterator[None]:
     """Disables the validation of Pyro and torch, because every check makes a GPU wait."""
@@ -82,26 +65,18 @@ def unvalidated() -> Iterator[None]:
 
 
 def check_finite(what: str, value: Tensor, images: Tensor | None = None) -> None:
-    """Checks that a tensor is finite, if the validation of distributions is enabled.
+    """Raises NonFiniteError, which names the images, unless a tensor (..., B, p) is finite.
 
-    Arguments:
-        what: The name of the tensor in the message.
-        value: The tensor, (..., B, p).
-        images: The indices of the B images, by default 0 to B - 1.
-
-    Raises:
-        NonFiniteError: If a value is NaN or infinite; names the images.
+    Nothing is checked if the validation of distributions is disabled.
     """
     # the sum takes one pass; it may overflow, so that an infinite one needs the full check
     if not Distribution._validate_args or math.isfinite(float(value.detach().sum())):
         return
     wrong = (~value.isfinite().all(-1)).reshape(-1, value.shape[-2]).any(0)
-    if not bool(wrong.any()):
-        return
     numbers = (wrong.nonzero().flatten() if images is None else images[wrong]).tolist()
-    names = name_images(numbers)
-    raise NonFiniteError(
-        f"{what} is not finite for image {names} of the batch: a weight is not finite, or a "
-        f"product overflows {value.dtype}",
-        images=numbers,
-    )
+    if numbers:
+        raise NonFiniteError(
+            f"{what} is not finite for image {name_images(numbers)} of the batch: a weight is not "
+            f"finite, or a product overflows {value.dtype}",
+            images=numbers,
+        )

@@ -20,12 +20,9 @@ def in_data_plate(site: Any) -> bool:
 def data_frame(site: Any) -> Any:
     """Returns the frame of ``plate("data", B)`` around a site, or None for a global site.
 
-    Sites outside the data plate are treated as global and scaled by 1/N, so z and x must be inside
-    it. A plate that subsamples would be scaled twice.
-
     Raises:
-        ValueError: If z, or an observed site with a plate at dimension -1, is in another plate or
-            in none, or if the data plate subsamples.
+        ValueError: If z, or an observed site with a plate at dimension -1, is not in the data
+            plate: it would be scaled by 1/N. If the plate subsamples: it would be scaled twice.
     """
     frames = {frame.name: frame for frame in site["cond_indep_stack"]}
     name, data = site["name"], frames.get(DATA_PLATE)
@@ -48,11 +45,6 @@ def data_frame(site: Any) -> Any:
 
 
 def is_global(site: Any) -> bool:
-    """Returns whether a site is global.
-
-    Raises:
-        ValueError: If the site should be local, see :func:`data_frame`.
-    """
-    if site["type"] != "sample" or site_is_subsample(site):
-        return False
-    return data_frame(site) is None
+    """Returns whether a site is global; raises ValueError where :func:`data_frame` does."""
+    sampled = site["type"] == "sample" and not site_is_subsample(site)
+    return sampled and data_frame(site) is None

@@ -2,7 +2,7 @@ r"""Modules whose parameters Pyro finds without its global parameter store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -25,28 +25,14 @@ PyroProgram = Callable[..., Any]
 class Program(nn.Module):
     r"""An ``nn.Module`` that owns its parameters and that :class:`pyro.infer.SVI` can train.
 
-    SVI trains the parameters that ``param`` messages name. ``pyro.module`` and, by default,
-    :class:`pyro.nn.PyroModule` send these messages through a store that is global to the process:
-    a second module with the same name gets the parameters of the first one and never trains.
-    PyroModule's option ``module_local_params=True`` fails under SVI (Pyro 1.9.2: "'Parameter'
-    object has no attribute 'unconstrained'"). A Program sends the messages itself, under a unique
-    name, and leaves the store empty.
-
-    Optimisers of :mod:`pyro.optim` look up parameter names in that store and do not find those of
-    a Program. A function of the name, as in ``Adam(lambda name: ...)``, therefore fails, and
-    ``get_state`` and ``save`` keep the moments of one parameter only. If you need them, train the
-    ELBO as a module with an optimiser of torch, groups of parameters, and state dicts::
-
-        model, guide = PerImage(model, N), PerImage(guide, N)
-        bound = Trace_ELBO()(model, guide)
-        groups = [{"params": guide.parameters(), "lr": 1e-3}, {"params": model.parameters()}]
-        optimizer = torch.optim.Adam(groups, lr=5e-4)
-        bound(x).backward()
-        optimizer.step()
-        state = [part.state_dict() for part in (model, guide, optimizer)]
+    ``pyro.module`` and :class:`pyro.nn.PyroModule` keep parameters in a store that is global to the
+    process, where a second module of the same name gets the parameters of the first one. A Program
+    names its parameters to SVI itself, uniquely, and leaves the store empty. Optimisers of
+    :mod:`pyro.optim` therefore know no names: if you need groups of parameters or the optimiser's
+    state, train ``Trace_ELBO()(model, guide)``, a module, with an optimiser of torch.
 
     Example:
-        >>> import pyro, torch
+        >>> import torch
         >>> from pyro import distributions as dist, infer, optim
         >>> class Guide(Program):
         ...     def __init__(self):
@@ -77,9 +63,8 @@ class Program(nn.Module):
 class BorrowedModules(tuple[Any, ...]):
     """Modules that another module uses but does not own, such as the decoder in a refining guide.
 
-    The tuple keeps them out of the parameters and of the state dict of the module that holds it.
-    A deep copy of the holder refers to the same modules, unless they are copied in the same call
-    and before it: ``copy.deepcopy((model, guide))``.
+    A deep copy of the holder refers to the same modules, unless the same call copies them first:
+    ``copy.deepcopy((model, guide))``.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BorrowedModules:
@@ -90,30 +75,12 @@ class BorrowedModules(tuple[Any, ...]):
 def own_parameters(*programs: Any) -> Iterator[None]:
     """Makes every PyroModule among the programs use its own parameters inside the block.
 
-    A PyroModule that is called takes the values that Pyro's global store holds under the names of
-    its attributes, even if another module put them there. Pyro has no setting that avoids this for
-    a module that exists already, so the block runs in a scope of the store that does not hold the
+    A PyroModule takes the values that Pyro's global store holds under the names of its attributes,
+    even if another module put them there. The block runs in a scope of the store without the
     parameters of other modules. Parameters of ``pyro.param`` and ``pyro.module`` statements stay
-    visible, and those made inside the block are kept. To load a store into a module, call the
-    module before.
-
-    Example:
-        >>> import torch
-        >>> class Scale(PyroModule):
-        ...     def __init__(self, value):
-        ...         super().__init__()
-        ...         self.scale = pyro.nn.PyroParam(torch.tensor(value))
-        ...     def forward(self):
-        ...         return self.scale.item()
-        >>> first, second = Scale(1.0), Scale(2.0)
-        >>> with own_parameters(first):
-        ...     first()
-        1.0
-        >>> with own_parameters(second):
-        ...     second()
-        2.0
+    visible, and those made inside the block are kept.
     """
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    modules = _modules_of(programs)
     if not any(isinstance(module, PyroModule) for module in modules):
         yield
         return
@@ -129,22 +96,20 @@ def own_parameters(*programs: Any) -> Iterator[None]:
         store.set_state(after)  # adds to what the scope has restored
 
 
-def with_own_parameters(
-    function: Callable[_Arguments, _Result],
-) -> Callable[_Arguments, _Result]:
-    """Decorates an evaluator: modules among its arguments use their own parameters.
-
-    It works like :func:`own_parameters`, but leaves Pyro's store as it was.
-    """
+def with_own_parameters(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorates an evaluator with :func:`own_parameters`, but leaves the store as it was."""
 
     @wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        programs = (p for p in (*args, *kwargs.values()) if isinstance(p, nn.Module))
-        modules = [module for program in programs for module in program.modules()]
+        modules = _modules_of((*args, *kwargs.values()))
         with pyro.get_param_store().scope(_visible_state(modules)):
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def _modules_of(programs: Iterable[Any]) -> list[nn.Module]:
+    return [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
 
 
 def _visible_state(modules: Sequence[nn.Module]) -> Any:
@@ -166,10 +131,7 @@ def _visible_state(modules: Sequence[nn.Module]) -> Any:
 
 
 def _names_in_store(modules: Sequence[nn.Module]) -> set[str] | None:
-    """Returns the names by which PyroModules look up their parameters in the store.
-
-    Returns None for an autoguide that has not been called yet, because its names are not known.
-    """
+    """Returns the names that PyroModules look up; None if an autoguide has not chosen them yet."""
     names = set()
     for module in modules:
         if not isinstance(module, PyroModule):

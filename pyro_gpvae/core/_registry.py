@@ -10,24 +10,19 @@ from typing import Any
 
 __all__ = ["distribution_name", "import_named", "registered_guides"]
 
-_GROUP = "pyro_gpvae.guides"
-
 
 def registered_guides() -> dict[str, list[EntryPoint]]:
     """Returns the entry points of the group ``pyro_gpvae.guides`` by name, sorted.
 
     A name has more than one entry point if several distributions register it. The working
-    directory is not searched: a folder there that looks like an installed distribution would
-    otherwise choose the code that runs.
+    directory is not searched: a folder there must not choose the code that runs.
     """
-    here = os.getcwd()
-    path = [
-        entry for entry in sys.path if os.path.realpath(entry or here) != os.path.realpath(here)
-    ]
+    here = os.path.realpath(os.getcwd())
+    path = [entry for entry in sys.path if os.path.realpath(entry) != here]
     found: dict[str, list[EntryPoint]] = {}
     seen = set()
     for distribution in distributions(path=path):
-        points = distribution.entry_points.select(group=_GROUP)
+        points = distribution.entry_points.select(group="pyro_gpvae.guides")
         # the first distribution of a name on the path hides the others, as it does for imports
         if points and distribution.name not in seen:
             seen.add(distribution.name)
@@ -42,15 +37,11 @@ def distribution_name(point: EntryPoint) -> str:
 
 
 def import_named(module: str) -> Any:
-    """Imports a module that the user has named, from the working directory if it lies there.
-
-    The working directory is the last entry of ``sys.path``, so that it hides no installed module,
-    and only for the duration of this import.
-    """
+    """Imports a module that the user has named, from ``sys.path`` or the working directory."""
     folder = os.getcwd()
     if folder in sys.path or "" in sys.path:
         return importlib.import_module(module)
-    sys.path.append(folder)
+    sys.path.append(folder)  # last, so that it hides no installed module
     importlib.invalidate_caches()  # the file may have been written a moment ago
     try:
         return importlib.import_module(module)

@@ -1,21 +1,9 @@
 r"""The generative model, its guides' contract, and the objectives that train both.
 
-``image_model``
-    :class:`ImageModel`, a Pyro program: p(z) = N(0, I), a decoder and a likelihood.
-``networks``
-    Encoders and decoders of the paper's Tables 1-3, and autocast around networks.
-``likelihoods``
-    The density of Gaussian pixels, and the range of every scale parameter.
-``elbo``
-    :class:`PerImage`, which turns an ELBO into eq. (2), the estimators, and :func:`elbo_terms`.
-``stratified``
-    The ELBO of guides whose posterior is a mixture.
-``marginal_posterior``
-    q(z|x) of a random encoder, eq. (7).
-``guide``
-    The contract that a guide fulfils, and loading guides by name.
-``curvature``
-    Jacobians of the decoder, and the Gauss-Newton precision of the posterior.
+``image_model``, ``likelihoods`` and ``networks`` are the Pyro program of images, the density of its
+pixels, and the networks of the paper. ``guide`` is the contract that a guide fulfils, and loads
+guides by name. ``elbo`` and ``stratified`` estimate eq. (2); ``marginal_posterior`` is q(z|x) of a
+random encoder, and ``curvature`` the Gauss-Newton precision of a posterior.
 
 This room imports ``core`` and ``data``. Training, evaluation, guides and the rooms above them
 import this room.

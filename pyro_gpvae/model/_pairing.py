@@ -13,12 +13,7 @@ __all__ = ["Paired", "pair"]
 
 
 class Paired(Program):
-    """A model that first samples the global sites of a guide from their priors.
-
-    Arguments:
-        model: A Pyro model.
-        guide: A guide with ``global_prior()``. Its parameters are not part of this module.
-    """
+    """A model that first samples the global sites of a guide, which it does not own."""
 
     def __init__(self, model: PyroProgram, guide: HasGlobalPrior) -> None:
         super().__init__()
@@ -32,16 +27,11 @@ class Paired(Program):
 
 
 def pair(model: PyroProgram, guide: PyroProgram) -> PyroProgram:
-    r"""Returns the model with the priors of the guide's global random weights.
+    r"""Returns a program that samples the guide's global weights from their priors, then the model.
 
-    Only the guide of a GPVAE has the weights W and U. An ELBO compares their distribution with
-    their prior N(0, I), so the model must sample them as well. This function wraps the model and
-    does not change it; it returns the model itself if the guide has no global weights.
-    :func:`pyro_gpvae.fit` and :func:`pyro_gpvae.elbo_terms` call it by themselves.
-
-    Arguments:
-        model: A Pyro model, such as :class:`pyro_gpvae.ImageModel`.
-        guide: A Pyro guide for it.
+    An ELBO compares the distribution of these weights with their prior, so the model must sample
+    them, too. The model does not change; it is returned itself if the guide has no global weights.
+    :func:`pyro_gpvae.fit` and :func:`pyro_gpvae.elbo_terms` call this function.
 
     Example:
         >>> import torch

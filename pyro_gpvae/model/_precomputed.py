@@ -12,24 +12,9 @@ __all__ = ["PrecomputedPosterior"]
 
 
 class PrecomputedPosterior:
-    """A guide that returns a given q(z|x), for the batch of images that it was computed for.
+    """A guide that returns given posteriors q of B images: batch shape (B,), event shape (p,).
 
-    It avoids a second run of an encoder or of an optimisation, and makes any distribution a
-    proposal. Functions that divide images into parts, as :func:`pyro_gpvae.log_weights` does, must
-    be called with a single part.
-
-    Arguments:
-        q: The posteriors of B images: batch shape (B,), event shape (p,).
-
-    Raises:
-        ValueError: If it is called with another number of images than B.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> import torch
-        >>> guide = PrecomputedPosterior(dist.Normal(torch.zeros(3, 2), 1.0).to_event(1))
-        >>> guide.posterior(torch.zeros(3, 1, 28, 28)) is guide.q
-        True
+    It raises ValueError if it is called with another number of images.
     """
 
     def __init__(self, q: TorchDistribution) -> None:

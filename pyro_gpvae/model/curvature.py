@@ -14,12 +14,7 @@ from pyro_gpvae.core._errors import name_images
 from pyro_gpvae.model._convolutions import ConvTranspose2d
 from pyro_gpvae.model.likelihoods import bounded
 
-__all__ = [
-    "decoder_jacobian",
-    "inverse_cholesky",
-    "line_search",
-    "linearize",
-]
+__all__ = ["decoder_jacobian", "inverse_cholesky", "line_search", "linearize"]
 
 #: Fractions of the Gauss-Newton step that the line search tries; zero keeps the current point.
 STEP_SIZES = (1.0, 0.5, 0.25, 0.1, 0.0)
@@ -44,25 +39,38 @@ def line_search(
 
 
 def linearize(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Returns the gradient of log p(x, z) in z, (B, p), and its precision Λ, (B, p, p).
+    r"""Returns the gradient of log p(x, z) in z, (B, p), and the precision Λ, (B, p, p).
 
-    Both are float64: JᵀJ squares the condition number of J. In float32 and for
-    :math:`\sigma \lesssim 0.03`, its rounding error is as large as the prior's precision I.
+    .. math::
+        \Lambda = J^\top H J + I,
+
+    where J is the Jacobian of the decoder and H the curvature of -log p(x|z) in its output. Both
+    are float64: in float32, rounding errors exceed I for :math:`\sigma \lesssim 0.03`.
     """
-    if torch.is_grad_enabled():
-        return _linearize(model, x, z)
-    size = max(1, _MAX_TANGENTS.get(z.device.type, 2048) // z.shape[-1])
-    parts = [_linearize(model, *part) for part in zip(x.split(size), z.split(size), strict=True)]
-    gradients, precisions = zip(*parts, strict=True)
-    return torch.cat(gradients), torch.cat(precisions)
+    if not torch.is_grad_enabled():
+        size = max(1, _MAX_TANGENTS.get(z.device.type, 2048) // z.shape[-1])
+        if len(z) > size:
+            parts = zip(x.split(size), z.split(size), strict=True)
+            gradients, precisions = zip(*(linearize(model, *part) for part in parts), strict=True)
+            return torch.cat(gradients), torch.cat(precisions)
+    output, jacobian = decoder_jacobian(model.decoder, z)
+    if model.log_sigma is None:
+        mean = output.sigmoid()
+        residual, weight = x.flatten(1) - mean, mean * (1 - mean)
+    else:
+        weight = (-2 * bounded(model.log_sigma)).exp().expand_as(output)
+        residual = weight * (x.flatten(1) - output)
+    gradient = torch.einsum("bdp,bd->bp", jacobian, residual) - z
+    jacobian, weight = jacobian.double(), weight.double()
+    eye = torch.eye(z.shape[-1], dtype=torch.float64, device=z.device)
+    return gradient.double(), jacobian.mT @ (weight.unsqueeze(-1) * jacobian) + eye
 
 
 def decoder_jacobian(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
     """Returns g(z), flattened to (B, D), and its Jacobian (B, D, p), by forward-mode products.
 
-    The p products share one forward pass. Those of an ``nn.Sequential`` pass its layers one after
-    the other in a single batch, at the cost of decoding p latent vectors; any other decoder is
-    treated as one layer. The Jacobian is exact: :func:`autocast_networks` does not affect it.
+    It costs as much as decoding p latent vectors for an ``nn.Sequential`` of linear layers,
+    convolutions and ReLUs. :func:`autocast_networks` does not affect it.
     """
     directions = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     output, tangents = z, directions.unsqueeze(1).expand(-1, *z.shape)
@@ -74,7 +82,7 @@ def decoder_jacobian(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
     return output.flatten(1), tangents.flatten(2).movedim(0, -1)
 
 
-#: Affine layers. Subclasses are not included, because they may compute anything.
+# subclasses are not included, because they may compute anything
 _AFFINE = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, ConvTranspose2d)
 
 
@@ -88,30 +96,20 @@ def _through(layer: nn.Module, value: Tensor, tangents: Tensor) -> tuple[Tensor,
         output = layer(value)
         return output, tangents * (output > 0)
 
-    def product(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return _push_forward(layer, value, tangent)
+    def product(tangent: Tensor) -> Any:
+        with _OutsidePyro():
+            return torch.func.jvp(layer, (value,), (tangent,))
 
     out_dims: Any = (None, 0)
-    output, images = torch.func.vmap(product, 0, out_dims, randomness="same")(tangents)
-    return output, images
+    return cast(Any, torch.func.vmap(product, 0, out_dims, randomness="same")(tangents))
 
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _push_forward(decoder: nn.Module, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns g(z) and the product of its Jacobian with a direction."""
-    with _OutsidePyro():
-        result = torch.func.jvp(decoder, (z,), (direction,))
-    return result[0], result[1]
-
-
 class _OutsidePyro(Messenger):
-    """Stops the param messages of a PyroModule, which fail inside torch.func.
-
-    They would set requires_grad. The model sends the same messages outside of torch.func.
-    """
+    """Stops the param messages of a PyroModule, which set requires_grad inside torch.func."""
 
     def _pyro_param(self, msg: Any) -> None:
         if len(msg["args"]) > 1:
@@ -126,16 +124,9 @@ def inverse_cholesky(precision: Tensor, images: Tensor | None = None) -> tuple[T
     1e-10, ... 1e-4 times the mean of the diagonal that is sufficient. Other matrices do not change.
     Condition numbers up to 1e15 in float64, and up to about 1e6 in float32, need no jitter.
 
-    Arguments:
-        precision: Λ of each image, (B, p, p).
-        images: The indices of the images for the error message, by default 0 to B - 1.
-
-    Returns:
-        S (B, p, p), and the jitter (B,) relative to the mean of the diagonal, usually zero.
-
     Raises:
-        torch.linalg.LinAlgError: If a matrix is not finite, or singular with the largest jitter;
-            names the image.
+        LinAlgError: If Λ (B, p, p) is not finite, or singular with the largest jitter. The message
+            has the indices ``images``, by default 0 to B - 1.
     """
     finite = precision.isfinite().all(-1).all(-1)
     if not finite.all():
@@ -159,21 +150,3 @@ def inverse_cholesky(precision: Tensor, images: Tensor | None = None) -> tuple[T
 def _error(failed: Tensor, images: Tensor | None, reason: str) -> LinAlgError:
     indices = (failed.nonzero().flatten() if images is None else images[failed]).tolist()
     return LinAlgError(f"the posterior precision of image {name_images(indices)} is {reason}")
-
-
-def _residual(model: Any, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns gradient and curvature of log p(x|z) in the decoder's output, both (B, D)."""
-    if model.log_sigma is None:
-        mean = output.sigmoid()
-        return x.flatten(1) - mean, mean * (1 - mean)
-    weight = (-2 * bounded(model.log_sigma)).exp()
-    return weight * (x.flatten(1) - output), weight.expand_as(output)
-
-
-def _linearize(model: Any, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    output, jacobian = decoder_jacobian(model.decoder, z)
-    residual, weight = _residual(model, x, output)
-    gradient = torch.einsum("bdp,bd->bp", jacobian, residual) - z
-    jacobian, weight = jacobian.double(), weight.double()
-    eye = torch.eye(z.shape[-1], dtype=torch.float64, device=z.device)
-    return gradient.double(), jacobian.mT @ (weight.unsqueeze(-1) * jacobian) + eye

@@ -1,28 +1,29 @@
 r"""Eq. (2) of the supplement, the objective of training, and ELBO estimators that compute it.
 
-:class:`PerImage` turns an ELBO of Pyro into an estimate of eq. (2). :func:`pyro_gpvae.fit` wraps
-model and guide in it and minimises the guide's objective, or :class:`TraceELBO` by default.
+:func:`pyro_gpvae.fit` wraps model and guide in :class:`PerImage` and minimises the guide's
+objective, or :class:`TraceELBO` by default.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
-from pyro.util import check_model_guide_match, check_site_shape
+from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -33,32 +34,28 @@ from pyro_gpvae.model._pairing import pair
 
 __all__ = [
     "Block",
+    "DifferentiableELBO",
     "MeanFieldELBO",
     "Objective",
     "PerImage",
     "TraceELBO",
     "elbo_terms",
-    "sampled_traces",
+    "sample_sites",
     "without_host_sync",
 ]
 
 
 class Objective(Protocol):
-    """The part of :class:`pyro.infer.ELBO` that training calls."""
+    """The part of :class:`pyro.infer.ELBO` that training calls: minus the ELBO, a scalar."""
 
-    def differentiable_loss(self, model: Any, guide: Any, x: Tensor, /) -> Tensor:
-        """Returns minus the ELBO of a batch of images, with its gradient."""
+    def differentiable_loss(self, model: Any, guide: Any, x: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Block:
     """An objective and the parameters that it trains, with an Adam optimiser of their own.
 
-    Attributes:
-        elbo: The objective.
-        parameters: The parameters that it trains; the block does not change any others.
-        model: The model of the objective, by default that of :func:`pyro_gpvae.fit`.
-        guide: The guide of the objective, by default that of :func:`pyro_gpvae.fit`.
+    Its model and guide are by default those of :func:`pyro_gpvae.fit`.
     """
 
     elbo: Objective
@@ -67,28 +64,61 @@ class Block:
     guide: PyroProgram | None = None
 
 
-class TraceELBO(Trace_ELBO):
-    """:class:`pyro.infer.Trace_ELBO` with a ``differentiable_loss`` that never reads the device.
-
-    Value and gradient are those of Pyro's on the same traces, including score-function terms.
-    Pyro copies every term to the host as a number, so that a GPU waits once for each site.
-    """
+class DifferentiableELBO(ELBO):
+    """An ELBO whose other methods follow from ``differentiable_loss``, which reads no device."""
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns minus the ELBO, with the gradient of Pyro's surrogate loss."""
         loss: Any = 0.0
         for traces in self._get_traces(model, guide, args, kwargs):  # type: ignore[no-untyped-call]
             loss = loss - self._elbo_of(*traces) / self.num_particles
-        result: Tensor = loss
-        return result
+        return cast(Tensor, loss)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Returns traces of both; densities are computed only if the validation is enabled."""
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+            for trace in traces:
+                trace.compute_log_prob()
+                for site in sample_sites(trace):
+                    check_site_shape(site, self.max_plate_nesting)
+        return traces
+
+    def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        warn_if_nan(loss, "loss")
+        return loss.item()
+
+    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        warn_if_nan(loss, "loss")
+        return loss.item()
+
+
+class TraceELBO(DifferentiableELBO, Trace_ELBO):
+    """:class:`pyro.infer.Trace_ELBO` with a ``differentiable_loss`` that never reads the device.
+
+    Value and gradient are those of Pyro's on the same traces, including score-function terms.
+    """
+
+    _get_trace = Trace_ELBO._get_trace
 
     def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
         elbo: Any = 0.0
         surrogate: Any = 0.0  # its gradient is the contribution of the guide's sites
         log_r = None
-        for site in _sample_sites(model_trace):
+        for site in sample_sites(model_trace):
             elbo = elbo + site["log_prob_sum"]
-        for site in _sample_sites(guide_trace):
+        for site in sample_sites(guide_trace):
             _, score_term, entropy_term = site["score_parts"]
             elbo = elbo - site["log_prob_sum"].detach()
             if not is_identically_zero(entropy_term):
@@ -99,74 +129,45 @@ class TraceELBO(Trace_ELBO):
                 surrogate = surrogate + (log_r.sum_to(site["cond_indep_stack"]) * score_term).sum()
         if isinstance(surrogate, Tensor):
             elbo = elbo + (surrogate - surrogate.detach())
-        result: Tensor = elbo
-        return result
+        return cast(Tensor, elbo)
 
 
-class MeanFieldELBO(TraceMeanField_ELBO):
+class MeanFieldELBO(DifferentiableELBO, TraceMeanField_ELBO):
     """:class:`pyro.infer.TraceMeanField_ELBO` without unused densities and reads of the device.
 
     Value and gradient are those of Pyro's on the same traces. The log density of a site is not
     computed if its KL divergence is analytic, or if the site is masked out.
     """
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns minus the ELBO.
-
-        Raises:
-            NotImplementedError: If a site of the guide is not reparametrised.
-            ValueError: If model and guide do not have the same latent sites.
-        """
-        loss: Any = 0.0
-        for traces in self._get_traces(model, guide, args, kwargs):  # type: ignore[no-untyped-call]
-            loss = loss - self._elbo_of(*traces) / self.num_particles
-        result: Tensor = loss
-        return result
-
-    def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns minus the ELBO as a number, and adds its gradient to the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return loss.item()
-
-    @torch.no_grad()
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns minus the ELBO as a number."""
-        return self.differentiable_loss(model, guide, *args, **kwargs).item()
-
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        traces = sampled_traces(model, guide, args, kwargs, self.max_plate_nesting)
+        traces = super()._get_trace(model, guide, args, kwargs)
         if is_validation_enabled():
             _check_mean_field_requirement(*traces)
         return traces
 
     def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
         elbo: Any = 0.0
-        scored = {s["name"] for s in _sample_sites(model_trace) if s["is_observed"]}
-        latent = {s["name"] for s in _sample_sites(model_trace)} - scored
-        for site in _sample_sites(guide_trace):
-            name = site["name"]
-            if name in scored:
-                continue
-            if not (name in latent or site["infer"].get("is_auxiliary")):
-                raise ValueError(
-                    f"the guide's site {name!r} is not a site of the model: mark it "
-                    "infer={'is_auxiliary': True}, or add it to the model"
-                )
+        scored = {s["name"] for s in sample_sites(model_trace) if s["is_observed"]}
+        latent = {s["name"] for s in sample_sites(model_trace)} - scored
+        sites = {s["name"]: s for s in sample_sites(guide_trace) if s["name"] not in scored}
+        auxiliary = {n for n, site in sites.items() if site["infer"].get("is_auxiliary")} - latent
+        if unmatched := latent ^ (sites.keys() - auxiliary):
+            raise ValueError(
+                f"the site {min(unmatched)!r} is in the model or in the guide only: add it to the "
+                "other one, or mark a site of the guide infer={'is_auxiliary': True}"
+            )
+        for name, site in sites.items():
             if not site["fn"].has_rsample:
                 raise NotImplementedError(
                     f"the guide's site {name!r} has no reparametrised samples: use Trace_ELBO"
                 )
             if name in latent:
-                latent.remove(name)
                 try:
                     kl = kl_divergence(site["fn"], model_trace.nodes[name]["fn"])
-                except NotImplementedError:
-                    scored.add(name)
-                else:
                     elbo = elbo - scale_and_mask(kl, site["scale"], site["mask"]).sum()
                     continue
+                except NotImplementedError:
+                    scored.add(name)
             if site["mask"] is False:
                 continue
             parts = site["fn"].score_parts(site["value"], *site["args"], **site["kwargs"])
@@ -176,26 +177,17 @@ class MeanFieldELBO(TraceMeanField_ELBO):
                 )
             parts = parts.scale_and_mask(site["scale"], site["mask"])
             elbo = elbo - parts.entropy_term.sum()
-        if latent:
-            raise ValueError(f"the guide has no site {min(latent)!r}, which the model has")
         model_trace.compute_log_prob(lambda name, _: name in scored)
         for name in sorted(scored):
             elbo = elbo + model_trace.nodes[name]["log_prob_sum"]
-        result: Tensor = elbo
-        return result
+        return cast(Tensor, elbo)
 
 
 def without_host_sync(objective: Objective) -> Objective:
-    """Returns an equal objective of this module for ``Trace_ELBO`` and ``TraceMeanField_ELBO``.
-
-    Any other objective is returned as it is.
+    """Returns an equal objective of this module if there is one, and the objective otherwise.
 
     Raises:
         ValueError: If the objective has no ``differentiable_loss``, or enumerates sites.
-
-    Example:
-        >>> type(without_host_sync(Trace_ELBO(num_particles=2))).__name__
-        'TraceELBO'
     """
     name = type(objective).__name__
     if not hasattr(objective, "differentiable_loss"):
@@ -203,40 +195,17 @@ def without_host_sync(objective: Objective) -> Objective:
     if isinstance(objective, TraceEnum_ELBO | TraceTMC_ELBO):
         raise ValueError(
             f"{name} enumerates sites that the guide does not have, and eq. (2) has no terms for "
-            "them: sum over them in the model, as dist.MixtureSameFamily does, or train with "
-            "SVI(PerImage(model, N), PerImage(guide, N), ...)"
+            "them: use dist.MixtureSameFamily, or SVI(PerImage(model, N), PerImage(guide, N), ...)"
         )
     equals: dict[type, type] = {Trace_ELBO: TraceELBO, TraceMeanField_ELBO: MeanFieldELBO}
     if type(objective) not in equals:
         return objective
-    twin: Any = equals[type(objective)]()
-    vars(twin).update(vars(objective))
-    result: Objective = twin
-    return result
+    twin = copy.copy(objective)
+    twin.__class__ = equals[type(objective)]
+    return twin
 
 
-def sampled_traces(
-    model: Any, guide: Any, args: Any, kwargs: Any, max_plate_nesting: float
-) -> tuple[Any, Any]:
-    """Returns traces of the model and of the guide, in which the model has the guide's draws.
-
-    Log densities are not computed, unless the validation of Pyro is enabled: then names and shapes
-    are checked.
-    """
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-    if is_validation_enabled():
-        check_model_guide_match(model_trace, guide_trace, max_plate_nesting)
-    traces = prune_subsample_sites(model_trace), prune_subsample_sites(guide_trace)
-    if is_validation_enabled():
-        for trace in traces:
-            trace.compute_log_prob()
-            for site in _sample_sites(trace):
-                check_site_shape(site, max_plate_nesting)  # type: ignore[arg-type]
-    return traces
-
-
-def _sample_sites(trace: Any) -> list[Any]:
+def sample_sites(trace: Any) -> list[Any]:
     return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 
@@ -248,26 +217,23 @@ class PerImage(Program):
         - \tfrac{1}{N} KL(q(W,U) \| N(0, I)),
 
     averaged over the minibatch. Sites inside ``plate("data", B)`` are scaled by 1/B and global
-    sites by 1/N. This equals Pyro's ``plate("data", N, subsample_size=B)`` under
-    ``poutine.scale(scale=1/N)``, but the programs need not know N. Wrap the model **and** the
-    guide: if only one of them is scaled, Pyro trains a wrong objective without a warning.
+    sites by 1/N. Wrap the model **and** the guide: if only one of them is scaled, Pyro trains a
+    wrong objective without a warning.
 
     Arguments:
         program: A Pyro model or guide of images x (B, C, H, W).
         num_images: The number N of training images, never the batch size.
 
     Raises:
-        ValueError: If num_images is not positive. A call raises it if "z" or an observed site is in
-            a plate of another name, or if ``plate("data")`` subsamples.
+        ValueError: If num_images is not positive, if "z" or an observed site is in a plate of
+            another name, or if ``plate("data")`` subsamples.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
         >>> from pyro.optim import Adam
-        >>> from pyro_gpvae import ImageModel, pair
-        >>> from guides import GPGuide
+        >>> from pyro_gpvae import ImageModel, make_guide
         >>> model = ImageModel((1, 28, 28), latent_dim=2)
-        >>> guide = GPGuide(model)
-        >>> programs = PerImage(pair(model, guide), 60_000), PerImage(guide, 60_000)
+        >>> programs = PerImage(model, 60_000), PerImage(make_guide("vae", model), 60_000)
         >>> loss = SVI(*programs, Adam({"lr": 5e-4}), Trace_ELBO()).step(torch.rand(8, 1, 28, 28))
     """
 
@@ -299,8 +265,8 @@ class _PerImageScale(Messenger):
             plate = alike[0].name  # may be a global plate that has this size by chance
             warnings.warn(
                 f"the site {msg['name']!r} lies in plate({plate!r}, {self.batch}), which has as "
-                "many members as the batch has images. It is treated as global and scaled by 1/N: "
-                f"if it is local, write plate({DATA_PLATE!r}, len(x))",
+                "many members as images, and is scaled by 1/N: if it is local, rename the plate "
+                f"{DATA_PLATE!r}",
                 stacklevel=2,
             )
         msg["scale"] = msg["scale"] / (self.num_images if data is None else data.size)
@@ -313,24 +279,15 @@ def elbo_terms(
 ) -> dict[str, float]:
     """Estimates the terms of eq. (2) with one draw of the guide, in nats per image.
 
-    Arguments:
-        model: A Pyro model, not wrapped in :class:`PerImage`.
-        guide: A Pyro guide.
-        x: Images (B, C, H, W), uint8 or floats.
-        num_images: The number N of training images.
-
-    Returns:
-        ``log_likelihood`` (expected log p(x|z)), ``kl_z``, and ``kl_global`` (KL(q(W,U)‖p)/N). The
-        ELBO is the first minus the other two. Masks of sites are respected.
+    The ELBO is ``log_likelihood`` minus ``kl_z`` and ``kl_global``. The programs must not be
+    wrapped in :class:`PerImage`; x are images (B, C, H, W), uint8 or floats.
     """
     x = to_batch(x, model, guide)
     programs = PerImage(pair(model, guide), num_images), PerImage(guide, num_images)
     model_trace, guide_trace = get_importance_trace("flat", math.inf, *programs, (x,), {})
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
     for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
-        for site in trace.nodes.values():
-            if site["type"] != "sample":
-                continue
+        for site in sample_sites(trace):
             value = sign * float(site["log_prob_sum"])
             if site["is_observed"] and trace is model_trace:
                 terms["log_likelihood"] += value

@@ -27,19 +27,15 @@ class ImageModel(Program):
         z_n \sim N(0, I_p), \qquad
         x_n \sim N(g_\theta(z_n), \sigma^2 I)
 
-    The standard deviation :math:`\sigma` is learned and the same for all pixels. Binarised images
-    have :math:`x_n \sim \mathrm{Bernoulli}(\mathrm{sigmoid}(g_\theta(z_n)))` instead. Scores are
-    log densities in nats of pixels in [0, 1].
-
-    Calling the model with images x (B, C, H, W) runs the program; its sites are ``"z"`` and the
-    observed ``"x"`` inside ``plate("data", B)``. :func:`pyro_gpvae.pair` adds the priors of a
-    guide's global weights.
+    with a learned :math:`\sigma`, or :math:`x_n \sim \mathrm{Bernoulli}(\mathrm{sigmoid}(
+    g_\theta(z_n)))`. Densities are those of pixels in [0, 1]. The program of images x (B, C, H, W)
+    has the sites ``"z"`` and ``"x"``, which is observed, in ``plate("data", B)``.
 
     Arguments:
         image_shape: The shape (C, H, W) of an image.
         latent_dim: The dimension p of z.
         decoder: A module from latents (n, p) to images (n, C, H, W), or to logits for
-            Bernoulli pixels. By default the convolutional decoder of the paper's Tables 1-3.
+            Bernoulli pixels; by default :func:`pyro_gpvae.build_decoder`.
         likelihood: "gaussian" or "bernoulli".
         sigma: Initial :math:`\sigma`; :func:`initial_sigma` computes it from the data.
 
@@ -72,9 +68,8 @@ class ImageModel(Program):
         self.image_shape = (channels, height, width)
         self.latent_dim = latent_dim
         self.decoder = build_decoder(image_shape, latent_dim) if decoder is None else decoder
-        self.log_sigma = (
-            nn.Parameter(torch.tensor(math.log(sigma))) if likelihood == "gaussian" else None
-        )
+        log_sigma = nn.Parameter(torch.tensor(math.log(sigma)))
+        self.log_sigma = log_sigma if likelihood == "gaussian" else None
         # a buffer, so that the prior follows the model to its device and dtype
         self._zero: Tensor
         self.register_buffer("_zero", torch.zeros(latent_dim), persistent=False)
@@ -101,11 +96,7 @@ class ImageModel(Program):
         return self.likelihood(z).log_prob(x) + self.prior().log_prob(z)
 
     def check_images(self, x: Tensor) -> None:
-        """Raises ValueError unless x is a batch of images that this model describes.
-
-        Arguments:
-            x: Images (B, C, H, W): uint8 values 0 to 255, or floats. Floats are pixels/255; images
-                that are simulated from Gaussian pixels may lie outside [0, 1].
+        """Checks that x are images (B, C, H, W) of this model: uint8 values, or pixels/255.
 
         Raises:
             ValueError: If the shape is wrong or there is no image; if floats are not finite, beyond
@@ -114,14 +105,11 @@ class ImageModel(Program):
         self._check_shape(x)
         if len(x) == 0:
             raise ValueError("x must hold at least one image, got none")
-        for part in x.split(4096):  # a comparison needs as much memory as its images
-            self._check_binary(part)
-        if x.dtype == torch.uint8:
-            return
+        self._check_binary(x)
         low, high = float(x.min()), float(x.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError(f"images must be finite, found {high if math.isfinite(low) else low}")
-        if max(-low, high) > 100 or (high > 2 and low >= 0):
+        if not math.isfinite(high - low):
+            raise ValueError(f"images must be finite, got values between {low} and {high}")
+        if x.dtype != torch.uint8 and (max(-low, high) > 100 or (high > 2 and low >= 0)):
             raise ValueError(
                 "images must be uint8, or floats on the scale [0, 1], got floats between "
                 f"{low:g} and {high:g}: divide values 0 to 255 by 255"
@@ -154,11 +142,8 @@ class ImageModel(Program):
 def initial_sigma(images: Tensor) -> float:
     r"""Returns the root mean squared deviation of the pixels from their mean over the images.
 
-    With another initial value, Adam needs 10-15 epochs at 5e-4 to bring :math:`\sigma` to it.
-
-    Arguments:
-        images: Training images (N, C, H, W): uint8 values, which are divided by 255, or floats,
-            which are taken as they are.
+    Adam needs 10-15 epochs at 5e-4 to bring another initial :math:`\sigma` to it. ``images`` are
+    (N, C, H, W): uint8 values, which are divided by 255, or floats.
 
     Example:
         >>> initial_sigma(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))

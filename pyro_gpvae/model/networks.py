@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ __all__ = [
 ImageShape = tuple[int, int, int]
 DecoderKind = Literal["conv", "fc"]
 
-
 _autocast_dtype: ContextVar[torch.dtype | None] = ContextVar("autocast_dtype", default=None)
 
 
@@ -36,9 +35,6 @@ def autocast_networks(dtype: torch.dtype) -> Iterator[None]:
     """Runs the networks of models and guides under ``torch.autocast`` inside the block.
 
     Densities and parameters keep their own precision: only :func:`call_network` is affected.
-
-    Arguments:
-        dtype: The dtype of matrix products and convolutions, such as ``torch.bfloat16``.
     """
     token = _autocast_dtype.set(dtype)
     try:
@@ -48,38 +44,23 @@ def autocast_networks(dtype: torch.dtype) -> Iterator[None]:
 
 
 def call_network(network: nn.Module, x: Tensor) -> Tensor:
-    """Returns ``network(x)`` in the dtype of x, computed as :func:`autocast_networks` asks.
-
-    Example:
-        >>> with autocast_networks(torch.bfloat16):
-        ...     call_network(nn.Linear(3, 2), torch.ones(5, 3)).dtype
-        torch.float32
-    """
+    """Returns ``network(x)`` in the dtype of x, computed as :func:`autocast_networks` asks."""
     dtype = _autocast_dtype.get()
     if dtype is None:
-        output: Tensor = network(x)
-        return output
+        return cast(Tensor, network(x))
     # cached casts of the weights would not see the optimiser's updates
     with torch.autocast(x.device.type, dtype, cache_enabled=False):
-        output = network(x)
-    return output.to(x.dtype)
+        return cast(Tensor, network(x).to(x.dtype))
 
 
 def build_encoder(image_shape: ImageShape) -> nn.Sequential:
     r"""Returns the convolutional encoder up to its last hidden layer, :math:`\phi(x)`.
 
-    Table 1 (28×28), Table 2 (32×32) and Table 3 (64×64) are special cases of one rule: three
-    convolutions (four from 64 pixels on) of kernel 4 and stride 2, then a hidden layer of 256
-    units (512 from 32 pixels on). The last row of the tables, "FC 2 × p", is part of the guide.
+    Tables 1-3 are special cases of one rule: three convolutions (four from 64 pixels on) of kernel
+    4 and stride 2, then a hidden layer of 256 units (512 from 32 pixels on).
 
     Arguments:
         image_shape: The shape (C, H, W) of an image; H and W at least 8.
-
-    Returns:
-        A module from images (B, C, H, W) to features (B, d), d = 256 or 512.
-
-    Raises:
-        ValueError: If an image is smaller than 8×8 or has no channel.
 
     Example:
         >>> build_encoder((1, 28, 28))(torch.zeros(5, 1, 28, 28)).shape
@@ -99,17 +80,11 @@ def build_decoder(
 ) -> nn.Sequential:
     r"""Returns a decoder :math:`g_\theta(z)` with linear output.
 
-    "conv" is the transposed-convolutional decoder of Tables 1-3. "fc" has two hidden layers of
-    equal width, chosen so that its number of parameters is closest to the convolutional one's
-    (supplement, section 5).
-
     Arguments:
         image_shape: The shape (C, H, W) of an image; H and W at least 8.
         latent_dim: The dimension p of z.
-        kind: "conv" or "fc".
-
-    Returns:
-        A module from latents (B, p) to images (B, C, H, W).
+        kind: "conv" is the transposed-convolutional decoder of Tables 1-3. "fc" has two hidden
+            layers of equal width, and nearly as many parameters (supplement, section 5).
 
     Raises:
         ValueError: If the image is too small, p < 1, or the kind is unknown.
@@ -120,13 +95,13 @@ def build_decoder(
     """
     if latent_dim < 1:
         raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
-    sides, width = _pyramid(image_shape)
-    if kind == "conv":
-        return _conv_decoder(image_shape, latent_dim, sides, width)
+    if kind not in ("conv", "fc"):
+        raise ValueError(f"unknown decoder {kind!r}: expected 'conv' or 'fc'")
+    decoder = _conv_decoder(image_shape, latent_dim)
     if kind == "fc":
-        conv = _conv_decoder(image_shape, latent_dim, sides, width)
-        return _fc_decoder(image_shape, latent_dim, sum(p.numel() for p in conv.parameters()))
-    raise ValueError(f"unknown decoder {kind!r}: expected 'conv' or 'fc'")
+        count = sum(p.numel() for p in decoder.parameters())
+        decoder = _fc_decoder(image_shape, latent_dim, count)
+    return decoder
 
 
 def feature_dim(encoder: nn.Module, image_shape: ImageShape) -> int:
@@ -154,45 +129,34 @@ def _pyramid(image_shape: ImageShape) -> tuple[list[tuple[int, int]], int]:
     return sides, 256 if max(height, width) < 32 else 512
 
 
-def _conv_decoder(
-    image_shape: ImageShape, latent_dim: int, sides: list[tuple[int, int]], width: int
-) -> nn.Sequential:
+def _conv_decoder(image_shape: ImageShape, latent_dim: int) -> nn.Sequential:
+    sides, width = _pyramid(image_shape)
     sides = sides[::-1]
     hidden = 64 * math.prod(sides[0])
-    layers: list[nn.Module] = [
-        nn.Linear(latent_dim, width),
-        nn.ReLU(),
-        nn.Linear(width, hidden),
-        nn.ReLU(),
-        nn.Unflatten(1, (64, *sides[0])),
-    ]
+    layers: list[nn.Module] = [nn.Linear(latent_dim, width), nn.ReLU()]
+    layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Unflatten(1, (64, *sides[0]))]
     channels = [*(64, 64, 32, 32)[-len(sides) + 1 :], image_shape[0]]
-    for level, (fan_in, fan_out) in enumerate(pairwise(channels)):
-        small, large = sides[level], sides[level + 1]
+    for sizes, (fan_in, fan_out) in zip(pairwise(sides), pairwise(channels), strict=True):
         # where halving rounded down (7 -> 3), the output needs one more row or column
+        small, large = sizes
         extra = (large[0] - 2 * small[0], large[1] - 2 * small[1])
-        layers += [
-            ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1, output_padding=extra),
-            nn.ReLU(),
-        ]
+        layer = ConvTranspose2d(fan_in, fan_out, 4, stride=2, padding=1, output_padding=extra)
+        layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 def _fc_decoder(image_shape: ImageShape, latent_dim: int, parameters: int) -> nn.Sequential:
+    """Returns the decoder whose number of parameters is closest to the given one."""
     pixels = math.prod(image_shape)
 
-    def count(width: int) -> int:
-        return (latent_dim + 1) * width + (width + 1) * width + (width + 1) * pixels
+    def excess(width: int) -> int:
+        sizes = (latent_dim + 1) * width + (width + 1) * width + (width + 1) * pixels
+        return abs(sizes - parameters)
 
-    # the count is quadratic in the width: compare the two integers next to its positive root
+    # the number is quadratic in the width: compare the two integers next to its positive root
     b = latent_dim + 2 + pixels
     root = int((-b + math.sqrt(b * b + 4 * max(parameters - pixels, 1))) / 2)
-    width = min((max(root, 1), root + 1), key=lambda w: abs(count(w) - parameters))
-    return nn.Sequential(
-        nn.Linear(latent_dim, width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-        nn.ReLU(),
-        nn.Linear(width, pixels),
-        nn.Unflatten(1, image_shape),
-    )
+    width = min((max(root, 1), root + 1), key=excess)
+    layers: list[nn.Module] = [nn.Linear(latent_dim, width), nn.ReLU(), nn.Linear(width, width)]
+    layers += [nn.ReLU(), nn.Linear(width, pixels), nn.Unflatten(1, image_shape)]
+    return nn.Sequential(*layers)

@@ -18,7 +18,6 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pyro_gpvae.core._errors import (
     NonFiniteError,
     UnsupportedError,
-    finite,
     nonfinite_as_error,
     unvalidated,
 )
@@ -188,7 +187,7 @@ class TrainingStep:
                 if not self.reason and not self._find_reason(x):
                     raise
                 loss, gradients = torch.full((), torch.nan, device=self.device), []
-            self.counters.check(finite(loss, gradients))
+            self.counters.check(_finite(loss, gradients))
             for buffer, before in buffers:
                 buffer.copy_(torch.where(self.counters.refused > 0, before, buffer))
             optimizer.step()
@@ -339,3 +338,10 @@ def _named_parameters(model: PyroProgram, guide: PyroProgram, x: Tensor) -> dict
                 owner = f"program-{programs.setdefault(owner, len(programs))}"
             named[f"param.{owner}{dot}{attribute}"] = leaf
     return named
+
+
+def _finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Returns a boolean scalar on the device: whether the loss and all gradients are finite."""
+    # a norm is finite only if all its terms are; in float64 it does not overflow
+    norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float64) if gradients else []
+    return torch.isfinite(torch.stack([loss.detach().double(), *norms]).sum())

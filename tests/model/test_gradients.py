@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -24,29 +23,15 @@ from pyro_gpvae.model.elbo import Block
 P, NUM_IMAGES = 2, 50
 
 GUIDES = [
-    "vae",
-    "gp",
-    "gp:estimator=weights",
-    "gp:estimator=marginal",
-    "gp:covariance=full,features=own",
-    "full",
-    "lowrank:1",
-    "iaf:2",
-    "hf:2",
-    "me:2",
-    "me:1",
-    "rme:3",
-    "rme:2,repulsion=0.5,max_divergence=0.01",
-    "sa:2",
-    "sa:2,natural=False,line_search=False,step_size=0.01",
-    "sa:1,legacy_sign=True,step_size=0.01",
-    "iterative:2",
-    "iterative:2,num_samples=3",
-    "vlae:0",
-    "vlae:2",
-    "vlae:2,step=damped",
-    "instance",
-    "instance:full",
+    *("vae", "gp", "gp:estimator=weights", "gp:estimator=marginal"),
+    *("gp:covariance=full,features=own", "full", "lowrank:1", "iaf:2", "hf:2", "me:2", "me:1"),
+    *("rme:3", "rme:2,repulsion=0.5,max_divergence=0.01", "sa:2"),
+    *(
+        "sa:2,natural=False,line_search=False,step_size=0.01",
+        "sa:1,legacy_sign=True,step_size=0.01",
+    ),
+    *("iterative:2", "iterative:2,num_samples=3", "vlae:0", "vlae:2", "vlae:2,step=damped"),
+    *("instance", "instance:full"),
 ]
 
 
@@ -165,29 +150,5 @@ def test_binary_pixels(spec):
         check(block.elbo, model, guide, list(block.parameters), x)
 
 
-def test_first_order_gradients_are_not_the_slopes():
-    # which is why the guide's own are compared with the inner gradients held fixed
-    model, guide = model_and_guide("iterative:2")
-    everything = [*model.parameters(), *guide.parameters()]
-    with pytest.raises(AssertionError, match="abs"):
-        check(guide.elbo(), model, guide, everything, images(3))
-
-
 def test_every_registered_guide_is_here():
     assert set(available_guides()) == {spec.partition(":")[0] for spec in GUIDES}
-
-
-def test_a_wrong_gradient_is_found():
-    class Biased(type(model_and_guide("vae")[1])):
-        def posterior(self, x):
-            q = super().posterior(x)
-            scale = q.stddev
-            # the value is right, a share of 1e-4 of one gradient is missing
-            scale = scale + 1e-4 * (scale.detach() - scale)
-            return dist.Normal(q.mean, scale).to_event(1)
-
-    model, guide = model_and_guide("vae")
-    guide.__class__ = Biased
-    everything = [*model.parameters(), *guide.parameters()]
-    with pytest.raises(AssertionError, match="abs"):
-        check(guide.elbo(), model, guide, everything, images(3))

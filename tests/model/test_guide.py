@@ -3,8 +3,11 @@
 import copy
 import re
 
+import pyro
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import Adam
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import ImageModel, PerImage, available_guides, fit, log_evidence, make_guide, pair
@@ -34,9 +37,6 @@ def test_options_by_position_and_by_name():
     assert make_guide("sa:3,step_size=0.5", model()).num_steps == 3
     assert make_guide("guides:GPGuide:covariance=full", model()).covariance == "full"
     assert type(make_guide("guides:GPGuide", model())) is GPGuide
-
-
-def test_defaults_are_overridden_by_the_text():
     assert make_guide("gp", model(), covariance="full").covariance == "full"
     assert make_guide("gp:covariance=diagonal", model(), covariance="full").covariance == "diagonal"
 
@@ -45,14 +45,11 @@ def test_defaults_are_overridden_by_the_text():
     ("spec", "message"),
     [
         ("gpp", "unknown guide 'gpp': did you mean 'gp'?"),
-        ("qqqq", "Registered guides are full, gp, hf"),
         ("no_such_module:Guide", "cannot load the guide 'no_such_module:Guide'"),
-        ("guides:NoSuchGuide", "cannot load the guide 'guides:NoSuchGuide'"),
         ("guides:__name__", "expected a class or a function"),
         ("gp:covariance=wrong", "covariance must be one of"),
         ("gp:colour=red", "does not take these options"),
         ("sa:step_size=0.5,3", "the value '3' follows a key=value option"),
-        ("sa:-1", "-1"),
         ("sa:1.5", "num_steps must be int, got 1.5"),
         ("vlae:abc", "num_steps must be int, got 'abc'"),
         ("vae:foo", "encoder must be nn.Module | None, got 'foo'"),
@@ -86,14 +83,8 @@ def test_no_steps_flows_or_further_components_is_the_vae_bit_for_bit(spec):
         guide = make_guide(name, m)
         history = fit(m, guide, x, epochs=2, batch_size=8, progress=False).frame()
         evidence = log_evidence(m, guide, x, 5, seed=0)
-        results.append(
-            [
-                torch.tensor(history["loss"].to_numpy()),
-                evidence.log_evidence,
-                evidence.elbo,
-                *m.parameters(),
-            ]
-        )
+        losses = torch.tensor(history["loss"].to_numpy())
+        results.append([losses, evidence.log_evidence, evidence.elbo, *m.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -138,9 +129,6 @@ def test_trains_evaluates_and_reloads(spec, likelihood):
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec[:2] != "me" and spec[:3] != "rme"])
 def test_works_under_plain_svi(spec):
-    from pyro.infer import SVI, Trace_ELBO
-    from pyro.optim import Adam
-
     m = model()
     guide = make_guide(spec, m)
     before = [p.detach().clone() for p in (*m.parameters(), *guide.parameters())]
@@ -151,3 +139,4 @@ def test_works_under_plain_svi(spec):
     after = [*m.parameters(), *guide.parameters()]
     changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert sum(changed) > 0.8 * len(changed)
+    assert not pyro.get_param_store().keys()

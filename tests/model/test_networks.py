@@ -1,5 +1,4 @@
 import copy
-import pickle
 
 import pytest
 import torch
@@ -64,14 +63,10 @@ def test_any_image_shape(image_shape, kind):
 def test_fc_decoder_has_the_closest_number_of_parameters(image_shape, latent_dim):
     target = count(build_decoder(image_shape, latent_dim))
     decoder = build_decoder(image_shape, latent_dim, "fc")
-    width, pixels = decoder[0].out_features, image_shape[0] * image_shape[1] * image_shape[2]
-    assert decoder[2].out_features == width
-
-    def size(w):
-        return (latent_dim + 1) * w + (w + 1) * w + (w + 1) * pixels
-
-    assert count(decoder) == size(width)
-    assert min(range(1, 2000), key=lambda w: abs(size(w) - target)) == width
+    width, pixels = decoder[0].out_features, torch.Size(image_shape).numel()
+    sizes = {w: (latent_dim + 1 + w + 1 + pixels) * w + pixels for w in range(1, 2000)}
+    assert count(decoder) == sizes[width]
+    assert min(sizes, key=lambda w: abs(sizes[w] - target)) == width
 
 
 @pytest.mark.parametrize(
@@ -86,9 +81,6 @@ def test_fc_decoder_has_the_closest_number_of_parameters(image_shape, latent_dim
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         build_decoder(*arguments)
-
-
-def test_an_encoder_must_return_a_matrix():
     with pytest.raises(ValueError, match=r"features \(B, d\), got \(1, 4, 13, 13\)"):
         feature_dim(nn.Conv2d(1, 4, 4, 2), (1, 28, 28))
 
@@ -97,19 +89,14 @@ PAPER = {"kernel_size": 4, "stride": 2, "padding": 1}
 #: Input channels, rows and columns; output channels; other arguments.
 TRANSPOSED = {
     "table 1, first": ((64, 3, 3), 32, PAPER | {"output_padding": 1}),
-    "table 1, second": ((32, 7, 7), 32, PAPER),
     "table 1, last": ((32, 14, 14), 1, PAPER),
-    "table 2, last": ((32, 16, 16), 3, PAPER),
-    "table 3, first": ((64, 4, 4), 64, PAPER),
     "table 3, last": ((32, 32, 32), 3, PAPER),
     "9x15, 1 channel": ((32, 4, 7), 1, PAPER | {"output_padding": (1, 1)}),
     "9x14, 1 channel": ((32, 4, 7), 1, PAPER | {"output_padding": (1, 0)}),
-    "9x14, 2 channels": ((32, 4, 7), 2, PAPER | {"output_padding": (1, 0)}),
     "8x15, 3 channels": ((32, 4, 7), 3, PAPER | {"output_padding": (0, 1)}),
     "no bias, 1 channel": ((5, 4, 3), 1, PAPER | {"bias": False}),
     "no bias, 3 channels": ((5, 4, 3), 3, PAPER | {"bias": False}),
     "dilated": ((5, 4, 6), 1, {"kernel_size": (3, 2), "stride": (3, 2), "dilation": 2}),
-    "another kernel": ((5, 4, 6), 2, {"kernel_size": 5, "stride": 3, "padding": 2}),
     "groups": ((6, 4, 6), 2, PAPER | {"groups": 2}),
 }
 
@@ -174,58 +161,15 @@ class TestConvTranspose2d:
         traced = make_fx(lambda z: jacrev(lambda z: mine(z).sin().sum())(z))(x)
         agree(traced(x + 1), jacrev(lambda z: theirs(z).sin().sum())(x + 1))
 
-    def test_output_size(self):
+    def test_output_size_and_bf16(self):
         layer = ConvTranspose2d(2, 1, **PAPER)
-        assert layer(torch.zeros(1, 2, 4, 4), output_size=[9, 8]).shape == (1, 1, 9, 8)
-
-    @pytest.mark.parametrize("fan_out", [1, 3, 32])
-    def test_float32_and_bf16(self, fan_out):
-        layer = ConvTranspose2d(32, fan_out, **PAPER)
-        theirs = nn.ConvTranspose2d(32, fan_out, **PAPER)
-        theirs.load_state_dict(layer.state_dict())
-        x = torch.randn(4, 32, 7, 7)
-        torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
+        x = torch.randn(4, 2, 7, 7)
+        assert layer(x, output_size=[15, 14]).shape == (4, 1, 15, 14)
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)
+        torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
         y.float().square().sum().backward()
-        torch.testing.assert_close(y.float(), theirs(x), rtol=0.05, atol=0.05)
         assert layer.weight.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64), (1, 9, 11)])
-def test_networks_are_those_of_torchs_own_layers(image_shape):
-    """Names, shapes and initial values of the parameters; images; gradients."""
-    networks = {}
-    for kind in ("ours", "torch"):
-        torch.manual_seed(0)
-        encoder = build_encoder(image_shape)
-        head = nn.Linear(feature_dim(encoder, image_shape), 5)
-        networks[kind] = nn.Sequential(encoder, head, build_decoder(image_shape, 5)).double()
-    layers = [m for m in networks["torch"].modules() if isinstance(m, ConvTranspose2d)]
-    assert layers
-    for layer in networks["torch"].modules():
-        if isinstance(layer, ConvTranspose2d):
-            layer.__class__ = nn.ConvTranspose2d
-    x = torch.rand(2, *image_shape, dtype=torch.float64)
-    images = {kind: network(x) for kind, network in networks.items()}
-    agree(*images.values())
-    states = [network.state_dict() for network in networks.values()]
-    assert list(states[0]) == list(states[1])
-    agree(*(list(state.values()) for state in states))
-    gradients = [
-        torch.autograd.grad(images[kind].sin().sum(), list(network.parameters()))
-        for kind, network in networks.items()
-    ]
-    agree(*gradients)
-    with torch.no_grad():
-        agree(networks["ours"](x), images["torch"].detach())
-
-
-def test_decoders_are_copied_and_pickled():
-    decoder = build_decoder((1, 28, 28), 3)
-    z = torch.randn(2, 3)
-    for other in (copy.deepcopy(decoder), pickle.loads(pickle.dumps(decoder))):
-        assert torch.equal(other(z), decoder(z))
 
 
 def test_autocast_lowers_the_networks_and_nothing_else():
