@@ -1,4 +1,4 @@
-r"""What a number depends on beside its options: versions, commit, device, data."""
+"""What numbers depend on apart from their options: versions, commit, device and data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["environment", "sha256"]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, commit and device: what the numbers may depend on beside the options."""
+    """Returns the versions, commit and device, on which numbers may depend."""
     versions = {"python": platform.python_version()}
     for package in ("pyro-gpvae", "torch", "pyro-ppl", "numpy"):
         try:
@@ -33,7 +33,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name; on Linux Python itself knows the architecture only."""
+    """Returns the name of the processor; on Linux, Python itself only knows the architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -44,7 +44,10 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this package's checkout, with "+" if files changed since; None elsewhere."""
+    """Returns the commit of this package's checkout, with "+" if files have changed since.
+
+    It is None if the package does not lie in a checkout.
+    """
     here = Path(__file__).resolve()
 
     def git(*args: str) -> str:
@@ -60,7 +63,7 @@ def _commit() -> str | None:
 
 
 def sha256(images: Tensor) -> str:
-    """The SHA-256 of the pixels of uint8 images, as hexadecimal digits."""
+    """Returns the SHA-256 of the values of images, as hexadecimal digits."""
     digest = hashlib.sha256()
     for part in images.split(4096):  # they may be more than memory holds
         digest.update(part.cpu().contiguous().numpy().data)

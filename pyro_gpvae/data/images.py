@@ -8,13 +8,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_gpvae.data._files import NPZ_FORMAT, Parts, open_regular, read_npz, read_omniglot
+from pyro_gpvae.data._files import (
+    NPZ_FORMAT,
+    PUBLISHED,
+    open_regular,
+    read_npz,
+    read_omniglot,
+    split_note,
+)
 from pyro_gpvae.data._torchvision import read_published
 
 __all__ = [
@@ -227,27 +234,6 @@ def split_validation(images: Tensor, num_validation: int, seed: int = 0) -> tupl
     return images[order[num_validation:]], images[order[:num_validation]]
 
 
-class Published(NamedTuple):
-    """What is known about a published data set."""
-
-    path: str  # where its files are expected below the root
-    sizes: tuple[int, int]  # of the training and test sets
-    note: str = "The official training and test sets, complete."
-
-
-PUBLISHED = {
-    "mnist": Published("MNIST/raw", (60_000, 10_000)),
-    "fashion_mnist": Published("FashionMNIST/raw", (60_000, 10_000)),
-    "omniglot": Published("chardata.mat", (24_345, 8_070), "Omniglot, 28x28, in the split of "
-        "Burda et al. (2016), complete."),
-    "cifar10": Published("cifar-10-batches-py", (50_000, 10_000)),
-    "svhn": Published("train_32x32.mat", (73_257, 26_032), "The official training and test sets "
-        "without the extra images, complete."),
-    "celeba": Published("celeba/img_align_celeba", (162_770, 19_962), "The official training and "
-        "test sets, complete: central 148x148 pixels, resized to 64x64."),
-}  # fmt: skip
-
-
 def available_data() -> tuple[str, ...]:
     """Returns the names that :func:`load_data` knows.
 
@@ -327,7 +313,7 @@ def _load_npz(path: Path) -> ImageData:
     try:
         with open_regular(path) as stream:
             parts = read_npz(stream)
-        return ImageData(path.stem, *parts, note=_note(path.stem, parts, path.name))
+        return ImageData(path.stem, *parts, note=split_note(path.stem, parts, path.name))
     except Exception as error:  # zipfile, zlib, lzma and numpy each have their own
         raise ValueError(f"{path} could not be read: {_cause(error)}. {NPZ_FORMAT}") from error
 
@@ -343,7 +329,7 @@ def _load_published(name: str, root: Path, download: bool) -> ImageData:
     try:
         read = read_omniglot if name == "omniglot" else partial(read_published, name)
         parts = read(root, download)
-        return ImageData(name, *parts, note=_note(name, parts))
+        return ImageData(name, *parts, note=split_note(name, parts))
     except ImportError:
         raise
     except Exception as error:  # torchvision, scipy, Pillow and the network each have their own
@@ -357,23 +343,3 @@ def _load_published(name: str, root: Path, download: bool) -> ImageData:
 def _cause(error: Exception) -> str:
     text, kind = str(error).rstrip("."), type(error).__name__
     return f"{kind}: {text}" if text and type(error) is not ValueError else text or kind
-
-
-def _note(name: str, parts: Parts, file: str | None = None) -> str:
-    """Returns how far scores compare with published ones; ``file`` is the name of an ``.npz``."""
-    if name not in PUBLISHED:
-        return f"Images from {file}: scores compare only among methods run on them."
-    _, sizes, note = PUBLISHED[name]
-    found = len(parts[0]), len(parts[1])
-    if found != sizes:
-        return (
-            f"{found[0]:,} training and {found[1]:,} test images, published are "
-            f"{sizes[0]:,} and {sizes[1]:,}: not the published split, so scores "
-            f"compare among methods run on these images, and with published ones at most roughly."
-        )
-    if file is not None:
-        return (
-            f"Images from {file}, as many as published: scores compare with published ones if the "
-            f"file holds the published images in the published split."
-        )
-    return note

@@ -114,7 +114,7 @@ def test_select_takes_what_a_cell_starts_from_along(tiny):
     ]
     with pytest.raises(ValueError, match=r"no cell has guide=gq; there are vae, gp"):
         read_plan(tiny).select({"guide": ["gq"]})
-    with pytest.raises(ValueError, match=r"'guid=gp' : expected KEY=VALUE"):
+    with pytest.raises(ValueError, match=r"'guid=gp': expected KEY=VALUE"):
         parse_where(["guid=gp"])
     where = parse_where(["guide=sa:4,step_size=0.1,vae"])
     assert where == {"guide": ["sa:4,step_size=0.1", "vae"]}
