@@ -63,7 +63,7 @@ def test_a_room_imports_only_the_rooms_below_it(module: str) -> None:
     for name in imports(module):
         other = room(name)
         if not other:  # the package itself re-exports all rooms
-            assert name == "pyro_gpvae" and own in ("cli", "runs"), f"{module} imports {name}"
+            assert own in ("cli", "runs"), f"{module} imports {name}"
         elif other != own:
             assert other in ALLOWED[own], f"{module} imports {name}"
 
@@ -92,7 +92,7 @@ def test_every_room_says_what_it_holds() -> None:
     for name in ALLOWED:
         package = "guides" if name == "guides" else f"pyro_gpvae.{name}"
         text = ast.get_docstring(ast.parse(MODULES[package].read_text(encoding="utf-8")))
-        assert text and len(text.split()) >= 25, f"{package} needs a docstring that introduces it"
+        assert len((text or "").split()) >= 25, f"{package} needs a docstring that introduces it"
 
 
 def test_test_files_do_not_import_each_other() -> None:

@@ -21,16 +21,14 @@ class Generate(Where):
         run_folder: The run folder.
         out: Folder for samples.png, reconstructions.png, interpolations.png, traversals.png,
             active_units.png, all their numbers in arrays.npz, and latent.json with the active
-            units and the mutual information.
+            units.
         samples: Number of samples from the prior.
         images: Indices of the test images to reconstruct, in order; paths lead from each to the
             next, and the latent dimensions vary around the first. None is the first 8.
         steps: Images along a path or a latent dimension, both ends included.
         span: Latent dimensions vary from minus to plus so many standard deviations of the prior.
         path: "spherical" paths keep the norm of z, as the prior does; "linear" ones do not.
-        latent_images: Number of test images, from the first on, for active units and mutual
-            information; the time for the latter grows with the square.
-        num_samples: Draws of z for each of these images; at least 2 for standard errors.
+        latent_images: Number of test images, from the first on, for the active units.
         seed: Seed of all draws; None is that of the run.
         overwrite: Replace what this command wrote to that folder before.
         quiet: Show no progress bars.
@@ -44,7 +42,6 @@ class Generate(Where):
     span: float = 3.0
     path: Literal["spherical", "linear"] = "spherical"
     latent_images: int = 500
-    num_samples: int = 2
     seed: int | None = None
     overwrite: bool = False
     quiet: bool = False

@@ -4,7 +4,7 @@
   reliable estimate of log p(x) of each image.
 * ``optimum``: the Gaussian of highest ELBO of each image; ``gap``: the parts of the inference gap.
 * ``uncertainty``, ``posterior_grid``: what a random encoder knows about its own errors.
-* ``generation``, ``information``: samples, reconstructions, active units, mutual information.
+* ``generation``, ``active_units``: samples, reconstructions, used latent dimensions.
 
 Evaluators take a Pyro model, a guide and images (uint8 or floats), and compute in the dtype and on
 the device of the parameters. They leave modules, buffers, Pyro's store and, given a seed, the

@@ -75,7 +75,9 @@ def generated_figures(
             f"test image {shown[0]}; triangles mark the values of the image itself. {caption}",
         ),
         "active_units.png": active_units_chart(
-            variances, record["active_units"]["threshold"], _information(record) + caption
+            variances,
+            record["active_units"]["threshold"],
+            f"N = {record['active_units']['num_images']} test images. {caption}",
         ),
     }
 
@@ -213,19 +215,6 @@ def active_units_chart(variances: ArrayLike, threshold: float, caption: str = ""
     axes.set_ylabel("variance of $E_q[z_j|x]$\n(prior variance = 1)")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return finish(figure, caption)
-
-
-def _information(record: Mapping[str, Any]) -> str:
-    """Returns the part of a caption that gives the mutual information."""
-    found = record["information"]
-    if found is None:
-        return f"N = {record['active_units']['num_images']} test images. "
-    return (
-        f"N = {found['num_images']} test images: mean KL(q(z|x) ‖ p(z)) {found['kl']:.2f} nats, of "
-        f"which mutual information I(x; z) {found['mutual_information']:.2f}, at most "
-        f"log\N{NO-BREAK SPACE}N = {found['bound']:.2f}, and KL(q(z) ‖ p(z)) "
-        f"{found['marginal_kl']:.2f}. "
-    )
 
 
 def _table(images: ArrayLike) -> NDArray[np.floating[Any]]:

@@ -2,8 +2,6 @@ r"""Pictures of what a run generates, and how much of an image its latent variab
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import new_folder, read_json, write_json
+from pyro_gpvae.evaluation.active_units import ActiveUnits, active_units
 from pyro_gpvae.evaluation.generation import (
     Decoded,
     PathKind,
@@ -25,13 +24,6 @@ from pyro_gpvae.evaluation.generation import (
     sample_images,
     to_uint8,
 )
-from pyro_gpvae.evaluation.information import (
-    ActiveUnits,
-    LatentInformation,
-    active_units,
-    mutual_information,
-)
-from pyro_gpvae.model.guide import HasPosterior
 from pyro_gpvae.runs.folder import Run, load_run
 
 __all__ = ["GENERATION_FILES", "report_generation"]
@@ -57,7 +49,6 @@ def report_generation(
     span: float = 3.0,
     path: PathKind = "spherical",
     latent_images: int = 500,
-    num_samples: int = 2,
     seed: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -84,12 +75,6 @@ def report_generation(
         arrays = _arrays(run, index, samples, steps, span, path, seed)
         test = run.data.test[:latent_images]
         units = active_units(run.model, run.guide, test, seed=seed, progress=progress)
-        information = None
-        has_density = isinstance(run.guide, HasPosterior)
-        if has_density:
-            information = mutual_information(
-                run.model, run.guide, test, num_samples, seed=seed, progress=progress
-            )
         content = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
         content["active_variances"] = units.variances.numpy()
         np.savez_compressed(folder / "arrays.npz", **content)  # type: ignore[arg-type]
@@ -112,8 +97,6 @@ def report_generation(
                 "variances": units.variances.tolist(),
                 "num_images": units.num_images,
             },
-            "information": information
-            and dataclasses.asdict(information) | {"bound": information.bound},
             **environment(next(run.model.parameters()).device),
             "seconds": time.monotonic() - begin,
         }
@@ -123,7 +106,7 @@ def report_generation(
             figures = generated_figures(saved, read_json(folder / "latent.json"))
         for name, figure in figures.items():
             figure.savefig(folder / name)
-    return _summary(units, information)
+    return _summary(units)
 
 
 def _index(test: Tensor, images: Sequence[int] | None) -> list[int]:
@@ -170,20 +153,8 @@ def _arrays(
     return arrays
 
 
-def _summary(units: ActiveUnits, information: LatentInformation | None) -> str:
-    lines = [
-        f"active units        {units.count} of {len(units.variances)}  "
+def _summary(units: ActiveUnits) -> str:
+    return (
+        f"active units  {units.count} of {len(units.variances)}  "
         f"(variance of E_q[z_j|x] over {units.num_images} test images > {units.threshold:g})"
-    ]
-    if information is None:
-        lines.append("mutual information  unknown: the guide has no posterior(x), hence no density")
-        return lines[0] + "\n" + lines[1]
-    error = information.mutual_information_error
-    note = f"; Monte-Carlo error {error:.2g})" if math.isfinite(error) else ")"
-    lines += [
-        f"mutual information  {information.mutual_information:.4f} nats  (of at most log N = "
-        f"{information.bound:.4f}, N = {information.num_images}{note}",
-        f"KL(q(z) || p(z))    {information.marginal_kl:.4f} nats",
-        f"mean KL(q(z|x)||p)  {information.kl:.4f} nats, the sum of the two",
-    ]
-    return "\n".join(lines)
+    )

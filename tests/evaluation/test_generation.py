@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -9,6 +8,7 @@ import torch
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel
 from pyro_gpvae.evaluation._posteriors import posterior_mean
+from pyro_gpvae.evaluation.active_units import active_units
 from pyro_gpvae.evaluation.generation import (
     decode,
     latent_path,
@@ -16,7 +16,6 @@ from pyro_gpvae.evaluation.generation import (
     reconstruct,
     sample_images,
 )
-from pyro_gpvae.evaluation.information import active_units, mutual_information
 from pyro_gpvae.testing.linear_gaussian import linear_gaussian
 
 SHAPE = (1, 3, 4)
@@ -129,8 +128,6 @@ def test_seeds():
     first = sample_images(model, 4, noise=True, seed=1).images
     assert torch.equal(first, sample_images(model, 4, noise=True, seed=1).images)
     assert not torch.equal(first, sample_images(model, 4, noise=True, seed=2).images)
-    result = mutual_information(model, guide, x, seed=1)
-    assert result == mutual_information(model, guide, x, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before), "the global state is left alone"
 
 
@@ -245,9 +242,6 @@ def test_traversals_move_one_dimension():
         (lambda m, g, x: decode(m, torch.full((2, 2), math.inf)), "2 of 2 decoded images"),
         (lambda m, g, x: active_units(m, g, x[:1]), "num_images must be at least 2, got 1"),
         (lambda m, g, x: active_units(m, g, x, threshold=-1), "threshold must be"),
-        (lambda m, g, x: mutual_information(m, g, x, 0), "num_samples must be at least 1"),
-        (lambda m, g, x: mutual_information(m, g, x, chunk_size=0), "chunk_size must be"),
-        (lambda m, g, x: mutual_information(m, Replayed(m), x), "Replayed has no posterior"),
     ],
 )
 def test_errors(call, message):
@@ -291,105 +285,3 @@ def test_random_weights_move_all_images_at_once():
     assert float(found.variances) == pytest.approx(exact, rel=0.15)
     # images that are the same have no variance, however the weights move them
     assert float(active_units(model, guide, x[:1].expand(500, *SHAPE), seed=0).variances) < 0.003
-
-
-def test_information_of_finitely_many_images_against_an_integral():
-    model = linear(latent_dim=1, signal=2.0)
-    x = model.images(12)
-    q, grid = model.posterior(x), torch.linspace(-12, 12, 40_001).double()
-    log_q = q.log_prob(grid[:, None, None].expand(-1, 12, 1))
-    log_marginal = log_q.logsumexp(1) - math.log(12)
-    log_prior = dist.Normal(0.0, 1.0).log_prob(grid)
-
-    def integral(values):
-        return torch.trapezoid(values, grid, dim=0).mean().item()
-
-    exact = (
-        integral(log_q.exp() * (log_q - log_marginal[:, None])),
-        integral(log_marginal.exp() * (log_marginal - log_prior)),
-    )
-    found = mutual_information(model, Exact(model), x, 4000, seed=0)
-    # four standard errors: a right estimator fails once in 16,000 seeds
-    for name, value in zip(("mutual_information", "marginal_kl"), exact, strict=True):
-        error = getattr(found, f"{name}_error")
-        assert 0 < error < 0.01
-        assert abs(getattr(found, name) - value) < 4 * error
-    analytic = torch.distributions.kl_divergence(
-        q, dist.MultivariateNormal(torch.zeros(1).double(), torch.eye(1).double())
-    )
-    assert abs(found.kl - analytic.mean().item()) < 4 * found.kl_error
-    assert found.kl == pytest.approx(found.mutual_information + found.marginal_kl)
-
-
-def test_standard_errors_are_those_of_repetitions():
-    model = linear(latent_dim=1, signal=2.0)
-    guide, x = Exact(model), model.images(12)
-    found = [mutual_information(model, guide, x, 5, seed=seed) for seed in range(300)]
-    for name in ("mutual_information", "marginal_kl", "kl"):
-        spread = np.std([getattr(f, name) for f in found])
-        claimed = np.sqrt(np.mean([getattr(f, f"{name}_error") ** 2 for f in found]))
-        assert claimed == pytest.approx(spread, rel=0.2)  # of 300: 0.04
-
-
-def test_information_of_many_images_is_that_of_the_model():
-    model = linear(latent_dim=2, signal=1.5)
-    loadings, _, sigma = model._linear()
-    exact = 0.5 * torch.logdet(torch.eye(2) + loadings.mT @ loadings / sigma**2).item()
-    # another seed than that of the images, whose noise the draws would otherwise repeat
-    found = mutual_information(model, Exact(model), model.images(1500), 2, seed=1)
-    assert exact < 0.3 * found.bound, "far from its bound"
-    # the errors from the choice of images and from the draws are both about 0.02
-    assert found.mutual_information == pytest.approx(exact, abs=0.08)
-    assert found.marginal_kl == pytest.approx(0, abs=0.08), "the exact posterior averages to p(z)"
-
-
-def test_information_is_at_most_log_n():
-    model = linear_gaussian(SHAPE, 2, signal=1e6, sigma=1e-5).double().requires_grad_(False)
-    found = mutual_information(model, Exact(model), model.images(7), 3, seed=0)
-    assert found.bound == math.log(7)
-    assert found.mutual_information <= found.bound * (1 + 1e-12)
-    assert found.mutual_information == pytest.approx(math.log(7))
-    assert mutual_information(model, Exact(model), model.images(1)).mutual_information == 0
-    one = mutual_information(model, Exact(model), model.images(7), 1)
-    assert math.isnan(one.mutual_information_error)
-
-
-def test_chunks_bound_the_memory_and_change_nothing(monkeypatch):
-    model = linear()
-    x = model.images(600)  # two batches of the encoder
-    whole = mutual_information(model, Exact(model), x, seed=0, chunk_size=10**9)
-    sizes = []
-    density = dist.MultivariateNormal.log_prob
-
-    def watched(self, value):
-        sizes.append(value.shape[:-1].numel())
-        return density(self, value)
-
-    monkeypatch.setattr(dist.MultivariateNormal, "log_prob", watched)
-    parts = mutual_information(model, Exact(model), x, seed=0, chunk_size=3000)
-    assert max(sizes) <= 3000
-    assert parts.mutual_information == pytest.approx(whole.mutual_information, rel=1e-12)
-    assert parts.marginal_kl == pytest.approx(whole.marginal_kl, rel=1e-12)
-
-
-class Far(dist.Normal):
-    """As a flow whose inverse overflows where z is from a distant image."""
-
-    def log_prob(self, value):
-        return super().log_prob(torch.where((value - self.loc).abs() > 50, math.nan, value))
-
-
-@pytest.mark.parametrize(("distance", "finite"), [(100.0, True), (math.inf, False)])
-def test_densities_that_overflow(distance, finite):
-    class Guide:
-        def posterior(self, x):
-            loc = distance * torch.arange(1.0, 4)[:, None].expand(-1, 2).double()
-            return Far(loc, 1.0, validate_args=False).to_event(1)
-
-    model = linear()
-    if finite:
-        found = mutual_information(model, Guide(), model.images(3))
-        assert found.mutual_information == pytest.approx(math.log(3))
-    else:
-        with pytest.raises(ValueError, match="not finite"):
-            mutual_information(model, Guide(), model.images(3))

@@ -51,8 +51,8 @@ from pyro_gpvae import (
 )
 from pyro_gpvae import pair as with_global_prior
 from pyro_gpvae.data.images import split_validation
+from pyro_gpvae.evaluation.active_units import active_units
 from pyro_gpvae.evaluation.generation import decode, latent_path, reconstruct, sample_images
-from pyro_gpvae.evaluation.information import active_units, mutual_information
 from pyro_gpvae.evaluation.uncertainty import (
     rank_correlation,
     uncertainty_scores,
@@ -413,13 +413,6 @@ def generated(spec: str) -> Numbers:
     }
 
 
-def information(spec: str) -> Numbers:
-    model, guide = trained(spec)
-    found = mutual_information(model, guide, digits()[0], 3, chunk_size=100, seed=4)
-    names = ("mutual_information", "marginal_kl", "kl", "bound")
-    return attributes(found, *names, "mutual_information_error", "marginal_kl_error", "kl_error")
-
-
 def marginal_posterior() -> Numbers:
     """The marginal of eq. (7): density and draws."""
     a, b = torch.tensor([0.1, -2.0, 0.0]), torch.tensor([-0.3, 0.5, -4.0])
@@ -548,7 +541,6 @@ for _name, _case in {
     "gap": gap,
     "reference": reference,
     "generated": generated,
-    "information": information,
 }.items():
     CASES |= {f"{_name}-{spec}": partial(_case, spec) for spec in MEASURED}
 for _spec in MEASURED[:2]:

@@ -274,7 +274,7 @@ def generate(run, out, **options):
 class TestGeneration:
     def test_it_writes_what_it_promises(self, runs, tmp_path):
         out = tmp_path / "out"
-        arrays, record, text = generate(runs / "vae", out, images=(4, 0, 7))
+        arrays, record, _ = generate(runs / "vae", out, images=(4, 0, 7))
         assert sorted(path.name for path in out.iterdir()) == sorted(GENERATION_FILES)
         check_pictures(out, [name for name in GENERATION_FILES if name.endswith(".png")])
         for name, shape in {
@@ -290,9 +290,7 @@ class TestGeneration:
         np.testing.assert_allclose(ends, np.stack([mean[:2], mean[1:]], 1), rtol=1e-5, atol=1e-6)
         assert arrays["traversals_z"][1, :, 1].tolist() == [-3, -1.5, 0, 1.5, 3]
         assert record["seed"] == record["run"]["seed"] == 3
-        information = record["information"]
-        assert information["num_images"] == record["active_units"]["num_images"] == 9
-        assert f"{information['mutual_information']:.4f} nats" in text
+        assert record["active_units"]["num_images"] == 9
         # the figures come from the two files, and their captions say what they show
         figures = generated_figures(arrays, record)
         for name, figure in figures.items():
