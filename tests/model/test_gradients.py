@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -152,3 +153,19 @@ def test_binary_pixels(spec):
 
 def test_every_registered_guide_is_here():
     assert set(available_guides()) == {spec.partition(":")[0] for spec in GUIDES}
+
+
+def test_a_wrong_gradient_is_found():
+    class Biased(type(model_and_guide("vae")[1])):
+        def posterior(self, x):
+            q = super().posterior(x)
+            scale = q.stddev
+            # the value is right, a share of 1e-4 of one gradient is missing
+            scale = scale + 1e-4 * (scale.detach() - scale)
+            return dist.Normal(q.mean, scale).to_event(1)
+
+    model, guide = model_and_guide("vae")
+    guide.__class__ = Biased
+    everything = [*model.parameters(), *guide.parameters()]
+    with pytest.raises(AssertionError, match="abs"):
+        check(guide.elbo(), model, guide, everything, images(3))
