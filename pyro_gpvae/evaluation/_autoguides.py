@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,14 @@ from pyro.distributions import TorchDistribution
 from pyro.distributions.transforms import AffineTransform
 from pyro.infer import Trace_ELBO, autoguide
 from torch import Size, Tensor
+from torch.distributions import constraints
 
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.evaluation._evaluator import check_images, evaluator
+from pyro_gpvae.evaluation._common import check_images, evaluator
 from pyro_gpvae.evaluation.optimum import InstanceOptimum, check_optimum_options, laplace_start
 from pyro_gpvae.model.guide import HasPosterior
 from pyro_gpvae.model.image_model import ImageModel
-
-__all__ = ["Autoguide", "Stack", "load_autoguide", "optimise_autoguide"]
 
 Autoguide = Callable[[Any], Any] | str
 
@@ -42,18 +41,16 @@ def optimise_autoguide(
     max_steps: int = 3000,
     num_starts: int = 2,
 ) -> InstanceOptimum:
-    """Fits one of Pyro's autoguides to the posterior of each image, one after the other.
+    """Fits one of Pyro's autoguides to the posterior of each image, one after the other, by Adam.
 
     The latent site of an image is ``"u"``, with z = μ + s u for the mode μ and the scale s of the
-    Laplace approximation. It is optimised by Adam. The gap is the gain of the last 50 steps. This
-    is slow, and meant as a check of :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`.
+    Laplace approximation. The gap is the gain of the last 50 steps. This is slow, and meant as a
+    check of :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`.
 
     Arguments:
-        model: The model, whose decoder and likelihood are used.
-        x: Images (B, C, H, W), uint8 or floats.
         guide: A class of :mod:`pyro.infer.autoguide` with a density, such as
             ``AutoMultivariateNormal``, its name, or a function from a Pyro model to a guide.
-        start, tolerance, max_steps, num_starts: See
+        model, x, start, tolerance, max_steps, num_starts: See
             :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`.
 
     Raises:
@@ -96,11 +93,7 @@ def _fit(
     tolerance: float,
     max_steps: int,
 ) -> tuple[TorchDistribution, float, float, int]:
-    """Fits an autoguide to one image (1, C, H, W), with z = μ + s u, where μ and s are (p,).
-
-    Returns q(z|x) with event shape (p,), its ELBO, the gain of the last window of steps, and the
-    number of steps.
-    """
+    """Returns q(z|x) of one image (1, C, H, W), its ELBO, last gain and number of steps."""
 
     def program() -> None:
         flat = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1).mask(False)
@@ -171,25 +164,18 @@ class Stack(TorchDistribution):
 
     arg_constraints = {}  # noqa: RUF012
     has_rsample = True
+    support = constraints.real_vector
 
-    def __init__(
-        self, members: tuple[TorchDistribution, ...], batch_shape: Size | None = None
-    ) -> None:
+    def __init__(self, members: Sequence[TorchDistribution], batch_shape: Any = None) -> None:
         self.members = members
-        shape = torch.Size([len(members)]) if batch_shape is None else batch_shape
+        shape = Size([len(members)]) if batch_shape is None else Size(batch_shape)
         super().__init__(shape, members[0].event_shape, validate_args=False)
 
-    @property
-    def support(self) -> Any:
-        return self.members[0].support
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Stack:
+        return Stack(self.members, batch_shape)
 
-    def expand(
-        self, batch_shape: Size | list[int] | tuple[int, ...], _instance: Any = None
-    ) -> Stack:
-        return Stack(self.members, torch.Size(batch_shape))
-
-    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        shape = torch.Size(sample_shape) + self.batch_shape[:-1]
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = Size(sample_shape) + self.batch_shape[:-1]
         return torch.stack([member.rsample(shape) for member in self.members], dim=-2)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
@@ -16,12 +16,8 @@ from tqdm.auto import tqdm
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.evaluation._evaluator import check_posterior, name_of
-from pyro_gpvae.evaluation._traces import local_sites, log_joint_of
+from pyro_gpvae.evaluation._common import check_posterior, local_sites, log_joint_of, name_of
 from pyro_gpvae.model.guide import posterior_of
-
-__all__ = ["AnnealingPath", "Forward", "chains_with_pilots", "start_distributions"]
-
 
 # the target acceptance, and the rate of log step += rate * (accepted - target)
 _TARGET_ACCEPTANCE = 0.65
@@ -32,8 +28,7 @@ _CHAINS_PER_PILOT = 4
 _DRAWS_PER_DIMENSION = 100
 
 
-@dataclass
-class _State:
+class _State(NamedTuple):
     """Chains at z (C, B, p), both log densities there (C, B), and their gradients."""
 
     z: Tensor
@@ -50,14 +45,9 @@ class _State:
 
     def where(self, condition: Tensor, other: _State) -> _State:
         """Returns this state where the condition (C, B) holds, and the other one elsewhere."""
-        vectors = condition.unsqueeze(-1)
-        return _State(
-            torch.where(vectors, self.z, other.z),
-            torch.where(condition, self.log_q, other.log_q),
-            torch.where(condition, self.log_p, other.log_p),
-            torch.where(vectors, self.grad_q, other.grad_q),
-            torch.where(vectors, self.grad_p, other.grad_p),
-        )
+        pairs = zip(self, other, strict=True)
+        masks = [condition if a.dim() == 2 else condition.unsqueeze(-1) for a in self]
+        return _State(*(torch.where(m, *p) for m, p in zip(masks, pairs, strict=True)))
 
 
 @dataclass
@@ -73,13 +63,9 @@ class Forward:
 class AnnealingPath:
     """The densities between q0(z|x) and p(x, z) for B images, with the start of the chains.
 
-    Attributes:
-        log_q: The density of the start, from z (C, B, p) to (C, B).
-        log_p: The log joint, likewise.
-        z: The start of pilots and chains, (P + C, B, p).
-        scale: S (B, p, p) with S Sᵀ the covariance of the start: momenta are N(0, (S Sᵀ)⁻¹).
-        generators: The random stream of each image.
-        num_pilots: P.
+    ``log_q`` and ``log_p`` map z (C, B, p) to (C, B); ``z`` (P + C, B, p) is the start of P pilots
+    and C chains; momenta are N(0, (S Sᵀ)⁻¹) with S = ``scale`` (B, p, p), S Sᵀ the covariance of
+    the start.
     """
 
     log_q: Callable[[Tensor], Tensor]
@@ -180,10 +166,9 @@ class AnnealingPath:
     def move(
         self, state: _State, beta: float, step: Tensor, num_leapfrog: int
     ) -> tuple[_State, Tensor]:
-        """Makes one HMC move of each chain with its step size (C, B).
+        """Makes one HMC move of each chain with its step size (C, B), where z = S u.
 
-        In the coordinates u with z = S u, momenta are standard normal. Returns the new state and
-        the acceptance probabilities (C, B).
+        Returns the new state and the acceptance probabilities (C, B).
         """
         momentum, log_uniform = self._noise(len(state.z))
         step = step.unsqueeze(-1)
@@ -217,42 +202,35 @@ class AnnealingPath:
 def start_distributions(
     model: PyroProgram, x: Tensor, guide: Any, seed: int, indices: Sequence[int]
 ) -> list[Distribution]:
-    """Returns q(z|x) of each image, or the prior if there is no guide: batch shape (1,) each.
-
-    Raises:
-        ValueError: If the guide has no density, or the model has latent sites other than z.
-    """
+    """Returns q(z|x) of each image, or the prior without a guide: batch shape (1,) each."""
     if guide is None:
         return [_prior(model, image) for image in x.split(1)]
     _prior(model, x[:1])
-    name, noise = name_of(guide), "posterior"
-    advice = "Start from the prior (guide=None)"
-    check_posterior(guide, f"annealing needs its density q(z|x). {advice}, or give it one")
+    check_posterior(guide, "annealing needs its density q(z|x), or starts from the prior")
     try:
-        with seeded(image_seed(seed, indices[0], noise), x.device), nonfinite_as_error():
+        with seeded(image_seed(seed, indices[0], "posterior"), x.device), nonfinite_as_error():
             q: Any = posterior_of(guide, x)
     except NonFiniteError as error:
+        where = f"{name_of(guide)}, for images {indices[0]} to {indices[-1]}"
         raise NonFiniteError(
-            f"posterior(x) of the guide {name}, for images {indices[0]} to {indices[-1]}: {error}",
-            images=indices,
+            f"posterior(x) of the guide {where}: {error}", images=indices
         ) from error
     if q.batch_shape != (len(x),):
         raise ValueError(
-            f"posterior(x) of the guide {name} has batch shape {tuple(q.batch_shape)}, expected "
-            f"({len(x)},), one distribution per image"
+            f"posterior(x) of the guide {name_of(guide)} has batch shape {tuple(q.batch_shape)}, "
+            f"expected ({len(x)},), one distribution per image"
         )
     starts = _split(q)
     if not starts:
         for image, index in zip(x.split(1), indices, strict=True):
-            with seeded(image_seed(seed, index, noise), x.device):
+            with seeded(image_seed(seed, index, "posterior"), x.device):
                 starts.append(cast(Distribution, posterior_of(guide, image)))
     try:
         with seeded(0, x.device):
             starts[0].log_prob(starts[0].sample())
     except NotImplementedError:
         raise ValueError(
-            f"the guide {name} has no density: annealing needs log_prob, which its "
-            f"{type(q).__name__} does not have. {advice}"
+            f"the guide {name_of(guide)} has no density: its {type(q).__name__} has no log_prob"
         ) from None
     return starts
 

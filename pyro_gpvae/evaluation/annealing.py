@@ -11,17 +11,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_gpvae.core._chunks import halving_chunks
-from pyro_gpvae.core._errors import NonFiniteError, name_images
+from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.core._seeds import image_seed, seeded
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.evaluation._evaluator import (
+from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
     batches,
     check_at_least,
     check_images,
+    check_log_weights,
     device_of,
     evaluator,
+    local_sites,
     progress_bar,
 )
 from pyro_gpvae.evaluation._hmc import (
@@ -30,7 +32,6 @@ from pyro_gpvae.evaluation._hmc import (
     chains_with_pilots,
     start_distributions,
 )
-from pyro_gpvae.evaluation._traces import simulate
 from pyro_gpvae.evaluation.importance import Evidence
 from pyro_gpvae.model.image_model import ImageModel
 
@@ -43,9 +44,10 @@ __all__ = [
 ]
 
 _Result = TypeVar("_Result")
+_WEIGHT = "a log p(x, z) or log q(z|x) in annealing"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class AnnealedEvidence:
     """Annealed estimates of log p(x) for B images, in nats; every tensor has shape (B,).
 
@@ -66,22 +68,14 @@ class AnnealedEvidence:
     num_chains: int
     num_steps: int
 
-    def __repr__(self) -> str:
-        return (
-            f"AnnealedEvidence({len(self.log_evidence)} images, {self.num_chains} chains, "
-            f"{self.num_steps} steps: mean log p(x) = {float(self.log_evidence.mean()):.2f} nats)"
-        )
 
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Sandwich:
-    """Lower and upper bounds of log p(x) for B simulated images, in nats.
+    """Bounds of log p(x), in expectation, for B simulated images, in nats; each (B,).
 
     Attributes:
-        lower: From the start to the posterior, (B,): at most log p(x) in expectation.
-        upper: From the posterior back to the start, (B,): at least log p(x) in expectation.
-        lower_error: The Monte-Carlo standard error of ``lower``, (B,).
-        upper_error: The Monte-Carlo standard error of ``upper`` for this z, (B,).
+        lower, lower_error: From the start to the posterior, and its Monte-Carlo standard error.
+        upper, upper_error: From the posterior back to the start, and its error for this z.
         x: The simulated images, (B, C, H, W), not confined to [0, 1].
         z: The latent vectors that they were simulated from, (B, p).
     """
@@ -97,12 +91,6 @@ class Sandwich:
     def gap(self) -> float:
         """The mean of upper - lower over the images."""
         return float((self.upper - self.lower).mean())
-
-    def __repr__(self) -> str:
-        return (
-            f"Sandwich({len(self.lower)} simulated images: mean log p(x) between "
-            f"{float(self.lower.mean()):.2f} and {float(self.upper.mean()):.2f} nats)"
-        )
 
 
 @evaluator
@@ -127,24 +115,18 @@ def annealed_evidence(
                  [\log p(x, z_{t-1}) - \log q_0(z_{t-1})]
 
     Chains start at :math:`z_0 \sim q_0`, the prior or the guide's q(z|x), and follow a sigmoidal
-    schedule β with one HMC move after each step. The mean of w is p(x) exactly for any moves that
-    keep :math:`f_\beta`.
-
-    For every four chains a pilot chain adapts the step size to 65 % acceptance and is then
-    discarded: a chain that adapted to its own past would have a biased weight. Momenta have the
-    inverse covariance of the start, estimated from draws. Every image has its own random numbers,
-    so results do not depend on batches or chunks, except for rounding and for guides whose
-    ``posterior(x)`` draws random numbers.
+    schedule β with one HMC move after each step. The mean of w is p(x) exactly. For every four
+    chains a pilot chain adapts the step size to 65 % acceptance and is then discarded: a chain that
+    adapted to its own past would have a biased weight. Momenta have the inverse covariance of the
+    start. Every image has its own random numbers, so results do not depend on batches or chunks,
+    except for rounding and for guides whose ``posterior(x)`` draws random numbers.
 
     References:
-        Neal, *Annealed importance sampling*, 2001.
         Wu, Burda, Salakhutdinov and Grosse, *On the quantitative analysis of decoder-based
         generative models*, 2017. https://arxiv.org/abs/1611.04273
 
     Arguments:
-        model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``. Its
-            global sites never enter.
-        x: Images (B, C, H, W), uint8 or floats.
+        model, x: See :func:`pyro_gpvae.log_weights`.
         guide: A guide with ``posterior(x)`` to start from; None starts from the model's prior.
         num_chains: The number of chains per image.
         num_steps: The number T of steps of the schedule.
@@ -157,8 +139,8 @@ def annealed_evidence(
     Raises:
         ValueError: If a number is not positive, x is not a batch of images, the guide has no
             density, or the model has latent sites other than z.
-        NonFiniteError: If log p(x, z) or log q(z|x) is NaN or +∞ where a chain stands; names the
-            images. Moves to such a z are rejected, but a chain may start there.
+        NonFiniteError: If log p(x, z) or log q(z|x) is NaN or +∞ where a chain starts; names the
+            images. Moves to such a z are rejected.
 
     Example:
         >>> from pyro_gpvae.testing import linear_gaussian
@@ -202,18 +184,16 @@ def bidirectional(
     like: Tensor | None = None,
     progress: bool | str = False,
 ) -> Sandwich:
-    r"""Bounds log p(x) on both sides for images simulated from the model (BDMC, Grosse 2016).
+    r"""Bounds log p(x) on both sides for images simulated from the model (BDMC).
 
     The z that an image x was simulated from is an exact draw of p(z|x). Chains from it back to
-    the start :math:`q_0` have weights with :math:`E[1/w] = 1/p(x)`, so that
+    the start :math:`q_0` have weights with :math:`E[1/w] = 1/p(x)`, so that, in expectation,
 
     .. math::
         \log \tfrac1M \sum_m w_m^{\text{forward}}
-        \;\lesssim\; \log p(x) \;\lesssim\;
-        -\log \tfrac1M \sum_m 1 / w_m^{\text{back}},
+        \;\le\; \log p(x) \;\le\; -\log \tfrac1M \sum_m 1 / w_m^{\text{back}} .
 
-    each in expectation. Where both bounds meet, annealing has converged, including all modes, for
-    images like those of the model.
+    Where both bounds meet, annealing has converged, including all modes, for images like these.
 
     References:
         Grosse, Ancha and Roy, *Measuring the reliability of MCMC inference with bidirectional
@@ -221,15 +201,11 @@ def bidirectional(
 
     Arguments:
         model: As in :func:`annealed_evidence`; its observations must be one site.
-        guide: A guide with ``posterior(x)`` to start from; None starts from the model's prior.
-        num_images: The number of images to simulate.
-        num_chains, num_steps, num_leapfrog, chunk_size, seed, first_image, progress: As in
-            :func:`annealed_evidence`. An image of a seed is the same in every call.
+        num_images: The number of images to simulate. An image of a seed is the same in every call.
         like: Images (1, C, H, W) that give the model the shape; by default zeros of the shape of
             an :class:`pyro_gpvae.ImageModel`.
-
-    Raises:
-        ValueError, NonFiniteError: As :func:`annealed_evidence`.
+        guide, num_chains, num_steps, num_leapfrog, chunk_size, seed, first_image, progress: As in
+            :func:`annealed_evidence`, and so are the errors.
 
     Example:
         >>> from pyro_gpvae.testing import linear_gaussian
@@ -247,7 +223,7 @@ def bidirectional(
 
     def work(size: int) -> Sandwich:
         indices = range(first_image, first_image + num_images)
-        pairs = [simulate(model, blank, annealing.seed, index) for index in indices]
+        pairs = [_simulate(model, blank, annealing.seed, index) for index in indices]
         x, z = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         lower: list[Tensor] = []
         upper: list[Tensor] = []
@@ -256,18 +232,12 @@ def bidirectional(
                 image = sum(part.shape[1] for part in lower)
                 end = z[image : image + forward.log_weights.shape[1]]
                 back = path.back(end, forward.steps, annealing.schedule, num_leapfrog, bar)
-                _check_finite(back, first_image + image)
+                check_log_weights(back, first_image + image, _WEIGHT)
                 lower.append(forward.log_weights)
                 upper.append(-back)
         below, above = (Evidence.from_log_weights(torch.cat(part, 1)) for part in (lower, upper))
-        return Sandwich(
-            below.log_evidence,
-            -above.log_evidence,
-            below.standard_error,
-            above.standard_error,
-            x,
-            z,
-        )
+        errors = below.standard_error, above.standard_error
+        return Sandwich(below.log_evidence, -above.log_evidence, *errors, x, z)
 
     return annealing.run(work, blank, chunk_size)
 
@@ -312,7 +282,7 @@ class _Annealing:
             return halving_chunks(lambda size: work(max(1, size // chains)), chunk_size, device)
 
     def forward(self, x: Tensor, size: int, bar: tqdm) -> Iterator[tuple[Forward, AnnealingPath]]:
-        """Yields the forward chains of all images, ``size`` images at a time, and their paths."""
+        """Yields the forward chains and the paths of ``size`` images at a time."""
         index = self.first_image
         # the guide is asked for whole parts, of at least MAX_IMAGES images
         for images in batches(x, self.model, self.guide, size=-(-MAX_IMAGES // size) * size):
@@ -320,27 +290,28 @@ class _Annealing:
             starts = start_distributions(self.model, images, self.guide, self.seed, indices)
             for at in range(0, len(images), size):
                 part = slice(at, at + size)
-                path = AnnealingPath.start(
-                    self.model,
-                    images[part],
-                    starts[part],
-                    self.seed,
-                    indices[part],
-                    self.num_chains,
-                )
+                own = starts[part], self.seed, indices[part], self.num_chains
+                path = AnnealingPath.start(self.model, images[part], *own)
                 chains = path.forward(self.schedule, self.num_leapfrog, bar)
-                _check_finite(chains.log_weights, index + at)
+                check_log_weights(chains.log_weights, index + at, _WEIGHT)
                 yield chains, path
             index += len(images)
 
 
-def _check_finite(log_weights: Tensor, first: int) -> None:
-    wrong = (~(log_weights < torch.inf)).any(0).nonzero().flatten() + first
-    if len(wrong):
-        images = wrong.tolist()
-        raise NonFiniteError(
-            "a log p(x, z) or log q(z|x) in annealing is NaN or overflows "
-            f"{log_weights.dtype}, for image {name_images(images)}: is the decoder finite for "
-            "every z that its start may draw?",
-            images=images,
+def _simulate(model: PyroProgram, like: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
+    """Draws one image (1, C, H, W) and its z (1, p) from the model."""
+    with seeded(image_seed(seed, index, "simulation"), like.device):
+        try:
+            with nonfinite_as_error():
+                sites = local_sites(model, like, simulate=True)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"image {index} cannot be simulated: {error}", images=[index]
+            ) from error
+    if len(sites.observed) != 1 or "z" not in sites.latent:
+        raise ValueError(
+            "images can be simulated from a model with the site 'z' and one observed site, "
+            f"found {len(sites.observed)} of them"
         )
+    (image,) = sites.observed.values()
+    return image["value"], sites.latent["z"]["value"]

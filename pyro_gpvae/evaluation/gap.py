@@ -17,7 +17,7 @@ from torch.distributions import Independent, LowRankMultivariateNormal, Multivar
 from pyro_gpvae.core._chunks import check_chunk_size
 from pyro_gpvae.core._seeds import image_seed, seeded
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.evaluation._evaluator import (
+from pyro_gpvae.evaluation._common import (
     batches,
     check_at_least,
     check_images,
@@ -63,27 +63,19 @@ class Gap:
         + \underbrace{ELBO[q^*_{full}] - ELBO[q^*_{diag}]}_{\text{independence}}
         + \underbrace{ELBO[q^*_{diag}] - ELBO[q]}_{\text{encoder}}
 
-    The optimum of the guide's own family separates the approximation gap from the amortisation
-    gap: the diagonal one if q(z|x) is independent over dimensions, else the full one. Flows and
-    mixtures may be better than it; their amortisation gap is then negative.
-
-    The bound of a random encoder (GPVAE), eq. (2) of the supplement, has two terms more:
-
-    .. math:: bound = ELBO[q(z|x)] - I(z; (W, U) | x) - \tfrac1N KL(q(W, U) \| p)
+    The optimum of the guide's own family, the full one unless q(z|x) is independent over
+    dimensions, separates the approximation gap from the amortisation gap. Flows and mixtures may be
+    better than it; their amortisation gap is then negative. For a random encoder (GPVAE), eq. (2)
+    of the supplement is :math:`bound = ELBO[q(z|x)] - I(z; (W, U) | x) - \tfrac1N KL(q(W, U) \|
+    p)`.
 
     Attributes:
-        log_evidence: log p(x), see :func:`pyro_gpvae.reference_evidence`.
-        evidence_error: Its Monte-Carlo standard error; likewise the following.
-        estimator: The name of its estimator, one per image.
-        pareto_k: The tail of the weights behind it: above 0.7 it cannot be trusted.
-        trusted: Whether any estimate of log p(x) is reliable.
+        log_evidence, evidence_error, estimator, pareto_k, trusted: log p(x), its standard error and
+            how it was found, see :class:`pyro_gpvae.evaluation.reference.ReferenceEvidence`.
         elbo: The ELBO of the guide's q(z|x), or, without ``posterior(x)``, of its program given
-            its random weights, which then includes their cost.
-        elbo_error: Its error.
-        elbo_full: The ELBO of the best Gaussian with full covariance.
-        elbo_full_error: Its error.
-        elbo_diagonal: The ELBO of the best Gaussian with diagonal covariance.
-        elbo_diagonal_error: Its error.
+            its random weights, which then includes their cost. ``elbo_error`` is its standard
+            error.
+        elbo_full, elbo_diagonal: The ELBOs of the best Gaussians, likewise with errors.
         converged: Whether both optima are within their tolerance.
         iwae: IWAE(100) with the guide's own q.
         refined: IWAE with the full optimum as the proposal, K = ``reference_samples``.
@@ -181,12 +173,9 @@ def decompose(
     """Measures the parts of the inference gap of each image; see :class:`Gap`.
 
     All ELBOs of an image are averages of the log weights of ``num_samples`` draws with the same
-    noise; the optima start from the guide's mean. As for
-    :func:`pyro_gpvae.reference_evidence`, all estimates may miss the same mode of the posterior.
-
-    A guide with random weights, ``global_prior()``, needs ``moments(x)`` and ``kl_weights()``, see
-    :mod:`pyro_gpvae.model.guide`. Without them ``weight_information``, ``kl_global`` and ``bound``
-    are NaN.
+    noise; the optima start from the guide's mean. A guide with random weights, ``global_prior()``,
+    needs ``moments(x)`` and ``kl_weights()``, see :mod:`pyro_gpvae.model.guide`; without them
+    ``weight_information``, ``kl_global`` and ``bound`` are NaN.
 
     References:
         Cremer, Li and Duvenaud, *Inference Suboptimality in Variational Autoencoders*, 2018.
@@ -195,20 +184,14 @@ def decompose(
     Arguments:
         model: An :class:`pyro_gpvae.ImageModel`.
         guide: Any guide for it.
-        x: Images (B, C, H, W), uint8 or floats.
         num_train: The number N of training images, by which eq. (2) divides KL(q(W, U) ‖ p);
             needed only for a guide with ``kl_weights()``.
         num_samples: The number of draws per image for each ELBO.
         reference_samples: The number of draws per image from the guide and from the full optimum,
             for log p(x).
-        num_chains: The number of chains per image of annealed importance sampling from the full
-            optimum, at least 2; 0 is none. Fewer than 8 are never trusted.
-        num_steps: Its number of steps.
         max_optimum_steps: The largest number of steps of the optimisation of each Gaussian.
-        chunk_size: See :func:`pyro_gpvae.log_weights`.
-        seed: The same seed gives the same numbers; the global random state is left as it was.
-        first_image: The index of the first image of x, if x is a part of a data set.
-        progress: Whether to show a progress bar over images; a text is its label.
+        x, num_chains, num_steps, chunk_size, seed, first_image, progress: See
+            :func:`pyro_gpvae.reference_evidence`.
 
     Raises:
         ValueError: If the guide has no density, a number is too small, ``num_train`` is missing,

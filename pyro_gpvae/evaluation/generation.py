@@ -14,16 +14,17 @@ from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.evaluation._evaluator import (
+from pyro_gpvae.evaluation._common import (
     batches,
     check_at_least,
     check_images,
     device_of,
+    draws,
     evaluator,
+    local_sites,
+    posterior_mean,
     seeded_if,
 )
-from pyro_gpvae.evaluation._posteriors import draws, posterior_mean
-from pyro_gpvae.evaluation._traces import local_sites
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.networks import ImageShape
 
@@ -69,8 +70,7 @@ def sample_images(
         num_images: The number n of images.
         noise: Whether the images are draws from p(x|z) rather than its means.
         image_shape: The shape (C, H, W); by default that of the :class:`pyro_gpvae.ImageModel`.
-        seed: If given, the same seed gives the same images, and the global random state is left
-            as it was. With and without noise the z are the same.
+        seed: See :func:`pyro_gpvae.log_evidence`. With and without noise the z are the same.
 
     Raises:
         ValueError: If num_images is less than 1, or the model is not as above.
@@ -101,13 +101,10 @@ def decode(
 ) -> Tensor:
     """Returns the mean of p(x|z), or a draw from it, for z (..., p): images (..., C, H, W).
 
-    The model is run with z given, so that any Pyro model will do.
-
     Arguments:
         model, noise, image_shape: See :func:`sample_images`.
         z: Latent vectors (..., p).
-        chunk_size: The number of latent vectors decoded at once; see
-            :func:`pyro_gpvae.log_weights`.
+        chunk_size: See :func:`pyro_gpvae.log_weights`.
 
     Raises:
         ValueError: If the model is not as above, or what it decodes is not finite.
@@ -147,12 +144,11 @@ def reconstruct(
     """Infers z of images and decodes it: z (B, p), images (B, C, H, W).
 
     Arguments:
-        model: See :func:`sample_images`.
+        model, seed: See :func:`sample_images`.
         guide: A Pyro guide for it. Its posterior mean is decoded; where that is not known, the
             mean of 100 draws.
         x: Images (B, C, H, W), uint8 or floats.
         draw: Whether to decode a draw from q(z|x) instead of its mean.
-        seed: As in :func:`sample_images`.
 
     Raises:
         ValueError: If x is not a batch of images, or model or guide lack their sites.
@@ -175,13 +171,10 @@ def latent_path(start: Tensor, end: Tensor, steps: int, kind: PathKind = "spheri
         z_t = \frac{\sin((1 - t)\,\Omega)\, z_0 + \sin(t\,\Omega)\, z_1}{\sin \Omega},
         \qquad t = 0, \tfrac{1}{S-1}, \dots, 1,
 
-    with the angle :math:`\Omega` between both ends. Draws from N(0, I) have norms near
-    :math:`\sqrt p` and are nearly orthogonal. The middle of the straight line between two of them
-    has a norm near :math:`\sqrt{p/2}`, where the prior has hardly any mass. The norm of the
-    spherical path lies between those of its ends. Collinear ends are joined by a straight line.
-
-    References:
-        White, *Sampling Generative Networks*, 2016. https://arxiv.org/abs/1609.04468
+    with the angle :math:`\Omega` between both ends. The norm of this spherical path lies between
+    those of its ends, where the prior has its mass; a straight line passes closer to the origin
+    (White, *Sampling Generative Networks*, 2016, https://arxiv.org/abs/1609.04468). Collinear ends
+    are joined by a straight line, as all are by the kind "linear".
 
     Raises:
         ValueError: If there are fewer than 2 steps, or the kind is unknown.
@@ -209,23 +202,13 @@ def latent_path(start: Tensor, end: Tensor, steps: int, kind: PathKind = "spheri
 def latent_traversals(
     z: Tensor, dims: Sequence[int] | None = None, *, span: float = 3.0, steps: int = 9
 ) -> Tensor:
-    """Returns copies of z in which one dimension runs through the range of the prior.
-
-    The values run from -span to span, in standard deviations of the prior N(0, I), and are the
-    same for every image and dimension. Decoded, they show what each dimension does.
-
-    References:
-        Higgins et al., *beta-VAE: Learning Basic Visual Concepts with a Constrained Variational
-        Framework*, 2017. https://openreview.net/forum?id=Sy2fzU9gl
+    """Returns copies of z in which one dimension runs from -span to span, (B, D, S, p).
 
     Arguments:
         z: Latent vectors (B, p), such as posterior means.
         dims: The D dimensions to move; by default all.
-        span: The end of the range.
+        span: The end of the range, in standard deviations of the prior N(0, I).
         steps: The number S of values.
-
-    Returns:
-        Latents (B, D, S, p).
 
     Raises:
         ValueError: If span is not positive, there are fewer than 2 steps, or a dimension does not

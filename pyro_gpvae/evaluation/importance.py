@@ -6,25 +6,28 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.core._chunks import halving_chunks
-from pyro_gpvae.core._errors import NonFiniteError, name_images, nonfinite_as_error, unvalidated
+from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error, unvalidated
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.evaluation._evaluator import (
+from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
     batches,
     check_at_least,
     check_images,
+    check_log_weights,
     device_of,
     evaluator,
+    local_programs,
     seeded_if,
+    weights_of_traces,
 )
-from pyro_gpvae.evaluation._pareto import PARETO_LIMIT, ParetoWarning, pareto_k
-from pyro_gpvae.evaluation._traces import local_programs, weights_of_traces
 
 __all__ = [
     "PARETO_LIMIT",
@@ -37,6 +40,14 @@ __all__ = [
     "weights_in_chunks",
 ]
 
+#: Above this k̂, importance sampling does not converge at any practical rate.
+PARETO_LIMIT = 0.7
+_WEIGHT = "log p(x, z) - log q(z|x)"
+
+
+class ParetoWarning(UserWarning):
+    """The weights of some images have a tail too heavy for their estimate to be trusted."""
+
 
 @evaluator
 def log_weights(
@@ -47,25 +58,20 @@ def log_weights(
     *,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Returns :math:`\log w_i = \log p(x, z_i) - \log q(z_i | x)` with :math:`z_i \sim q(z|x)`.
+    r"""Returns :math:`\log w_i = \log p(x, z_i) - \log q(z_i|x)`, :math:`z_i \sim q(z|x)`: (K, B).
 
-    A guide with ``posterior(x)`` is called once per image, however many samples are drawn, and
-    scored by its exact density, which is eq. (7) for the GPVAE. Any other guide is replayed: its
-    global weights and auxiliary variables are drawn anew for every sample, and z is scored given
-    them, which is also unbiased but looser. Global sites (W, U) never enter the weights.
+    A guide with ``posterior(x)`` is scored by this density, which is eq. (7) for the GPVAE. Any
+    other guide is replayed: its global and auxiliary variables are drawn anew for every sample,
+    which is unbiased but looser. Global sites (W, U) never enter the weights.
 
     Arguments:
         model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``.
         guide: A Pyro guide for it.
         x: Images (B, C, H, W): uint8, which are divided by 255, or floats.
         num_samples: The number K of samples per image.
-        chunk_size: The number of latent vectors decoded at once. It limits the memory of decoding
-            and density evaluation; encoding and refinement need additional memory. It also
-            changes the order of random numbers. The default is 640 on a CPU and 65,536 on a GPU,
-            halved until it fits.
-
-    Returns:
-        Log weights in nats, shape (K, B), in the dtype of the model's parameters.
+        chunk_size: The number of latent vectors decoded at once; by default 640 on a CPU and 65,536
+            on a GPU, halved until it fits. It limits the memory of decoding and density evaluation,
+            and changes the order of random numbers.
 
     Raises:
         ValueError: If x is not a batch of the model's images, or K or chunk_size is less than 1.
@@ -81,14 +87,12 @@ class Evidence:
     Attributes:
         log_evidence: IWAE, log 1/K Σ wᵢ (Burda et al. 2016): a lower bound in expectation.
         standard_error: Its Monte-Carlo standard error, sd(w) / (√K mean(w)); NaN for K = 1.
-        effective_sample_size: (Σ wᵢ)² / Σ wᵢ², between 1 and K. If it is small, the bound is
-            loose, and its standard error is too small as well.
-        elbo: The mean of the log weights: the ELBO of the guide's marginal q(z|x).
-        pareto_k: The shape k̂ of the weights' tail, see :func:`pareto_k`. Above 0.7 neither the
-            estimate nor its standard error can be trusted. NaN for K < 25.
+        effective_sample_size: (Σ wᵢ)² / Σ wᵢ², between 1 and K.
+        elbo: The mean of the log weights: the ELBO of q(z|x).
+        pareto_k: The tail k̂ of the weights, see :func:`pareto_k`. Above 0.7 neither the estimate
+            nor its standard error can be trusted.
         num_samples: K.
-        chunk_size: The chunk size that was used, which is what fitted into the memory; None if
-            it is not known.
+        chunk_size: The chunk size that fitted into the memory; None if it is not known.
     """
 
     log_evidence: Tensor
@@ -154,13 +158,12 @@ def log_evidence(
 ) -> Evidence:
     r"""Estimates log p(x) of every image by IWAE: :math:`\log \frac1K \sum_i p(x,z_i)/q(z_i|x)`.
 
-    This is the score of the paper (supplement, section 4): a lower bound in expectation, which is
-    tighter the larger K. Warns of images whose weights have a Pareto k̂ above 0.7.
+    This is the score of the paper (supplement, section 4). Warns of images with a Pareto k̂ above
+    0.7.
 
     Arguments:
         model, guide, x, num_samples, chunk_size: See :func:`log_weights`.
-        seed: If given, the same seed gives the same numbers, and the global random state is
-            left as it was.
+        seed: The same seed gives the same numbers, and leaves the global random state as it was.
 
     Example:
         >>> from pyro_gpvae import ImageModel
@@ -189,16 +192,12 @@ def log_evidence(
 
 
 def evidence_curve(log_weights: Tensor, num_samples: Sequence[int]) -> dict[int, Tensor]:
-    """Returns the evidence (B,) for each K, from log weights (L, B) with L at least every K.
+    """Returns the evidence (B,) for each K ≤ L, from log weights (L, B).
 
     The L weights are cut into ⌊L/K⌋ disjoint groups, whose estimates log 1/K Σ wᵢ are averaged.
 
-    Raises:
-        ValueError: If a K is not between 1 and L.
-
     Example:
-        >>> curve = evidence_curve(torch.zeros(1000, 4), [1, 10, 100, 1000])
-        >>> curve[100]
+        >>> evidence_curve(torch.zeros(1000, 4), [1, 10, 100, 1000])[100]
         tensor([0., 0., 0., 0.])
     """
     curve = {}
@@ -213,7 +212,6 @@ def evidence_curve(log_weights: Tensor, num_samples: Sequence[int]) -> dict[int,
 def _weights_and_chunk_size(
     model: PyroProgram, guide: PyroProgram, x: Tensor, num_samples: int, chunk_size: int | None
 ) -> tuple[Tensor, int]:
-    """The log weights (K, B), and the chunk size that fitted into the memory."""
     check_at_least(1, num_samples=num_samples)
     check_images(model, x)
     return halving_chunks(
@@ -231,17 +229,14 @@ def weights_in_chunks(
     chunk_size: int,
     first_image: int = 0,
 ) -> Tensor:
-    """Computes :func:`log_weights` with one chunk size, without its checks of arguments: (K, B).
-
-    Errors count images from ``first_image``.
-    """
+    """Computes :func:`log_weights` without its checks; counts images from ``first_image``."""
     columns: list[Tensor] = []
     for batch in batches(x, model, guide, size=min(chunk_size, MAX_IMAGES)):
         start = first_image + sum(column.shape[1] for column in columns)
         try:
             with nonfinite_as_error():
                 weights = _weights_of_batch(model, guide, batch, num_samples, chunk_size)
-            _check_weights(weights, start)
+            check_log_weights(weights, start, _WEIGHT)
         except LinAlgError as error:
             if start == 0:
                 raise
@@ -254,7 +249,7 @@ def weights_in_chunks(
             # the weights which images these belong to.
             with unvalidated():
                 weights = _weights_of_batch(model, guide, batch, num_samples, chunk_size)
-            _check_weights(weights, start, f": {error}")
+            check_log_weights(weights, start, _WEIGHT, f": {error}")
             raise
         columns.append(weights)
     return torch.cat(columns, dim=1)
@@ -263,7 +258,6 @@ def weights_in_chunks(
 def _weights_of_batch(
     model: PyroProgram, guide: PyroProgram, x: Tensor, num_samples: int, chunk_size: int
 ) -> Tensor:
-    """Log weights (K, B) of images that share one call of the guide's posterior."""
     programs = local_programs(model, guide, x)
     particles = max(1, chunk_size // len(x))
     counts = [min(particles, num_samples - k) for k in range(0, num_samples, particles)]
@@ -273,16 +267,39 @@ def _weights_of_batch(
     return torch.cat([first, *rest])
 
 
-def _check_weights(log_weights: Tensor, start: int, reason: str = "") -> None:
-    """Names the images, counted from ``start``, with weights that are NaN or +∞."""
-    wrong = (~(log_weights < math.inf)).any(0).nonzero().flatten() + start
-    if len(wrong):
-        images = wrong.tolist()
-        default = (
-            f": a density of the guide or of the model is NaN or overflows {log_weights.dtype}"
-        )
-        raise NonFiniteError(
-            f"log p(x, z) - log q(z|x) is not finite for image {name_images(images)}"
-            f"{reason or default}",
-            images=images,
-        )
+@torch.no_grad()
+def pareto_k(log_weights: Tensor) -> Tensor:
+    """Returns the shape k̂ of the generalised Pareto tail of each image's weights, (B,).
+
+    Weights have about 1/k finite moments. Up to 0.7 estimates converge at a practical rate (Vehtari
+    et al., *Pareto smoothed importance sampling*, 2024, https://arxiv.org/abs/1507.02646).
+
+    Arguments:
+        log_weights: Log weights (K, B) in nats.
+
+    Returns:
+        k̂, (B,): NaN for K < 25 or weights that are NaN; 0 if the five largest weights are equal;
+        ∞ if they differ by more than 700 nats, or all weights are zero.
+
+    Example:
+        >>> exponential = -torch.rand(10_000, 1, generator=torch.Generator().manual_seed(0)).log()
+        >>> bool((pareto_k(0.9 * exponential) - 0.9).abs() < 0.1)  # Pareto with shape 0.9
+        True
+    """
+    k = torch.full_like(log_weights[0], math.nan)
+    if len(log_weights) < 25:
+        return k
+    import arviz_stats.base  # takes a second to import
+
+    statistics: Any = arviz_stats.base.array_stats  # type: ignore[attr-defined]
+    top = log_weights.topk(5, dim=0).values
+    impossible = top[0] == -math.inf
+    same, far = (top[0] == top[-1]) & ~impossible, (top[0] - top[-1] > 700) | impossible
+    k[same], k[far] = 0.0, math.inf
+    rest = ~(log_weights.isnan().any(0) | same | far)
+    if rest.any():
+        with np.errstate(all="ignore"):
+            # psislw takes the logarithm of 1/w, as in leave-one-out cross-validation
+            found = statistics.psislw(-log_weights[:, rest].double().cpu().numpy(), axis=0)[1]
+        k[rest] = torch.from_numpy(np.nan_to_num(found, nan=np.inf)).to(k)
+    return k

@@ -17,13 +17,14 @@ from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.evaluation._evaluator import (
+from pyro_gpvae.evaluation._common import (
     check_at_least,
     check_images,
     check_posterior,
+    estimated_mean,
     evaluator,
+    known_mean,
 )
-from pyro_gpvae.evaluation._posteriors import estimated_mean, known_mean
 from pyro_gpvae.model.curvature import inverse_cholesky, line_search, linearize
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
 from pyro_gpvae.model.image_model import ImageModel
@@ -56,8 +57,8 @@ class InstanceOptimum:
         gap: The estimated distance of the ELBO from the nearest local optimum.
         converged: Whether the gap is below the tolerance.
         steps: The number of steps of each image.
-        jitter: What had to be added to the diagonal of the precision at the mode, as a share of
-            its mean; see :func:`pyro_gpvae.model.curvature.inverse_cholesky`.
+        jitter: See :func:`pyro_gpvae.model.curvature.inverse_cholesky`, for the precision at the
+        mode.
         tolerance: The tolerance of the ELBO.
     """
 
@@ -106,21 +107,14 @@ def optimise_gaussian(
         S \leftarrow S e^{\rho_t A / 2}, \quad
         A = I + S^\top E_q[\nabla \log p(x, z)\, \varepsilon^\top], \quad z = \mu + S\varepsilon
 
-    (the symmetric part of A, or its diagonal). Expectations are randomly rotated cubatures of
-    2p + 1 points, exact for quadratic functions and unbiased up to degree five. The rotations are
-    the same for all images, so a result does not depend on the batch, and the random state is not
-    used. The rate :math:`\rho_t = 2/(t + 4)` averages the remaining noise; t is reset while
-    successive gradients agree.
+    (the symmetric part of A, or its diagonal). Expectations are randomly rotated cubatures of 2p +
+    1 points (Monahan and Genz 1997). The rotations are the same for all images, so a result does
+    not depend on the batch, and the random state is not used. The rate :math:`\rho_t = 2/(t + 4)`
+    averages the remaining noise; t is reset while successive gradients agree.
 
-    In these coordinates the ELBO around a Gaussian posterior has curvature 1, and the gap to the
-    optimum is :math:`\frac12 \|a\|^2 + \frac14 \|A\|^2`. Other posteriors are flatter: an image
-    has converged when four times this, for the average of the latest gradients, is below the
-    tolerance. The estimate refers to the nearest local optimum.
-
-    References:
-        Cremer, Li and Duvenaud, *Inference Suboptimality in Variational Autoencoders*, 2018.
-        https://arxiv.org/abs/1801.03558
-        Monahan and Genz, *Spherical-radial integration rules for Bayesian computation*, 1997.
+    Around a Gaussian posterior the gap to the optimum is
+    :math:`\frac12 \|a\|^2 + \frac14 \|A\|^2`. Other posteriors are flatter: an image has converged
+    when four times this, for the average of the latest gradients, is below the tolerance.
 
     Arguments:
         model: The model, whose decoder and likelihood are used.
@@ -129,11 +123,10 @@ def optimise_gaussian(
         start: Any guide with ``posterior(x)``, whose mean is the start; by default zero.
         tolerance: The tolerance of the ELBO of an image, in nats.
         max_steps: The largest number of steps.
-        num_starts: The number of starting points of the search for a mode. The first one is the
-            start, the others are about half a prior standard deviation away. The mode of highest
-            Laplace evidence is taken.
-        chunk_size: The number of latent vectors decoded at once; see
-            :func:`pyro_gpvae.log_weights`. It does not change the result.
+        num_starts: The number of starting points of the search for a mode: the start, and others
+            about half a prior standard deviation away. The mode of highest Laplace evidence is
+            taken.
+        chunk_size: See :func:`pyro_gpvae.log_weights`. It does not change the result.
 
     Raises:
         ValueError: If an option is unknown, or a number is not positive.
@@ -205,10 +198,7 @@ def climb(
     max_steps: int,
     chunk_size: int,
 ) -> InstanceOptimum:
-    """Follows the natural gradient from N(μ, S Sᵀ), with (μ, S, jitter) as in laplace_start.
-
-    Changes μ and S.
-    """
+    """Follows the natural gradient from (μ, S, jitter) as in laplace_start; changes μ and S."""
     loc, factor, jitter = begin
     p, diagonal = loc.shape[-1], covariance == "diagonal"
     entropy = _log_volume(factor) + p / 2 * math.log(2 * math.pi * math.e)

@@ -14,12 +14,7 @@ from torch import Tensor
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.evaluation._evaluator import (
-    check_at_least,
-    check_images,
-    check_posterior,
-    evaluator,
-)
+from pyro_gpvae.evaluation._common import check_at_least, check_images, check_posterior, evaluator
 from pyro_gpvae.evaluation.uncertainty import moments_of
 from pyro_gpvae.model.guide import posterior_of
 from pyro_gpvae.model.image_model import ImageModel
@@ -54,18 +49,13 @@ def posterior_grid(
     """Computes the true posterior p(z|x) of each image on its own grid, for p = 2.
 
     A grid over the prior, twice as fine, locates the posterior. Then each image's grid shrinks to
-    the points within 16 nats of the highest. A mode between the points of the first grid is
-    missed.
+    the points within 16 nats of the highest. A mode between the points of the first grid is missed.
 
     Arguments:
         model: An :class:`pyro_gpvae.ImageModel` with two latent dimensions.
         x: Images (B, C, H, W), uint8 or floats.
-        num_points: The number G of points in each direction.
-        chunk_size: The number of latent vectors decoded at once; see
-            :func:`pyro_gpvae.log_weights`.
-
-    Raises:
-        ValueError: If p is not 2, or G is less than 16.
+        num_points: The number G of points in each direction, at least 16.
+        chunk_size: See :func:`pyro_gpvae.log_weights`.
     """
     if model.latent_dim != 2:
         raise ValueError(f"a posterior on a grid needs latent_dim = 2, got {model.latent_dim}")
@@ -99,7 +89,7 @@ def posterior_record(
 
     Arguments:
         model, x, num_points: See :func:`posterior_grid`.
-        guide: A random encoder with ``moments(x)`` and ``posterior(x)``.
+        guide: A random encoder with ``moments(x)`` and ``posterior(x)``; any other is a ValueError.
         num_draws: The number of draws of q(z|x, f, h).
         seed: The seed of the draws.
 
@@ -107,9 +97,6 @@ def posterior_record(
         Arrays with one row per image: ``z1``, ``z2`` (G) and ``density`` (G, G) of the
         true posterior; ``q1``, ``q2``, ``q`` likewise of the marginal q(z|x); ``f`` and ``h``
         (draws, 2); ``log_evidence`` ().
-
-    Raises:
-        ValueError: If p is not 2, or the guide is not a random encoder.
     """
     check_posterior(guide, "the figure shows the density q(z|x)")
     grids = posterior_grid(model, x, num_points=num_points)

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import constraints
 from tqdm.auto import tqdm
 
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.evaluation._choice import (
-    MIN_CHAINS,
-    MIN_EFFECTIVE,
-    Estimate,
-    ReferenceEvidence,
-    check_target,
-    choose,
-    warn_of_distrust,
-)
-from pyro_gpvae.evaluation._evaluator import (
+from pyro_gpvae.evaluation._common import (
     batches,
     check_at_least,
     check_images,
     device_of,
+    estimated_mean,
     evaluator,
     progress_bar,
 )
-from pyro_gpvae.evaluation._posteriors import Widened, estimated_mean
 from pyro_gpvae.evaluation.annealing import annealed_evidence
 from pyro_gpvae.evaluation.importance import (
     PARETO_LIMIT,
     Evidence,
+    ParetoWarning,
     evidence_curve,
     weights_in_chunks,
 )
@@ -47,6 +43,47 @@ __all__ = ["WIDTHS", "ReferenceEvidence", "reference_evidence"]
 
 #: Width factors c for :func:`reference_evidence`.
 WIDTHS = (0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+#: log p(x), its standard error, and k̂ where there is one; each (B,).
+Estimate = tuple[Tensor, Tensor, Tensor]
+#: Annealing with fewer chains is not trusted: their spread does not tell their error.
+MIN_CHAINS = 8
+# a bound refutes another one if it is higher by so many standard errors, and, if its own weights
+# have a heavy tail, by so many nats more
+_REFUTING_ERRORS, _REFUTING_NATS = 3.0, 3.0
+#: Annealing is not trusted where a smaller share of the chains carries the weight.
+MIN_EFFECTIVE = 0.25
+
+
+@dataclass(frozen=True, repr=False)
+class ReferenceEvidence:
+    """Reference estimates of log p(x) for B images, in nats; tensors have shape (B,).
+
+    Attributes:
+        log_evidence: log p(x).
+        standard_error: Its Monte-Carlo standard error.
+        estimator: The estimator that gave it, one key of ``estimates`` per image.
+        pareto_k: Its Pareto k̂; NaN for annealing.
+        trusted: Whether it is reliable by rule 1 of :func:`pyro_gpvae.reference_evidence`. If not,
+            ``log_evidence`` may be arbitrarily low.
+        estimates: The estimates of every estimator, by name.
+        width: The chosen width c of the row ``IWAE(K), width c``; NaN without one.
+    """
+
+    log_evidence: Tensor
+    standard_error: Tensor
+    estimator: tuple[str, ...]
+    pareto_k: Tensor
+    trusted: Tensor
+    estimates: Mapping[str, Estimate]
+    width: Tensor
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self.estimator.count(n)} by {n}" for n in self.estimates)
+        return (
+            f"ReferenceEvidence({len(self.log_evidence)} images, {counts}: mean log p(x) = "
+            f"{float(self.log_evidence.mean()):.2f} nats, largest standard error "
+            f"{float(self.standard_error.max()):.2g}, {int((~self.trusted).sum())} not reliable)"
+        )
 
 
 @evaluator
@@ -59,30 +96,27 @@ def reference_evidence(
     num_chains: int = 16,
     num_steps: int = 50,
     widths: Sequence[float] = (),
-    target_error: float | None = None,
     chunk_size: int | None = None,
     seed: int = 0,
     first_image: int = 0,
     progress: bool | str = False,
 ) -> ReferenceEvidence:
-    r"""Estimates log p(x) of every image by several estimators, and takes the most reliable one.
+    """Estimates log p(x) of every image by several estimators, and takes the most reliable one.
 
-    The estimators, as far as model and guide allow them, are:
+    The estimators, as far as model and guide allow them, are lower bounds in expectation:
 
     * ``IWAE(K)``: importance sampling from the guide;
-    * ``IWAE(K), width c``, if ``widths`` are given and the guide has ``posterior(x)``: importance
-      sampling from q(z|x) widened about its mean by the factor c of highest IWAE(K/10). c is
-      chosen for each image on other draws than those of the estimate. What it gains over
-      ``IWAE(K)`` is due to a better proposal, not to a better model;
-    * ``IWAE(K), instance:full``: importance sampling from the Gaussian of highest ELBO of each
-      image, see :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`, for an ImageModel;
-    * ``AIS(T)``: annealed importance sampling from that Gaussian, else from the guide, else from
-      the prior, see :func:`pyro_gpvae.annealed_evidence`;
+    * ``IWAE(K), width c``, if ``widths`` are given and the guide has ``posterior(x)``: from q(z|x)
+      widened about its mean by the factor c of highest IWAE(K/10), chosen for each image on other
+      draws. What it gains over ``IWAE(K)`` is due to a better proposal, not to a better model;
+    * ``IWAE(K), instance:full``: from the Gaussian of highest ELBO of each image, see
+      :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`, for an ImageModel;
+    * ``AIS(T)``: annealing from that Gaussian, else from the guide, else from the prior, see
+      :func:`pyro_gpvae.annealed_evidence`;
     * ``AIS(T), prior``: from the prior as well, where ``AIS(T)`` starts from the guide. All chains
       from a guide that is too narrow agree on a value that is too low.
 
-    All of them are lower bounds in expectation. The highest of noisy estimates is too high, so the
-    choice is by reliability:
+    The highest of noisy estimates is too high, so the choice is by reliability:
 
     1. Importance sampling is trusted if its Pareto k̂ is at most 0.7. Annealing is trusted if it
        has at least 8 chains, an effective number of at least a quarter of them, and, if it starts
@@ -91,29 +125,18 @@ def reference_evidence(
        higher, and by an untrusted one that is higher by three nats more. (By Markov's inequality
        weights overshoot p(x) by a factor :math:`e^t` with probability at most :math:`e^{-t}`.)
     3. Of the trusted estimates that are left, the one of smallest standard error is taken. If none
-       is left, the highest of the others is taken, with one warning for all such images.
+       is left, the highest of the others is taken, with one ParetoWarning for all such images.
 
-    Trusted does not mean exact: all weights may miss the same tail. In particular, all chains but
-    those from the prior start from one mode. If the posterior has several, all estimators may
-    agree on a value that is too low by -log of the mode's share.
-    :func:`pyro_gpvae.bidirectional` shows such a case on simulated images.
-
-    References:
-        Vehtari, Simpson, Gelman, Yao and Gabry, *Pareto smoothed importance sampling*, 2024.
-        Wu, Burda, Salakhutdinov and Grosse, *On the quantitative analysis of decoder-based
-        generative models*, 2017.
+    Trusted does not mean exact: if the posterior has several modes, all estimators may miss the
+    same ones. :func:`pyro_gpvae.bidirectional` shows such a case on simulated images.
 
     Arguments:
-        model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``.
-        x: Images (B, C, H, W), uint8 or floats.
+        model, x, chunk_size: See :func:`pyro_gpvae.log_weights`.
         guide: A guide for it; None leaves out what needs one.
         num_samples: K.
         num_chains: The number of chains of annealing; 0 leaves it out.
         num_steps: Its number T of steps.
         widths: The factors c to choose from, such as :data:`WIDTHS`; by default none.
-        target_error: The desired standard error in nats. Warns of images that miss it, and says
-            which K or number of chains is needed.
-        chunk_size: See :func:`pyro_gpvae.log_weights`.
         seed: The same seed gives the same numbers; the global random state is left as it was.
         first_image: The index of the first image of x, if x is a part of a data set. Every image
             has its own random numbers, in whatever batch it comes.
@@ -124,23 +147,16 @@ def reference_evidence(
             possible: no guide, no ImageModel and no chains.
         NonFiniteError: If a density is NaN or +∞; names the images.
 
-    Warns:
-        ParetoWarning: If no estimate is trusted for some images.
-
     Example:
         >>> from pyro_gpvae.testing import linear_gaussian
         >>> model = linear_gaussian((1, 4, 4), latent_dim=2).double()
-        >>> x = model.images(3)
-        >>> result = reference_evidence(model, x, num_samples=200)
+        >>> result = reference_evidence(model, model.images(3), num_samples=200)
         >>> result.estimator[0]
         'IWAE(200), instance:full'
-        >>> bool(((result.log_evidence - model.log_evidence(x)).abs() < 0.01).all())
-        True
     """
     check_at_least(2, num_samples=num_samples)
-    check_chains(num_chains)
-    if target_error is not None and not target_error > 0:
-        raise ValueError(f"target_error must be positive, got {target_error}")
+    if num_chains < 0 or num_chains == 1:
+        raise ValueError(f"num_chains must be 0 (no annealing) or at least 2, got {num_chains}")
     check_images(model, x)
     if guide is None and not isinstance(model, ImageModel) and not num_chains:
         raise ValueError(
@@ -170,15 +186,7 @@ def reference_evidence(
     trust = {name: torch.cat([part.trust[name] for part in parts]) for name in estimates}
     result = choose(estimates, trust, torch.cat([part.width for part in parts]))
     warn_of_distrust(result)
-    if target_error is not None:
-        check_target(result, target_error, num_samples, num_chains)
     return result
-
-
-def check_chains(num_chains: int) -> None:
-    """Raises ValueError unless the number of chains is 0 (no annealing), or at least 2."""
-    if num_chains < 0 or num_chains == 1:
-        raise ValueError(f"num_chains must be 0 (no annealing) or at least 2, got {num_chains}")
 
 
 class _Part:
@@ -269,3 +277,81 @@ class _Part:
             elif q is self.guide or found.num_steps == 1:
                 trust &= self.trust[self.own if q is self.guide else self.full]
             self.trust[name] = trust
+
+
+def choose(
+    estimates: Mapping[str, Estimate], trust: Mapping[str, Tensor], width: Tensor
+) -> ReferenceEvidence:
+    """Applies the rules of :func:`pyro_gpvae.reference_evidence`."""
+    names = list(estimates)
+    value, error, k = (torch.stack(rows) for rows in zip(*estimates.values(), strict=True))
+    trusted = torch.stack([trust[name] for name in names])
+    # [i, j]: how much higher estimate j is than i, and how much would be noise
+    excess = value.unsqueeze(0) - value.unsqueeze(1)
+    noise = _REFUTING_ERRORS * torch.hypot(error.unsqueeze(0), error.unsqueeze(1))
+    noise = noise + _REFUTING_NATS * (~trusted).unsqueeze(0)
+    standing = ~(excess > noise).any(dim=1)
+    usable = standing & trusted
+    by_error = torch.where(usable, error, math.inf).argmin(0)
+    by_value = torch.where(standing, value, -math.inf).argmax(0)
+    best = torch.where(usable.any(0), by_error, by_value)
+    taken = [rows.gather(0, best.unsqueeze(0))[0] for rows in (value, error, k)]
+    chosen = tuple(names[index] for index in best.tolist())
+    return ReferenceEvidence(taken[0], taken[1], chosen, taken[2], usable.any(0), estimates, width)
+
+
+def warn_of_distrust(result: ReferenceEvidence) -> None:
+    count = int((~result.trusted).sum())
+    if count:
+        warnings.warn(
+            f"no estimate of log p(x) is reliable for {count} of {len(result.trusted)} images, "
+            "and the highest that no other refutes is taken, which may be arbitrarily low: Pareto "
+            f"k is above {PARETO_LIMIT} or not known (fewer than 25 samples), and annealing has "
+            f"fewer than {MIN_CHAINS} chains, or under {MIN_EFFECTIVE:.0%} of them carry the "
+            "weight, or it starts from a guide of such a k. Raise num_samples, num_chains and "
+            "num_steps, or give a wider guide",
+            ParetoWarning,
+            stacklevel=5,
+        )
+
+
+class Widened(TorchDistribution):
+    r"""Distribution of :math:`m + c (z - m)` with :math:`z \sim q`: q widened about its mean m.
+
+    .. math:: q_c(z') = q\bigl(m + (z' - m) / c\bigr) \, c^{-p}
+
+    The density is exact for any q with batch shape (B,) and any m (B, p). The last sample is scored
+    by the draw of q that it came from, so that an autoregressive flow does not have to invert it.
+    """
+
+    arg_constraints = {}  # noqa: RUF012
+    support = constraints.real_vector
+
+    def __init__(self, base: Any, mean: Tensor, factor: float) -> None:
+        if not (factor > 0 and math.isfinite(factor)):
+            raise ValueError(f"the width must be positive and finite, got {factor}")
+        self.base, self.centre, self.factor = base, mean, factor
+        self._last: tuple[Tensor, Tensor] | None = None
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def expand(
+        self, batch_shape: Size | list[int] | tuple[int, ...], _instance: Any = None
+    ) -> Widened:
+        shape = torch.Size(batch_shape)
+        mean = self.centre.expand(shape + self.event_shape)
+        return Widened(self.base.expand(shape), mean, self.factor)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        z = self.base.sample(torch.Size(sample_shape))
+        value: Tensor = self.centre + self.factor * (z - self.centre)
+        self._last = value, z
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._last is not None and self._last[0] is value:
+            z = self._last[1]
+        else:
+            z = self.centre + (value - self.centre) / self.factor
+        density: Tensor = self.base.log_prob(z)
+        return density - self.event_shape.numel() * math.log(self.factor)

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_gpvae.data.images import to_batch
-from pyro_gpvae.evaluation._evaluator import batches, check_images, evaluator, name_of
+from pyro_gpvae.evaluation._common import batches, check_images, evaluator, name_of
 from pyro_gpvae.model.guide import HasMoments, HasUncertainty
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.marginal_posterior import MarginalPosterior
@@ -37,9 +37,9 @@ Floats = NDArray[np.floating[Any]]
 def bhattacharyya_uncertainty(guide: Any, x: Tensor, *, num_nodes: int = 64) -> Tensor:
     r"""Returns how much two draws of a random encoder disagree about each image, in nats, (B,).
 
-    The expected Bhattacharyya distance between :math:`N(f, h^2)` and :math:`N(f', h'^2)`, where
-    (f, h) and (f', h') are independent draws of the encoder at x. With
-    :math:`f_j \sim N(a_j, v_j)` and :math:`\log h_j \sim N(b_j, r_j)` it is
+    The expected Bhattacharyya distance between :math:`N(f, h^2)` and :math:`N(f', h'^2)` for
+    independent draws of the encoder. With :math:`f_j \sim N(a_j, v_j)` and
+    :math:`\log h_j \sim N(b_j, r_j)` it is
 
     .. math::
         \sum_j \tfrac14 v_j e^{r_j - 2 b_j} E[\operatorname{sech} d_j]
@@ -49,12 +49,9 @@ def bhattacharyya_uncertainty(guide: Any, x: Tensor, *, num_nodes: int = 64) -> 
 
     Arguments:
         guide: A guide with ``moments(x) -> (a, v, b, r)``, each (B, p), such as
-            :class:`guides.GPGuide`.
+            :class:`guides.GPGuide`; any other is a ValueError.
         x: Images (B, C, H, W), uint8 or floats.
         num_nodes: The number of nodes of the Gauss-Hermite quadrature over d.
-
-    Raises:
-        ValueError: If the guide has no ``moments``: only a random encoder has this score.
     """
     _, v, b, r = moments_of(guide, to_batch(x, guide))
     nodes, weights = _gauss_hermite(num_nodes, b)
@@ -75,15 +72,9 @@ def weight_information(guide: Any, x: Tensor, *, num_nodes: int = 32) -> Tensor:
         E_{q(W,U)}[KL(q(z|x,W,U) \| p(z))] = KL(q(z|x) \| p(z)) + I(z; (W, U) | x), \qquad
         I = \sum_j H[q(z_j|x)] - \tfrac12 \log(2 \pi e) - b_j .
 
-    It is computed by quadrature over one dimension at a time in double precision, without
-    sampling noise.
-
     Arguments:
         guide, x: See :func:`bhattacharyya_uncertainty`.
         num_nodes: The number of Gauss-Hermite nodes for z and for log h.
-
-    Raises:
-        ValueError: If the guide has no ``moments``.
     """
     _, v, b, r = moments_of(guide, to_batch(x, guide))
     nodes, weights = _gauss_hermite(num_nodes, b)
@@ -107,17 +98,15 @@ def uncertainty_scores(model: ImageModel, guide: Any, x: Tensor) -> pd.DataFrame
 
     Arguments:
         model: An :class:`pyro_gpvae.ImageModel`.
-        guide: A random encoder with ``uncertainty(x)`` and ``moments(x)``.
+        guide: A random encoder with ``uncertainty(x)`` and ``moments(x)``; any other is a
+        ValueError.
         x: Images (B, C, H, W), uint8 or floats.
 
     Returns:
         One row per image: ``uncertainty`` (:math:`\sum_j v_j / h_j^2 + r_j`), ``bhattacharyya``,
-        and for comparison, from the mean a and log-scale b of the encoder alone, ``log_width``
+        and, from the mean a and log-scale b of the encoder alone, ``log_width``
         (:math:`\sum_j b_j`), ``distance`` (:math:`\|a\|^2`) and ``reconstruction``
         (:math:`-\log p(x|z=a)`, nats).
-
-    Raises:
-        ValueError: If the guide lacks one of the scores.
     """
     check_images(model, x)
     if not isinstance(guide, HasUncertainty):
@@ -159,10 +148,9 @@ def rank_correlation(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> RankCorrelation:
-    r"""Returns Spearman's ρ of two scores with a bootstrap interval over the images.
+    """Returns Spearman's ρ of two scores with a BCa bootstrap interval over the images.
 
-    The interval is Efron's BCa, which corrects the percentile interval of resampled pairs for bias
-    and skewness. It accounts for the choice of images, not for other seeds of training.
+    The interval accounts for the choice of images, not for other seeds of training.
 
     Arguments:
         uncertainty: One number for each image, (B,).
@@ -172,12 +160,10 @@ def rank_correlation(
         seed: The seed of the resamples.
 
     Raises:
-        ValueError: If there are fewer than 8 images, a score is not finite, or all values of a
-            score are equal, so that they have no ranks.
+        ValueError: If there are fewer than 8 images, a score is not finite, or all are equal.
 
     Example:
-        >>> result = rank_correlation(range(20), [i * i for i in range(20)])
-        >>> result.rho
+        >>> rank_correlation(range(20), [i * i for i in range(20)]).rho
         1.0
     """
     pair = [np.asarray(score, dtype=float) for score in (uncertainty, gap)]
@@ -218,11 +204,7 @@ def _spearman(first: Floats, second: Floats, axis: int = -1) -> Floats:
 
 
 def moments_of(guide: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns mean and variance of f(x) and of log h(x), (B, p) each, in float64.
-
-    Raises:
-        ValueError: If the guide has no ``moments``, or what it returns are not four such tensors.
-    """
+    """Returns mean and variance of f(x) and of log h(x), (B, p) each, in float64."""
     name = name_of(guide)
     if not isinstance(guide, HasMoments):
         raise ValueError(

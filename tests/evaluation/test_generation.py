@@ -7,7 +7,7 @@ import torch
 
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel
-from pyro_gpvae.evaluation._posteriors import posterior_mean
+from pyro_gpvae.evaluation._common import posterior_mean
 from pyro_gpvae.evaluation.active_units import active_units
 from pyro_gpvae.evaluation.generation import (
     decode,

@@ -8,7 +8,8 @@ from toy import exact_evidence, exact_posterior, images, linear_encoder, linear_
 
 from guides import IAFGuide
 from pyro_gpvae import log_weights
-from pyro_gpvae.evaluation._posteriors import Widened, estimated_mean
+from pyro_gpvae.evaluation._common import estimated_mean
+from pyro_gpvae.evaluation.reference import Widened
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
 from pyro_gpvae.model.stratified import gaussian_mixture
 
