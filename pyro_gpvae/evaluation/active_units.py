@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.evaluation._evaluator import (
+from pyro_gpvae.evaluation._common import (
     batches,
     check_at_least,
     check_images,
     device_of,
     evaluator,
+    posterior_mean,
     progress_bar,
     seeded_if,
 )
-from pyro_gpvae.evaluation._posteriors import posterior_mean
 
 __all__ = ["ActiveUnits", "active_units"]
 

@@ -36,12 +36,8 @@ from pyro_gpvae.evaluation.importance import Evidence
 from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = [
-    "AnnealedEvidence",
-    "Sandwich",
-    "annealed_evidence",
-    "bidirectional",
-    "sigmoidal_schedule",
-]
+    "AnnealedEvidence", "Sandwich", "annealed_evidence", "bidirectional", "sigmoidal_schedule",
+]  # fmt: skip
 
 _Result = TypeVar("_Result")
 _WEIGHT = "a log p(x, z) or log q(z|x) in annealing"

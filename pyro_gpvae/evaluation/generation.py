@@ -29,16 +29,9 @@ from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.networks import ImageShape
 
 __all__ = [
-    "Decoded",
-    "PathKind",
-    "decode",
-    "latent_path",
-    "latent_traversals",
-    "prior_and_likelihood",
-    "reconstruct",
-    "sample_images",
-    "to_uint8",
-]
+    "Decoded", "PathKind", "decode", "latent_path", "latent_traversals", "prior_and_likelihood",
+    "reconstruct", "sample_images", "to_uint8",
+]  # fmt: skip
 
 PathKind = Literal["spherical", "linear"]
 

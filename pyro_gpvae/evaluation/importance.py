@@ -30,15 +30,9 @@ from pyro_gpvae.evaluation._common import (
 )
 
 __all__ = [
-    "PARETO_LIMIT",
-    "Evidence",
-    "ParetoWarning",
-    "evidence_curve",
-    "log_evidence",
-    "log_weights",
-    "pareto_k",
-    "weights_in_chunks",
-]
+    "PARETO_LIMIT", "Evidence", "ParetoWarning", "evidence_curve", "log_evidence", "log_weights",
+    "pareto_k", "weights_in_chunks",
+]  # fmt: skip
 
 #: Above this k̂, importance sampling does not converge at any practical rate.
 PARETO_LIMIT = 0.7

@@ -30,13 +30,9 @@ from pyro_gpvae.model.guide import HasPosterior, posterior_of
 from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = [
-    "Covariance",
-    "InstanceOptimum",
-    "check_optimum_options",
-    "climb",
-    "laplace_start",
+    "Covariance", "InstanceOptimum", "check_optimum_options", "climb", "laplace_start",
     "optimise_gaussian",
-]
+]  # fmt: skip
 
 Covariance = Literal["diagonal", "full"]
 

@@ -81,8 +81,7 @@ class ReferenceEvidence:
         counts = ", ".join(f"{self.estimator.count(n)} by {n}" for n in self.estimates)
         return (
             f"ReferenceEvidence({len(self.log_evidence)} images, {counts}: mean log p(x) = "
-            f"{float(self.log_evidence.mean()):.2f} nats, largest standard error "
-            f"{float(self.standard_error.max()):.2g}, {int((~self.trusted).sum())} not reliable)"
+            f"{float(self.log_evidence.mean()):.2f}, {int((~self.trusted).sum())} not reliable)"
         )
 
 
@@ -305,11 +304,8 @@ def warn_of_distrust(result: ReferenceEvidence) -> None:
     if count:
         warnings.warn(
             f"no estimate of log p(x) is reliable for {count} of {len(result.trusted)} images, "
-            "and the highest that no other refutes is taken, which may be arbitrarily low: Pareto "
-            f"k is above {PARETO_LIMIT} or not known (fewer than 25 samples), and annealing has "
-            f"fewer than {MIN_CHAINS} chains, or under {MIN_EFFECTIVE:.0%} of them carry the "
-            "weight, or it starts from a guide of such a k. Raise num_samples, num_chains and "
-            "num_steps, or give a wider guide",
+            "so that it may be arbitrarily low (see rule 1 of reference_evidence). Raise "
+            "num_samples, num_chains and num_steps, or give a wider guide",
             ParetoWarning,
             stacklevel=5,
         )

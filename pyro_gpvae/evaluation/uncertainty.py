@@ -19,13 +19,9 @@ from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 
 __all__ = [
-    "RankCorrelation",
-    "bhattacharyya_uncertainty",
-    "moments_of",
-    "rank_correlation",
-    "uncertainty_scores",
-    "weight_information",
-]
+    "RankCorrelation", "bhattacharyya_uncertainty", "moments_of", "rank_correlation",
+    "uncertainty_scores", "weight_information",
+]  # fmt: skip
 
 #: The smallest number of images whose rank correlation is computed.
 MIN_IMAGES = 8

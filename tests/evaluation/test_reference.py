@@ -299,48 +299,11 @@ def test_the_choice_errs_downwards():
     assert -error < float(chosen.mean()) < 0
 
 
-@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
-def test_a_missed_target_says_what_would_do(toy):
-    model, guide, x = toy
-    with pytest.warns(UserWarning, match=r"for 6 of 6 images.*num_chains = [\d,]+ is enough"):
-        reference_evidence(plain(model), x, num_steps=20, target_error=1e-3)
-    with pytest.warns(UserWarning, match="no num_samples is known to be enough for 6 "):
-        reference_evidence(plain(model), x, guide, num_samples=20, num_chains=0, target_error=1e-3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reference_evidence(model, x, num_samples=30, num_chains=0, target_error=0.1)
-
-
-def test_the_advised_number_of_samples_does(toy):
-    model, _, x = toy
-    wide = _Wide(model)
-    options = {"num_chains": 0, "target_error": 0.02}
-    with pytest.warns(UserWarning, match="num_samples = ") as caught:
-        reference_evidence(plain(model), x, wide, num_samples=200, **options)
-    text = str(caught[0].message)
-    advised = int(text.split("num_samples = ")[1].split(" ")[0].replace(",", ""))
-    assert 300 < advised < 20_000
-    found = reference_evidence(plain(model), x, wide, num_samples=2 * advised, num_chains=0)
-    assert float(found.standard_error.max()) < 0.02
-
-
-class _Wide:
-    """Wider than the posterior, so that its weights are bounded."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def posterior(self, x):
-        q = self.model.posterior(x)
-        return type(q)(q.loc, scale_tril=1.3 * q.scale_tril)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
         ({"num_chains": 1}, r"num_chains must be 0 \(no annealing\) or at least 2, got 1"),
-        ({"target_error": 0.0}, "target_error must be positive, got 0.0"),
         ({"x": torch.rand(0, *SHAPE)}, "at least one image"),
     ],
 )
