@@ -136,10 +136,7 @@ def reference_evidence(
         num_chains: The number of chains of annealing; 0 leaves it out.
         num_steps: Its number T of steps.
         widths: The factors c to choose from, such as :data:`WIDTHS`; by default none.
-        seed: The same seed gives the same numbers; the global random state is left as it was.
-        first_image: The index of the first image of x, if x is a part of a data set. Every image
-            has its own random numbers, in whatever batch it comes.
-        progress: Whether to show a progress bar; a text is its label.
+        seed, first_image, progress: See :func:`pyro_gpvae.annealed_evidence`.
 
     Raises:
         ValueError: If a number is not positive, x is not a batch of images, or no estimator is
