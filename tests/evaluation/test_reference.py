@@ -9,9 +9,9 @@ from torch import nn
 
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel
-from pyro_gpvae.evaluation.reference import choose as choose_of
 from pyro_gpvae.evaluation.annealing import bidirectional
 from pyro_gpvae.evaluation.importance import ParetoWarning
+from pyro_gpvae.evaluation.reference import choose as choose_of
 from pyro_gpvae.evaluation.reference import reference_evidence
 from pyro_gpvae.testing import linear_gaussian
 
