@@ -180,7 +180,7 @@ def log_evidence(
             '(make_guide("instance:full", model, warm_start=guide), or --guide instance:full), '
             "or more samples",
             ParetoWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return evidence
 

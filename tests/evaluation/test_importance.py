@@ -328,6 +328,7 @@ def test_heavy_tails_are_warned_of_and_light_ones_are_not():
     with pytest.warns(ParetoWarning, match=r"for [1-4] of 4 images: .*\(K = 200\)") as caught:
         result = log_evidence(model, narrow, x, 200, seed=0)
     assert f"for {int((result.pareto_k > 0.7).sum())} of 4 images" in str(caught[0].message)
+    assert caught[0].filename == __file__  # the line of the caller
 
 
 class LargestTensor(TorchDispatchMode):
