@@ -52,23 +52,12 @@ class Sites(Small):
         q = self.posterior(x)
         if self.bug == "no plate":
             return pyro.sample("z", q)
-        subsample = torch.arange(len(x))
         size = 60_000 if self.bug == "plate of N" else len(x)
         name = "images" if self.bug == "plate name" else "data"
-        with pyro.plate(name, size, subsample=subsample, dim=-1):
+        with pyro.plate(name, size, subsample=torch.arange(len(x)), dim=-1):
             if self.bug == "unknown site":
                 pyro.sample("w", q)
             return pyro.sample("latent" if self.bug == "site name" else "z", q)
-
-
-class Precision(Small):
-    def encode(self, x):
-        features, loc, scale = super().encode(x)
-        if self.bug == "dtype":
-            loc = loc @ torch.eye(loc.shape[-1], dtype=torch.float32)
-        if self.bug == "overflow":
-            scale = scale * 1e30 * 1e30
-        return features, loc, scale
 
 
 class Random(Small):
@@ -136,11 +125,13 @@ class ByHand(Small):
         return Gaussian(*self.encode(x)[1:], self.bug)
 
 
-class Batch(Small):
+class Encoded(Small):
     def encode(self, x):
-        if self.bug == "order":
-            x = x.flip(0)
-        features, loc, scale = super().encode(x)
+        features, loc, scale = super().encode(x.flip(0) if self.bug == "order" else x)
+        if self.bug == "dtype":
+            loc = loc @ torch.eye(loc.shape[-1], dtype=torch.float32)
+        if self.bug == "overflow":
+            scale = scale * 1e30 * 1e30
         if self.bug == "centred":
             loc = loc - loc.mean(0)
         if self.bug == "no image":
@@ -190,12 +181,9 @@ class Flow(Small):
 
     def posterior(self, x):
         features, loc, scale = self.encode(x)
-        context = self.context(features)
-        if self.bug == "no context":
-            context = 0 * context
-        base = dist.Normal(loc, scale)
+        context = (0 if self.bug == "no context" else 1) * self.context(features)
         transform = Sinh(0.5 + context.sigmoid(), -1 if self.bug == "log-determinant" else 1)
-        return dist.TransformedDistribution(base, [transform]).to_event(1)
+        return dist.TransformedDistribution(dist.Normal(loc, scale), [transform]).to_event(1)
 
 
 class WeighedMixture(dist.MixtureSameFamily):
@@ -254,9 +242,7 @@ class Auxiliary(Small):
             return pyro.sample("z", dist.Normal(loc + u, scale).to_event(1))
 
 
-class UnscaledELBO(Trace_ELBO):
-    """Takes the sites' log densities as they are, whatever their scale."""
-
+class UnscaledELBO(Trace_ELBO):  # takes log densities whatever their scale
     def differentiable_loss(self, model, guide, x):
         return super().differentiable_loss(model.program, guide.program, x)
 
@@ -311,35 +297,24 @@ class Blocks(Small):
 
 SOUND = [Small, Random, ByHand, Refined, Flow, Mixture, Apart, Auxiliary, Global, Permuted, Blocks]
 
-BUGS = [  # guide, bug, the promise it breaks, what the account says
-    (Sites, "site name", "sites", "no sample site"),
-    (Sites, "no plate", "sites", "plates"),
-    (Sites, "plate name", "sites", "plates"),
-    (Sites, "plate of N", "sites", "must be the batch size, whatever N is"),
-    (Sites, "unknown site", "sites", "is_auxiliary"),
-    (Precision, "dtype", "copy", "dtype="),
-    (Precision, "overflow", "finite", "underflows"),
-    (Random, "numpy", "seed", "numpy"),
-    (Cached, "cache by shape", "memory", "stale cache"),
-    (Cached, "cache by tensor", "memory", "stale cache"),
-    (ByHand, "stale sample", "memory", "stale cache"),
-    (Batch, "no image", "image", "context"),
-    (ByHand, "shared noise", "noise", "noise shared over the batch"),
-    (ByHand, "one draw", "noise", "over particles"),
-    (ByHand, "tile", "batch", "tile and interleave swapped"),
-    (Batch, "centred", "batch", "a mean"),
-    (Batch, "order", "batch", "images in another order"),
-    (Refined, "batch mean", "chunks", "batch mean of a gradient"),
-    (Flow, "no context", "gradient", "guide.context.weight"),
-    (Blocks, "model left out", "gradient", "model.decoder"),
-    (ByHand, "detached", "pathwise", "guide.loc.weight"),
-    (Flow, "log-determinant", "normalised", "sign of the log-determinant"),
-    (Mixture, "weights that sum to three", "normalised", "a constant factor"),
-    (Mixture, "exchanged weights in the density", "density", "other mixture weights"),
-    (ByHand, "density of all samples", "chunks", "how many are drawn at once"),
-    (Apart, "variance", "trace", "a variance taken for a standard deviation"),
-    (Auxiliary, "spread left out", "trace", "only one of them"),
-    (Global, "missing 1/N", "scale", "missing 1/N"),
-    (Global, "sum over the batch", "scale", "a sum over the batch"),
-    (Permuted, "not saved", "save", "neither parameter nor buffer"),
-]
+# fmt: off
+_BUGS = {  # the promise that a bug breaks
+    Sites: {"site name": "sites", "no plate": "sites", "plate name": "sites",
+            "plate of N": "sites", "unknown site": "sites"},
+    Encoded: {"dtype": "copy", "overflow": "finite", "no image": "image",
+              "centred": "batch", "order": "batch"},
+    Random: {"numpy": "seed"},
+    Cached: {"cache by shape": "memory", "cache by tensor": "memory"},
+    ByHand: {"stale sample": "memory", "shared noise": "noise", "one draw": "noise",
+             "tile": "batch", "detached": "pathwise", "density of all samples": "chunks"},
+    Refined: {"batch mean": "chunks"},
+    Flow: {"no context": "gradient", "log-determinant": "normalised"},
+    Blocks: {"model left out": "gradient"},
+    Mixture: {"weights that sum to three": "normalised",
+              "exchanged weights in the density": "density"},
+    Apart: {"variance": "trace"},
+    Auxiliary: {"spread left out": "trace"},
+    Global: {"missing 1/N": "scale", "sum over the batch": "scale"},
+    Permuted: {"not saved": "save"},
+}
+BUGS = [(kind, bug, promise) for kind, bugs in _BUGS.items() for bug, promise in bugs.items()]

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
 from pyro_gpvae.model.elbo import Block, PerImage
 from pyro_gpvae.model.guide import HasBlocks, HasElbo, posterior_of
-from pyro_gpvae.model.networks import ImageShape
-
-if TYPE_CHECKING:
-    from pyro_gpvae.testing._densities import Quadrature
 
 #: Builds a guide for another model.
 Make = Callable[[Any], PyroProgram]
@@ -37,33 +34,37 @@ NUM_DRAWS = 4000  # latent vectors per image in statistical checks
 
 
 class Finding(NamedTuple):
-    """What a check found. ``kept`` is None if the check does not apply."""
+    """What a check found: ``kept`` is None, and ``seen`` the reason, if it does not apply."""
 
     figure: str
     threshold: str
     kept: bool | None
-    account: str = ""
+    seen: str = ""
+    cause: str = ""  # if it is more specific than that of the promise
 
 
 def not_checked(reason: str) -> Finding:
     return Finding("-", "-", None, reason)
 
 
-def within(gap: float, bound: float, account: str = "") -> Finding:
-    return Finding(f"{gap:.1e}", f"≤ {bound:.0e}", gap <= bound, account)
+def within(gap: float, bound: float, seen: str, cause: str = "") -> Finding:
+    return Finding(f"{gap:.1e}", f"≤ {bound:.0e}", gap <= bound, seen.format(gap=gap), cause)
 
 
+def likely(p_value: float, seen: str) -> Finding:
+    kept = p_value > FAILURE_RATE
+    return Finding(f"p = {p_value:.1e}", f"> {FAILURE_RATE:.0e}", kept, seen.format(p=p_value))
+
+
+@dataclass
 class Kit:
     """The guide and the model under test as disturbed copies, and the images."""
 
-    def __init__(
-        self, guide: PyroProgram, model: PyroProgram, x: Tensor, make: Make | None, seed: int
-    ) -> None:
-        self.given = model, guide
-        self.given_x = x
-        self.build = make
-        self.seed = seed
-        self.quadrature: Quadrature | None = None
+    given: tuple[PyroProgram, PyroProgram]  # model and guide
+    given_x: Tensor
+    build: Make | None
+    seed: int
+    quadrature: tuple[Tensor, float] | Finding | None = None
 
     def copy_given(self) -> None:
         """Sets ``model``, ``guide`` and ``x``, and ``pristine``, which is only ever copied."""
@@ -83,61 +84,57 @@ class Kit:
         """Returns model and guide as they were before any call."""
         return copy.deepcopy(self.pristine)
 
-    def make(self, model: PyroProgram, seed: int = 1) -> Any:
-        """Returns a new guide for a model, in evaluation mode and in the precision of x."""
+    def make(self, model: PyroProgram) -> Any:
+        """Returns a new guide for a model, disturbed and in the precision of x."""
         assert self.build is not None
-        torch.manual_seed(self.seed + seed)
+        torch.manual_seed(self.seed + 1)
         guide = self.build(model)
-        return guide.to(self.x.dtype).eval() if isinstance(guide, nn.Module) else guide
-
-    @property
-    def image_shape(self) -> ImageShape:
-        channels, height, width = self.x.shape[1:]
-        return channels, height, width
+        if isinstance(guide, nn.Module):
+            disturb(guide.to(self.x.dtype).eval(), self.seed)
+        return guide
 
     @torch.no_grad()
     def rows(self, guide: PyroProgram, x: Tensor) -> dict[str, Tensor]:
         """Returns what a guide gives for images under the seed: tensors with a row per image."""
         torch.manual_seed(self.seed)
         site = z_site(guide, x)
-        z = site["value"]
-        rows = {"z": z, "its log density": site["fn"].log_prob(z).unsqueeze(-1)}
+        log_q = site["fn"].log_prob(site["value"])
+        rows = {"z": site["value"], "its log density": log_q.unsqueeze(-1)}
         torch.manual_seed(self.seed)
         if (q := posterior_of(guide, x)) is not None:
             rows["1 sample"] = q.sample()
-        draws, log_q = self.draws(guide, x, 3, q)
+        draws, log_q = sample(guide, x, 3, q)
         return rows | {"3 samples": draws.transpose(0, 1), "their log density": log_q.mT}
 
     @torch.no_grad()
-    def draws(
-        self, guide: Any, x: Tensor, count: int, q: TorchDistribution | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns samples (K, B, p) as evaluation draws them, and their log density (K, B)."""
-        q = posterior_of(guide, x) if q is None else q
-        if q is None:
-            site = z_site(guide, x, count)
-            return site["value"], site["fn"].log_prob(site["value"])
-        z = q.sample((count,))
-        return z, q.log_prob(z)
+    def log_density(self, guide: PyroProgram, x: Tensor, z: Tensor) -> Tensor:
+        """Returns log q(z|x) (K, B) at given z (K, B, p), always under the same seed."""
+        torch.manual_seed(self.seed)
+        q = posterior_of(guide, x)
+        log_q: Tensor = (z_site(guide, x)["fn"] if q is None else q).log_prob(z)
+        return log_q
 
-    def all_equal(self, a: dict[str, Tensor], b: dict[str, Tensor], account: str) -> Finding:
+    def all_equal(self, a: dict[str, Tensor], b: dict[str, Tensor], seen: str) -> Finding:
         gaps = {what: largest_gap(a[what], b[what]) for what in a}
         what, gap = max(gaps.items(), key=lambda item: item[1])
-        return within(gap, self.tolerance, account.format(what=what, gap=gap))
+        return within(gap, self.tolerance, seen.replace("{what}", what))
 
 
-def z_site(guide: Any, x: Tensor, num_particles: int | None = None) -> Any:
+@torch.no_grad()
+def sample(guide: Any, x: Tensor, count: int, q: Any = None) -> tuple[Tensor, Tensor]:
+    """Returns samples (K, B, p) as evaluation draws them, and their log density (K, B)."""
+    q = posterior_of(guide, x) if q is None else q
+    if q is None:
+        site = z_site(guide, x, count)
+        return site["value"], site["fn"].log_prob(site["value"])
+    z = q.sample((count,))
+    return z, q.log_prob(z)
+
+
+def z_site(guide: Any, x: Tensor, count: int | None = None) -> Any:
     """Returns the site "z" of one trace, or under a plate of particles."""
-    if num_particles is None:
+    with pyro.plate("num_particles_vectorized", count, dim=-2) if count else nullcontext():
         return poutine.trace(guide).get_trace(x).nodes["z"]
-    with pyro.plate("num_particles_vectorized", num_particles, dim=-2):
-        return poutine.trace(guide).get_trace(x).nodes["z"]
-
-
-def guide_traces(guide: PyroProgram, x: Tensor, count: int) -> Iterator[Any]:
-    """The sites "z" of many traces, 20 at a time, because global weights may be large."""
-    for start in range(0, count, 20):
-        yield z_site(guide, x, min(20, count - start))
 
 
 @torch.no_grad()
@@ -148,10 +145,7 @@ def fixed_noise(guide: Any, x: Tensor) -> Any:
 
 
 def guide_losses(model: Any, guide: Any, x: Tensor, num_images: int) -> tuple[Tensor, list[Block]]:
-    """Returns the loss of each objective of the guide, as :func:`pyro_gpvae.fit` minimises it.
-
-    A block without parameters trains all of them.
-    """
+    """Returns the loss of each objective; a block without parameters trains all of them."""
     if isinstance(guide, HasBlocks):
         blocks = list(guide.blocks(model))
     else:
@@ -164,15 +158,18 @@ def guide_losses(model: Any, guide: Any, x: Tensor, num_images: int) -> tuple[Te
     return torch.stack(losses), blocks
 
 
+def trainable(program: Any) -> dict[str, Tensor]:
+    named = program.named_parameters() if isinstance(program, nn.Module) else ()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
 @torch.no_grad()
 def disturb(module: Any, seed: int) -> None:
     """Adds noise of about a tenth of the usual initial values to trainable parameters."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters() if isinstance(module, nn.Module) else ():
-        if parameter.requires_grad:
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.05 / math.sqrt(fan_in) * noise.to(parameter))
+    torch.manual_seed(seed)
+    for parameter in trainable(module).values():
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+        parameter.add_(torch.randn_like(parameter), alpha=0.05 / math.sqrt(fan_in))
 
 
 def sample_moments(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,64 +185,35 @@ def largest_gap(a: Tensor, b: Tensor) -> float:
     return math.inf if math.isnan(gap) else gap
 
 
-class ConstantNoise(TorchFunctionMode):
-    """Replaces every random number by a constant, so that results do not depend on its order.
-
-    Attributes:
-        complete: Whether no other random numbers were drawn; known on leaving the context.
-    """
+class ConstantNoise(TorchDispatchMode):
+    """Replaces every random number by a constant, so that results do not depend on its order."""
 
     NORMAL, UNIFORM = 0.6, 0.3
 
-    def __enter__(self) -> Any:
-        self._states = _random_states()
-        return super().__enter__()  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.complete = True  # whether a constant could replace all of them
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.complete = all(map(torch.equal, self._states, _random_states()))
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if kwargs.get("generator") is not None:
-            return func(*args, **kwargs)  # a stream of its own
-        options = {key: value for key, value in kwargs.items() if key != "generator"}
-        match func.__name__:
-            case "randn":
-                return torch.zeros(*args, **options) + self.NORMAL
-            case "rand":
-                return torch.zeros(*args, **options) + self.UNIFORM
-            case "randn_like":
-                return torch.full_like(args[0], self.NORMAL, **options)
-            case "rand_like":
-                return torch.full_like(args[0], self.UNIFORM, **options)
-            case "normal" if "size" not in kwargs and len(args) <= 2:
-                return torch.add(*_arguments(args, options, mean=0.0, std=1.0), alpha=self.NORMAL)
-            case "normal_":
-                mean, std = _arguments(args[1:], options, mean=0.0, std=1.0)
-                return args[0].fill_(mean + self.NORMAL * std)
-            case "uniform_":
-                low, high = _arguments(args[1:], options, **{"from": 0.0, "to": 1.0})
-                return args[0].fill_(low + self.UNIFORM * (high - low))
-            case "multinomial":
-                mass, count, _ = _arguments(args, options, input=None, num_samples=1, replacement=0)
-                # the last category is not counted: rounding may keep the sum below one
-                below = mass.cumsum(-1)[..., :-1] < self.UNIFORM * mass.sum(-1, keepdim=True)
-                return below.sum(-1, keepdim=True).repeat(*[1] * (mass.dim() - 1), count)
-        return func(*args, **kwargs)
-
-
-def _arguments(args: Any, kwargs: dict[str, Any], **defaults: Any) -> Iterator[Any]:
-    """Values of arguments given by position or by name."""
-    for place, (name, default) in enumerate(defaults.items()):
-        yield args[place] if place < len(args) else kwargs.get(name, default)
-
-
-def _random_states() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if uses_cuda() else [])]
-
-
-def uses_cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+        out = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator"):
+            return out  # no noise, or a stream of its own
+        name = func.overloadpacket.__name__
+        # arguments of normal(mean, std), z.normal_(mean, std) and z.uniform_(low, high)
+        values = [0.0, 1.0]  # mean and standard deviation, or the ends of an interval
+        if name in ("normal", "normal_", "uniform_"):
+            given = args[name.endswith("_") :][:2]  # without defaults
+            values[: len(given)] = given
+        a, b = values
+        if name in ("randn", "randn_like", "normal", "normal_"):
+            return out.copy_(torch.as_tensor(a + self.NORMAL * b))
+        if name in ("rand", "rand_like", "uniform_"):
+            return out.fill_(a + self.UNIFORM * (b - a))
+        if name == "multinomial":
+            mass = args[0]
+            # the last category is not counted: rounding may keep the sum below one
+            below = mass.cumsum(-1)[..., :-1] < self.UNIFORM * mass.sum(-1, keepdim=True)
+            return out.copy_(below.sum(-1, keepdim=True))
+        self.complete = False
+        return out

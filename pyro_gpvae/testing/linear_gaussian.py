@@ -13,10 +13,7 @@ from torch.distributions import LowRankMultivariateNormal
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.networks import ImageShape
 
-__all__ = [
-    "LinearGaussian",
-    "linear_gaussian",
-]
+__all__ = ["LinearGaussian", "linear_gaussian"]
 
 
 class LinearGaussian(ImageModel):
@@ -72,20 +69,12 @@ def linear_gaussian(
     r"""Builds a linear-Gaussian model, whose posterior and evidence are known in closed form.
 
     Arguments:
-        image_shape: The shape (C, H, W) of an image, of any size.
+        image_shape: The shape (C, H, W) of an image.
         latent_dim: The dimension p of z.
-        seed: Of the loadings A; the global random state is left as it was.
+        seed: Of the loadings A.
         signal: The expected diagonal of :math:`A^\top A / \sigma^2`; the posterior variance of
             each dimension is about 1 / (1 + signal).
         sigma: The standard deviation of the pixels' noise.
-
-    Example:
-        >>> model = linear_gaussian((1, 4, 4), latent_dim=2).double()
-        >>> x = model.images(5)
-        >>> z = torch.zeros(5, 2, dtype=torch.float64)
-        >>> bayes = model.log_joint(x, z) - model.posterior(x).log_prob(z)
-        >>> torch.allclose(model.log_evidence(x), bayes)
-        True
     """
     pixels = math.prod(image_shape)
     layer = nn.utils.skip_init(nn.Linear, latent_dim, pixels)

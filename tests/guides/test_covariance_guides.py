@@ -1,17 +1,9 @@
-import math
-
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import nn
 from torch.distributions import LowRankMultivariateNormal, kl_divergence
-from toy import (
-    exact_evidence,
-    exact_posterior,
-    images,
-    linear_encoder,
-    linear_model,
-)
+from toy import exact_evidence, exact_posterior, images, linear_encoder, linear_model
 
 from guides import GaussianGuide
 from guides.covariance import FullCovarianceGuide, LowRankGuide, LowRankNormal
@@ -40,24 +32,15 @@ def close(actual, expected, tolerance=1e-10):
 
 
 def by_hand(guide, x):
-    """Mean and covariance, element by element from the formulas."""
+    """Mean and covariance from the formulas."""
     features, loc, log_scale = guide.encode(x)
-    p = loc.shape[-1]
-    covariance = []
-    for i in range(len(x)):
-        if isinstance(guide, FullCovarianceGuide):
-            elements = iter(guide.lower(features[i]))
-            lower = torch.zeros(p, p).double()
-            for row in range(p):
-                for column in range(row):
-                    lower[row, column] = next(elements)
-                lower[row, row] = log_scale[i, row].exp()
-            covariance.append(lower @ lower.mT)
-        else:
-            scale = log_scale[i].exp().diag()
-            factor = scale @ guide.factor(features[i]).reshape(p, guide.rank)
-            covariance.append(scale @ scale + factor @ factor.mT)
-    return loc, torch.stack(covariance)
+    scale, p = log_scale.exp().diag_embed(), loc.shape[-1]
+    if isinstance(guide, FullCovarianceGuide):
+        lower = scale.clone()
+        lower[:, *torch.tril_indices(p, p, -1)] = guide.lower(features)
+        return loc, lower @ lower.mT
+    factor = scale @ guide.factor(features).unflatten(-1, (p, guide.rank))
+    return loc, scale @ scale + factor @ factor.mT
 
 
 def test_full_covariance_starts_as_the_vae():
@@ -73,35 +56,13 @@ def test_full_covariance_starts_as_the_vae():
 
 
 @every_family
-def test_density_and_samples_are_those_of_the_formula(name):
-    model, x = linear_model(3), images(4)
-    guide = build(model, name)
-    q, (mean, covariance) = guide.posterior(x), by_hand(guide, x)
-    assert (q.batch_shape, q.event_shape) == ((4,), (3,))
-    assert not torch.allclose(covariance, covariance.diagonal(0, 1, 2).diag_embed())
-    z = torch.randn(7, 4, 3).double()
-    expected = dist.MultivariateNormal(mean, covariance).log_prob(z)
-    close(q.log_prob(z), expected)
-    close(q.expand((7, 4)).log_prob(z), expected)
-    torch.manual_seed(0)
-    white = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(covariance),
-        (q.sample((20_000,)) - mean).permute(1, 2, 0),
-        upper=False,
-    )
-    # second moments of white noise: standard errors 1/√n off the diagonal, √(2/n) on it
-    moments = white @ white.mT / 20_000
-    error = 5 * math.sqrt(2 / 20_000)
-    close(moments, torch.eye(3).double().expand(4, 3, 3), error)
-    close(white.mean(-1), torch.zeros(4, 3).double(), error)
-
-
-@every_family
 def test_kl_is_analytic(name):
     model, x = linear_model(3), images(4)
     guide = build(model, name)
     q, (mean, covariance) = guide.posterior(x), by_hand(guide, x)
     dense = dist.MultivariateNormal(mean, covariance)
+    z = torch.randn(7, 4, 3).double()
+    close(q.log_prob(z), dense.log_prob(z))
     loc, scale = torch.randn(3).double(), torch.rand(3).double() + 0.5
     for prior in (model.prior(), dist.Normal(loc, scale).to_event(1)):
         independent = prior.expand((4,))
@@ -145,12 +106,6 @@ def test_the_exact_posterior_is_in_the_family(name):
     close(weights, exact_evidence(model, x).expand(10, 5), 1e-8)
 
 
-@pytest.mark.parametrize("rank", [-1, 1.5, 3, 99])
-def test_bad_rank(rank):
-    with pytest.raises(ValueError, match=f"rank must be an integer from 0 to p = 2, got {rank}"):
-        LowRankGuide(linear_model(), rank)
-
-
 def test_low_rank_normal_is_that_of_torch():
     torch.manual_seed(0)
     loc, factor, diagonal = torch.randn(3), torch.randn(5, 3, 2), torch.rand(5, 3) + 0.1
@@ -163,10 +118,3 @@ def test_low_rank_normal_is_that_of_torch():
         torch.testing.assert_close(getattr(ours, attribute), getattr(theirs, attribute))
     torch.testing.assert_close(ours.log_prob(z), theirs.log_prob(z))
     torch.testing.assert_close(ours.entropy(), theirs.entropy())
-    wide, other = ours.expand((4, 5)), theirs.expand((4, 5))
-    torch.testing.assert_close(wide.log_prob(z), other.log_prob(z))
-    samples = []
-    for q in (wide, other):
-        torch.manual_seed(1)
-        samples.append(q.sample((2,)))
-    torch.testing.assert_close(*samples)

@@ -1,6 +1,5 @@
 """GPVAE: closed forms of f and log h, the marginal posterior, and the VAE at W = U = 0."""
 
-import copy
 from itertools import product
 
 import pytest
@@ -8,17 +7,14 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
-from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import ImageModel, fit, log_evidence
-from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 
 ESTIMATORS = ["functions", "weights", "marginal"]
 every_covariance = pytest.mark.parametrize("covariance", ["diagonal", "full"])
-every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
 def gp(model, **options):
@@ -65,8 +61,6 @@ def test_marginal_posterior_is_that_of_the_sampled_weights(covariance):
     model, x = linear_model(latent_dim=1), images(2)
     guide = gp(model, covariance=covariance, estimator="weights")
     q = guide.posterior(x)
-    assert isinstance(q.base_dist, MarginalPosterior)
-    assert (q.batch_shape, q.event_shape) == ((2,), (1,))
     # average the program's q(z | x, W, U) over draws of W and U
     W, U = guide.W().sample((50_000, 1)), guide.U().sample((50_000, 1))
     trace = poutine.trace(poutine.condition(guide, data={"W": W, "U": U})).get_trace(x)
@@ -78,10 +72,10 @@ def test_marginal_posterior_is_that_of_the_sampled_weights(covariance):
 
 def test_kl_of_the_weights():
     guide = disturbed(gp(linear_model(), covariance="full"))
+    prior = MultivariateNormal(torch.zeros(2, 4).double(), torch.eye(4).double())
     expected = 0.0
     for rows in (guide.W, guide.U):
         tril = rows.log_scale.exp().unsqueeze(-1) * (rows.lower.tril(-1) + torch.eye(4))
-        prior = MultivariateNormal(torch.zeros(2, 4).double(), torch.eye(4).double())
         q = MultivariateNormal(rows.loc, scale_tril=tril)
         expected = expected + kl_divergence(q, prior).sum()
     torch.testing.assert_close(guide.kl_weights(), expected)
@@ -119,25 +113,14 @@ def test_with_weights_at_zero_it_is_the_vae(estimator, covariance, objective):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@every_estimator
-@every_covariance
-@pytest.mark.parametrize("features", ["shared", "own"])
-def test_every_parameter_trains(estimator, covariance, features):
-    model = linear_model().float()
-    guide = gp(model, estimator=estimator, covariance=covariance, features=features).float()
-    before = copy.deepcopy(guide.state_dict())
-    x = (images(30) * 255).to(torch.uint8)
-    history = fit(model, guide, x, epochs=2, batch_size=8, progress=False).frame()
-    assert {"v_over_h2", "r", "kl_weights", "kl_global", "sigma"} <= set(history.columns)
-    assert not {name for name, value in guide.state_dict().items() if value.equal(before[name])}
-
-
 def test_a_warm_start_is_copied_and_own_features_train_beside_a_frozen_encoder():
     model, x = linear_model(), images(5)
     vae = GaussianGuide(model, linear_encoder()).double().requires_grad_(False)
     guide = GPGuide(model, warm_start=vae, features="own").double()
     torch.testing.assert_close(guide.posterior(x).mean, vae.posterior(x).mean, rtol=0, atol=1e-12)
-    fit(model, guide, (x * 255).to(torch.uint8), epochs=3, batch_size=2, progress=False)
+    pixels = (x * 255).to(torch.uint8)
+    history = fit(model, guide, pixels, epochs=3, batch_size=2, progress=False).frame()
+    assert {"v_over_h2", "r", "kl_weights", "kl_global", "sigma"} <= set(history.columns)
     for name, value in vae.encoder.state_dict().items():
         assert torch.equal(value, guide.encoder.state_dict()[name])
         assert not torch.equal(value, guide.own_encoder.state_dict()[name])
@@ -149,25 +132,3 @@ def test_a_warm_start_is_copied_and_own_features_train_beside_a_frozen_encoder()
 def test_the_initial_spread_is_a_tenth_of_h_at_most():
     _, v, b, _ = GPGuide(ImageModel((1, 28, 28), 10)).moments(torch.rand(20, 1, 28, 28))
     assert float((v.sqrt() / b.exp()).max()) < 0.1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"covariance": "point"}, "covariance must be one of .*got 'point'"),
-        ({"estimator": "analytic"}, "estimator must be one of .*got 'analytic'"),
-        ({"features": "none"}, "features must be one of .*got 'none'"),
-        ({"initial_scale": float("nan")}, "initial_scale must be positive, got nan"),
-        ({"num_nodes": 0}, "num_nodes must be an integer of at least 1, got 0"),
-        ({"num_nodes": 1.5}, "num_nodes must be an integer of at least 1, got 1.5"),
-        ({"warm_start": nn.Linear(1, 1), "encoder": None}, "trained guide .*got Linear"),
-        ({"warm_start": "vae", "encoder": None}, "warm start has 3 latent dimensions, the model 2"),
-        ({"warm_start": "vae"}, "either an encoder or a warm start"),
-    ],
-)
-def test_bad_options(options, message):
-    if options.get("warm_start") == "vae":
-        vae = GaussianGuide(linear_model(latent_dim=3), linear_encoder())
-        options = options | {"warm_start": vae}
-    with pytest.raises(ValueError, match=message):
-        GPGuide(linear_model(), **({"encoder": linear_encoder()} | options))

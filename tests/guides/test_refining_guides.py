@@ -17,7 +17,7 @@ from toy import (
 
 from guides.iterative import IterativeGuide
 from guides.semi_amortized import SemiAmortizedGuide
-from pyro_gpvae import ImageModel, fit, log_evidence, log_weights
+from pyro_gpvae import ImageModel, fit, log_evidence
 
 every_family = pytest.mark.parametrize("family", [SemiAmortizedGuide, IterativeGuide])
 # every way to take a step that is meant to raise the ELBO
@@ -62,18 +62,6 @@ def exact_elbo(model, x, loc, log_scale):
 def posterior(guide, x, seed=0):
     torch.manual_seed(seed)
     return guide.posterior(x)
-
-
-def test_learned_updates_start_as_the_vae():
-    model, x = linear_model(), images(4)
-    guide = IterativeGuide(model, 3, linear_encoder()).double()
-    _, loc, log_scale = guide.encode(x)
-    q = guide.posterior(x).base_dist
-    assert torch.equal(q.loc, loc)
-    assert torch.equal(q.scale, log_scale.exp())
-
-
-# SA ascends
 
 
 @pytest.mark.parametrize("options", SA_OPTIONS)
@@ -138,26 +126,25 @@ def test_norm_of_each_images_step_is_clipped(natural):
     torch.testing.assert_close(norm, torch.full_like(norm, 0.3), rtol=1e-9, atol=0)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("natural", [True, False])
 @pytest.mark.parametrize("step_size", [1.0, 1e3, 1e30])
 def test_line_search_never_lowers_the_elbo_on_the_noise_of_the_step(step_size, natural):
     model, x = curved_model(), images(50)
     options = {"step_size": step_size, "natural": natural, "num_samples": 1}
     guide = build(SemiAmortizedGuide, model, 1, **options)
-    with torch.no_grad():
-        _, loc, log_scale = guide.encode(x)
-        for seed in range(10):
-            torch.manual_seed(seed)
-            noise = guide.draw_noise(loc)
-            torch.manual_seed(seed)
-            new_loc, new_log_scale, before = guide.step(x, loc, log_scale)
-            after = guide.image_elbo(x, new_loc, new_log_scale, noise)
-            moved = (new_loc != loc).any(-1)
-            assert (after[moved] > before[moved]).all()
-            assert torch.equal(after[~moved], before[~moved])
-            if step_size == 1:
-                assert moved.sum() > 40
-            loc, log_scale = new_loc, new_log_scale
+    _, loc, log_scale = guide.encode(x)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        noise = guide.draw_noise(loc)
+        torch.manual_seed(seed)
+        new_loc, new_log_scale, before = guide.step(x, loc, log_scale)
+        after = guide.image_elbo(x, new_loc, new_log_scale, noise)
+        moved = (new_loc != loc).any(-1)
+        assert (after[moved] > before[moved]).all()
+        assert torch.equal(after[~moved], before[~moved])
+        assert moved.sum() > 40 or step_size > 1
+        loc, log_scale = new_loc, new_log_scale
 
 
 def test_legacy_sign_lowers_the_elbo():
@@ -192,50 +179,28 @@ def test_noise_is_antithetic_and_new_in_each_step(monkeypatch):
     assert not torch.equal(first[:, 0], first[:, 1])
 
 
-# training differentiates through the steps
-
-
-def check_outer_gradient(model, guide):
-    x = images(6)
-    modules = nn.ModuleList([model, guide])
+@pytest.mark.parametrize("options", [*SA_OPTIONS, {"max_norm": 0.5}])
+def test_outer_gradient_of_sa_equals_finite_differences(options):
+    model, x = curved_model(), images(6)
+    guide = build(SemiAmortizedGuide, model, 3, **options)
 
     def objective():
-        torch.manual_seed(0)
-        q = guide.posterior(x)
+        q = posterior(guide, x)
         z = q.rsample((3,))
         return (model.log_joint(x, z) - q.log_prob(z)).mean()
 
     objective().backward()
     generator = torch.Generator().manual_seed(5)
-    numeric, analytic = [], []
-    for parameter in modules.parameters():
-        gradient = parameter.grad
+    for parameter in (*model.parameters(), *guide.parameters()):
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        analytic.append(float((gradient * direction).sum()))
-        values = []
+        analytic, values = float((parameter.grad * direction).sum()), []
         with torch.no_grad():
-            for sign in (1e-6, -1e-6):
-                parameter += sign * direction
+            for step in (1e-6, -2e-6):
+                parameter += step * direction
                 values.append(float(objective()))
-                parameter -= sign * direction
-        numeric.append((values[0] - values[1]) / 2e-6)
-    return torch.tensor(analytic), torch.tensor(numeric)
-
-
-@pytest.mark.parametrize("options", [*SA_OPTIONS, {"max_norm": 0.5}])
-def test_outer_gradient_of_sa_equals_finite_differences(options):
-    model = curved_model()
-    analytic, numeric = check_outer_gradient(model, build(SemiAmortizedGuide, model, 3, **options))
-    torch.testing.assert_close(analytic, numeric, rtol=1e-4, atol=1e-4)
-    assert (analytic != 0).all()
-
-
-@every_family
-def test_decoder_can_be_trained_under_a_frozen_encoder(family):
-    model = curved_model()
-    guide = build(family, model, 2).requires_grad_(False)
-    guide.elbo().differentiable_loss(model, guide, images(4)).backward()
-    assert model.decoder[0].weight.grad.abs().sum() > 0
+            parameter += 1e-6 * direction
+        assert analytic != 0
+        assert analytic == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4, abs=1e-4)
 
 
 def test_learned_updates_learn_to_infer():
@@ -254,26 +219,6 @@ def test_learned_updates_learn_to_infer():
     assert best - exact_elbo(model, x, *end).mean() < 0.3 * (best - before)
 
 
-# evaluation
-
-
-@every_family
-def test_evidence_is_unbiased_inside_no_grad(family):
-    model, x = linear_model(sigma=0.7), images(4)
-    guide = build(family, model, 2)
-    with torch.no_grad():
-        q = posterior(guide, x)
-        assert not q.mean.requires_grad
-        _, loc, _ = guide.encode(x)
-        assert (q.mean - loc).abs().min() > 1e-6  # the steps were taken
-        torch.manual_seed(3)
-        ratios = (log_weights(model, guide, x, 20_000) - exact_evidence(model, x)).exp()
-    z = (ratios.mean(0) - 1) / (ratios.std(0) / math.sqrt(len(ratios)))
-    assert (z.abs() < 4).all()
-    assert ratios.std(0).max() < 5
-    assert all(p.grad is None for p in [*model.parameters(), *guide.parameters()])
-
-
 @every_family
 def test_each_image_is_refined_once_however_many_samples(family, monkeypatch):
     model = linear_model()
@@ -283,18 +228,6 @@ def test_each_image_is_refined_once_however_many_samples(family, monkeypatch):
     monkeypatch.setattr(guide, "step", lambda x, *at: calls.append(len(x)) or step(x, *at))
     log_evidence(model, guide, images(6), 50, chunk_size=12)
     assert calls == [6, 6]
-
-
-# the decoder stays the model's; saving and precision
-
-
-@every_family
-def test_the_decoder_is_not_part_of_the_guide(family):
-    model = linear_model()
-    guide = build(family, model, 2)
-    names = {name.split(".")[0] for name in guide.state_dict()}
-    assert names <= {"encoder", "head", "update"}
-    assert not {id(p) for p in guide.parameters()} & {id(p) for p in model.parameters()}
 
 
 @every_family
@@ -307,21 +240,6 @@ def test_copied_with_its_model_it_refines_by_the_copy(family):
         copied_model.decoder[0].bias += 1
     assert torch.equal(posterior(guide, x).mean, before)
     assert not torch.equal(posterior(copied, x).mean, before)
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "message"),
-    [
-        (SemiAmortizedGuide, {"num_steps": -1}, "num_steps must not be negative, got -1"),
-        (IterativeGuide, {"num_samples": 0}, "num_samples must be at least 1, got 0"),
-        (SemiAmortizedGuide, {"step_size": 0.0}, "step_size must be positive"),
-        (SemiAmortizedGuide, {"max_norm": math.nan}, "max_norm must be positive"),
-        (IterativeGuide, {"hidden": 0}, "hidden must be at least 1, got 0"),
-    ],
-)
-def test_bad_options_are_named(family, options, message):
-    with pytest.raises(ValueError, match=message):
-        family(linear_model(), encoder=linear_encoder(), **options)
 
 
 def test_a_guide_without_an_update_cannot_take_steps():

@@ -7,7 +7,6 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from guides import LaplaceGuide
 from pyro_gpvae.testing import linear_gaussian
 from pyro_gpvae.testing.calibration import _null, _smallest_tail, simulation_based_calibration
 
@@ -19,8 +18,8 @@ def changed(scale=1.0, shift=0.0):
 
     def posterior(x):
         q = MODEL.posterior(x)
-        loc = q.mean + shift * q.stddev
-        return dist.MultivariateNormal(loc, scale_tril=scale * q.scale_tril)
+        scale_tril = torch.as_tensor(scale).double() * q.scale_tril
+        return dist.MultivariateNormal(q.mean + shift * q.stddev, scale_tril=scale_tril)
 
     return SimpleNamespace(posterior=posterior)
 
@@ -42,11 +41,6 @@ def test_the_exact_posterior_passes(form):
     assert "500 simulations, 99 draws: calibrated" in repr(found)
 
 
-def test_the_laplace_guide_is_exact_for_a_linear_model():
-    guide = LaplaceGuide(MODEL, 1, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4)))
-    assert simulation_based_calibration(MODEL, guide.double()).passed()
-
-
 @pytest.mark.parametrize(
     ("options", "column", "low", "high"),
     [
@@ -61,27 +55,11 @@ def test_wrong_posteriors_fail_and_the_table_tells_how(form, options, column, lo
     found = simulation_based_calibration(MODEL, form(changed(**options)))
     assert not found.passed()
     assert "not calibrated" in repr(found)
+    assert not simulation_based_calibration(MODEL, form(changed([1.0, 1.0, 0.5]))).passed()
     table = found.table()
     assert table[column].between(low, high).all()
     if column == "spread":
         assert table["centre"].between(0.4, 0.6).all()
-
-
-def test_one_wrong_coordinate_is_enough():
-    def posterior(x):
-        q = MODEL.posterior(x)
-        scale = torch.tensor([1.0, 1.0, 0.5]).double() * q.scale_tril
-        return dist.MultivariateNormal(q.mean, scale_tril=scale)
-
-    assert not simulation_based_calibration(MODEL, SimpleNamespace(posterior=posterior)).passed()
-
-
-def test_one_in_a_hundred_exact_guides_fails():
-    # fails for right code with probability 5e-4: more than 5 of 100 at 1 % (Bonferroni: less)
-    failed = [
-        not simulation_based_calibration(MODEL, MODEL, 200, 49, seed=s).passed() for s in range(100)
-    ]
-    assert sum(failed) <= 5
 
 
 @pytest.mark.parametrize(("simulations", "draws"), [(500, 99), (20, 9), (50, 199), (1, 1)])
@@ -90,7 +68,9 @@ def test_p_values_are_right_for_uniform_ranks(simulations, draws):
     # conservative where there are few possible ranks
     rng = np.random.default_rng(1)
     null = _null(simulations, draws)
-    tails = [_smallest_tail(rng.integers(0, draws + 1, simulations), draws) for _ in range(2000)]
+    ranks = rng.integers(0, draws + 1, (2000, simulations))
+    below = np.stack([(ranks < rank).sum(1) for rank in range(1, draws + 1)], -1)
+    tails = _smallest_tail(below, simulations)
     p_values = np.searchsorted(null, tails, side="right") / len(null)
     for level in (0.01, 0.05, 0.5):
         error = math.sqrt(level * (1 - level) / 2000)
