@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_gpvae.cli._options import keywords
+from pyro_gpvae.cli._shared import keywords
 
 __all__ = ["Demo"]
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from pyro_gpvae.cli._options import Where, keywords
-from pyro_gpvae.cli._text import print_scores
+from pyro_gpvae.cli._shared import RunFolder, Where, keywords, print_scores
 
 __all__ = ["Evaluate"]
 
@@ -33,7 +30,7 @@ class Evaluate(Where):
         overwrite: Replace an earlier evaluation in that folder.
     """
 
-    run_folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    run_folder: RunFolder
     guide: str | None = None
     num_samples: int | None = None
     seed: int | None = None
@@ -52,10 +49,8 @@ class Evaluate(Where):
         if "reference" in result:
             _print_reference(result["reference"])
         recorded, found = result["recorded"]["log_evidence"], result["scores"]["log_evidence"]
-        if self.guide is not None:
-            note = "the run's own guide"
-        else:
-            note = "equal" if recorded == found else "differs"
+        note = "equal" if recorded == found else "differs"
+        note = note if self.guide is None else "the run's own guide"
         print(f"recorded log p(x)  {recorded:.4f}  ({note})")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from pyro_gpvae.cli._options import Where, keywords
+from pyro_gpvae.cli._shared import Where, keywords
 
 __all__ = ["Gap"]
 
@@ -52,8 +52,8 @@ class Gap(Where):
 
         options = keywords(self)
         options["num_images"] = options.pop("images")
-        options["num_chains"] = options.pop("ais_chains")
-        options["num_steps"] = options.pop("ais_steps")
-        text = report_gaps(options.pop("runs"), options.pop("out"), **options)
-        print(text)
+        budget = {name: options.pop(name) for name in ("num_samples", "reference_samples", "seed")}
+        budget["num_chains"] = options.pop("ais_chains")
+        budget["num_steps"] = options.pop("ais_steps")
+        print(report_gaps(options.pop("runs"), options.pop("out"), budget, **options))
         print(f"written to {self.out}")

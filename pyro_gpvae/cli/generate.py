@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from pyro_gpvae.cli._options import Where, keywords
+from pyro_gpvae.cli._shared import RunFolder, Where, keywords
 
 __all__ = ["Generate"]
 
@@ -34,7 +32,7 @@ class Generate(Where):
         quiet: Show no progress bars.
     """
 
-    run_folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    run_folder: RunFolder
     out: Path = Path("generated")
     samples: int = 64
     images: tuple[int, ...] | None = None
@@ -49,6 +47,4 @@ class Generate(Where):
     def run(self) -> None:
         from pyro_gpvae.runs.generation_report import report_generation
 
-        text = report_generation(**keywords(self))
-        print(text)
-        print(f"written to {self.out}")
+        print(f"{report_generation(**keywords(self))}\nwritten to {self.out}")

@@ -6,13 +6,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from pyro_gpvae import __version__
-from pyro_gpvae.cli._signals import ending_on_signals
-from pyro_gpvae.cli._text import one_line
+from pyro_gpvae.cli._shared import one_line
 from pyro_gpvae.cli.demo import Demo
 from pyro_gpvae.cli.evaluate import Evaluate
 from pyro_gpvae.cli.gap import Gap
@@ -22,7 +21,7 @@ from pyro_gpvae.cli.results import Results
 from pyro_gpvae.cli.train import Train
 from pyro_gpvae.cli.uncertainty import Uncertainty
 from pyro_gpvae.core._allocator import keep_freed_memory
-from pyro_gpvae.core._signals import Terminated
+from pyro_gpvae.core._signals import Terminated, ending_on_signals
 
 __all__ = ["main"]
 
@@ -32,23 +31,11 @@ every test image. All scores are in nats per image. --version prints the version
 #: If this environment variable is set, errors come with their traceback.
 _TRACEBACK = "PYRO_GPVAE_TRACEBACK"
 
-_Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Gap, tyro.conf.subcommand("gap")]
-    | Annotated[Uncertainty, tyro.conf.subcommand("uncertainty")]
-    | Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Results, tyro.conf.subcommand("results")]
-    | Annotated[Guides, tyro.conf.subcommand("guides")]
-)
+_Command = Demo | Train | Evaluate | Gap | Uncertainty | Generate | Results | Guides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
-
-    Arguments:
-        argv: The arguments; by default those of the process. Without any, the help is printed.
+    """Runs the command line, which prints its help if it has no arguments.
 
     Returns:
         The exit code: 0 for success, 2 for an error of the user, 130 after SIGINT (Ctrl-C), and

@@ -31,28 +31,22 @@ class Results:
 
     def run(self) -> None:
         from pyro_gpvae.core._files import write_text
-        from pyro_gpvae.runs.results import (
-            differences,
-            parse_where,
-            read_results,
-            score_table,
-            select,
-        )
+        from pyro_gpvae.runs import results
 
-        where = parse_where(self.where)
-        frame, skipped = read_results(self.folder)
+        where = results.parse_where(self.where)
+        frame, skipped = results.read_results(self.folder)
         for line in skipped:
             print(f"skipped: {line}", file=sys.stderr)
-        frame = select(frame, where)
+        frame = results.select(frame, where)
         if self.csv is not None:
             write_text(self.csv, frame.to_csv(index=False))
         if self.table:
-            print(score_table(frame))
+            print(results.score_table(frame))
             return
         names = ["run", "method", "data", "latent_dim", "decoder", "seed", "epochs"]
         names += ["log_evidence", "elbo"]
         if not frame.empty:
             print(frame[names].to_string(index=False, float_format="{:.2f}".format))
         print(f"{len(frame)} runs, {len(skipped)} files skipped; scores in nats per image")
-        for line in differences(frame):
+        for line in results.differences(frame):
             print(f"differs: {line}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pyro_gpvae.cli._text import print_scores
+from pyro_gpvae.cli._shared import print_scores
 from pyro_gpvae.core._files import finished_folder, partial_folder
 from pyro_gpvae.core._registry import registered_guides
 from pyro_gpvae.runs.config import RunConfig
@@ -64,26 +64,17 @@ class Train(RunConfig):
 
         options = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
         config = RunConfig(**options | {"seed": seed})
-        train_kwargs: dict[str, Any] = {
-            "progress": not self.quiet,
-            "checkpoint_every": self.checkpoint_every,
-            "on_checkpoint_error": self.on_checkpoint_error,
-            "download": self.download,
-            "trust_guide": self.trust_guide,
-        }
+        names = ("checkpoint_every", "on_checkpoint_error", "download", "trust_guide")
+        train_kwargs: dict[str, Any] = {name: getattr(self, name) for name in names}
+        train_kwargs["progress"] = not self.quiet
         try:
             if self.resume is not None:
                 record = resume_run(out, **train_kwargs)
             elif self.from_record is not None:
-                record = reproduce_run(
-                    self.from_record,
-                    out,
-                    data=self.data if self.data != RunConfig.data else None,
-                    root=self.root,
-                    device=self.device,
-                    overwrite=self.overwrite,
-                    **train_kwargs,
-                )
+                data = self.data if self.data != RunConfig.data else None
+                train_kwargs |= {"data": data, "root": self.root, "device": self.device}
+                train_kwargs["overwrite"] = self.overwrite
+                record = reproduce_run(self.from_record, out, **train_kwargs)
             else:
                 train_kwargs["overwrite"] = self.overwrite
                 train_kwargs["resume"] = self.seeds is not None and not self.overwrite

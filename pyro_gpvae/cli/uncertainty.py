@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from pyro_gpvae.cli._options import Where, keywords
+from pyro_gpvae.cli._shared import RunFolder, Where, keywords
 
 __all__ = ["Uncertainty"]
 
@@ -31,7 +28,7 @@ class Uncertainty(Where):
         quiet: Show no progress bar.
     """
 
-    run_folder: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    run_folder: RunFolder
     images: int = 200
     num_samples: int = 500
     reference_samples: int = 1000
@@ -46,5 +43,4 @@ class Uncertainty(Where):
 
         text = measure_uncertainty(**keywords(self))
         render_uncertainty(self.out)
-        print(text)
-        print(f"written to {self.out}")
+        print(f"{text}\nwritten to {self.out}")

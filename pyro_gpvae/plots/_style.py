@@ -3,12 +3,12 @@ r"""Colours, markers and layout that all figures share."""
 from __future__ import annotations
 
 import textwrap
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "MARKERS", "STYLES", "finish", "tidy"]
+__all__ = ["COLOURS", "MARKERS", "STYLES", "finish", "panels", "tidy"]
 
 #: The colours of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -16,8 +16,16 @@ MARKERS = ("o", "s", "D", "^", "P", "X", "*")
 STYLES = ("-", "--", "-.", ":")
 
 
-def tidy(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
-    """Draws a faint grid behind the data, and no frame above and to the right."""
+def panels(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Any:
+    """Returns a figure without pyplot, and its axes in an array (rows, columns)."""
+    figure = Figure(figsize=(width, height), dpi=150)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def tidy(axes: Axes, x: str, y: str = "", grid: Literal["both", "x", "y"] = "both") -> None:
+    """Names the axes, draws a faint grid behind the data, and no frame above and to the right."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.grid(axis=grid, alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,29 +9,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pyro_gpvae.plots._style import COLOURS, STYLES, finish, tidy
+from pyro_gpvae.plots._style import COLOURS, STYLES, finish, panels, tidy
 
 __all__ = ["loss_curves"]
 
 
 def loss_curves(histories: Mapping[str, pd.DataFrame], caption: str = "") -> Figure:
-    """Draws the ELBO and the learned σ of each run against the epochs.
-
-    Arguments:
-        histories: The table of each run by label, as ``fit(...).frame()`` returns it.
-        caption: Text below the figure, such as budget and seed.
-
-    Raises:
-        ValueError: If there is no table, or one lacks the columns ``epoch`` and ``loss``.
-    """
+    """Draws the ELBO and the learned σ of each run, ``fit(...).frame()`` by label."""
     if not histories:
         raise ValueError("loss_curves needs at least one history")
     for label, frame in histories.items():
         missing = {"epoch", "loss"} - set(frame.columns)
         if missing:
             raise ValueError(f"the history {label!r} lacks the column {sorted(missing)[0]!r}")
-    figure = Figure(figsize=(9, 4.2), dpi=150)
-    left, right = figure.subplots(1, 2)
+    figure, ((left, right),) = panels(9, 4.2, columns=2)
     for index, (label, frame) in enumerate(histories.items()):
         style: dict[str, Any] = {
             "color": COLOURS[index % len(COLOURS)],
@@ -45,12 +36,10 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], caption: str = "") -> Fig
             style["alpha"] = 1.0
         if "sigma" in frame:
             right.plot(frame["epoch"], frame["sigma"], label=label, **style)
-    left.set_ylabel("ELBO on training images (nats per image)")
-    right.set_ylabel("noise σ (pixels in [0, 1])")
+    tidy(left, "epoch", "ELBO on training images (nats per image)")
+    tidy(right, "epoch", "noise σ (pixels in [0, 1])")
     for axes in (left, right):
-        axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        tidy(axes)
     # the first epochs are far below the others: leave them out, so that the rest is not flat
     elbos = np.concatenate([-frame["loss"].to_numpy(float) for frame in histories.values()])
     low, high = float(np.quantile(elbos, 0.1)), float(elbos.max())

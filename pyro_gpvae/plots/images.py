@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from pyro_gpvae.plots._style import finish
+from pyro_gpvae.plots import _style
 
 __all__ = ["image_grid", "reconstructions", "uncertain_images"]
 
@@ -19,29 +19,22 @@ __all__ = ["image_grid", "reconstructions", "uncertain_images"]
 def image_grid(
     panels: Mapping[str, ArrayLike], columns: int = 8, caption: str = "", title: str = ""
 ) -> Figure:
-    """Draws mosaics of images side by side, each with a title.
+    """Draws mosaics of images side by side.
 
     Arguments:
         panels: Images (N, C, H, W) by title, uint8 or floats in [0, 1]; C is 1 or 3.
         columns: The number of images in a row of a mosaic.
-        caption: Text below the figure.
-        title: Text above the figure.
-
-    Raises:
-        ValueError: If there is no panel, or an array has another shape.
+        caption, title: Text below and above the figure.
     """
     if not panels or columns < 1:
         raise ValueError("image_grid needs at least one panel and one column")
     mosaics = {name: tile(to_pixels(images), columns) for name, images in panels.items()}
     ratio = max(m.shape[0] / m.shape[1] for m in mosaics.values())
-    width = 4.4
-    figure = Figure(figsize=(width * len(mosaics), width * ratio + 1.1), dpi=150)
-    for axes, (name, mosaic) in zip(
-        figure.subplots(1, len(mosaics), squeeze=False)[0], mosaics.items(), strict=True
-    ):
+    figure, (row,) = _style.panels(4.4 * len(panels), 4.4 * ratio + 1.1, columns=len(panels))
+    for axes, (name, mosaic) in zip(row, mosaics.items(), strict=True):
         show_pixels(axes, mosaic)
         axes.set_title(name, fontsize=10)
-    return finish(figure, caption, title)
+    return _style.finish(figure, caption, title)
 
 
 def reconstructions(
@@ -53,21 +46,17 @@ def reconstructions(
         images: Images (N, C, H, W), uint8 or floats in [0, 1].
         decoded: Images of the same shape by method; values outside [0, 1] are clipped.
         caption: Text below the figure.
-
-    Raises:
-        ValueError: If the shapes differ, or are not (N, C, H, W).
     """
     rows = {"image": to_pixels(images)} | {name: to_pixels(x) for name, x in decoded.items()}
     for name, row in rows.items():
         if row.shape != rows["image"].shape:
             raise ValueError(f"{name!r} has shape {row.shape}, the images {rows['image'].shape}")
     count = len(rows["image"])
-    figure = Figure(figsize=(0.75 * count + 1.2, 0.8 * len(rows) + 0.6), dpi=150)
-    all_axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    for axes, (name, row) in zip(all_axes, rows.items(), strict=True):
+    figure, column = _style.panels(0.75 * count + 1.2, 0.8 * len(rows) + 0.6, rows=len(rows))
+    for axes, (name, row) in zip(column[:, 0], rows.items(), strict=True):
         show_pixels(axes, tile(row, count))
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    return finish(figure, caption)
+    return _style.finish(figure, caption)
 
 
 def uncertain_images(
@@ -80,9 +69,6 @@ def uncertain_images(
         uncertainty: One number per image, as ``guide.uncertainty(x)`` returns them.
         count: The number of images in each of the two panels, at most half of all.
         caption: Text below the figure.
-
-    Raises:
-        ValueError: If there are fewer than two images, or their number is not that of scores.
     """
     pixels, scores = np.asarray(images), np.asarray(uncertainty, dtype=float)
     if scores.shape != (len(pixels),) or len(pixels) < 2:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Ellipse, Patch
 from numpy.typing import ArrayLike, NDArray
 
-from pyro_gpvae.plots._style import COLOURS, finish
+from pyro_gpvae.plots._style import COLOURS, finish, panels
 from pyro_gpvae.plots.images import show_pixels, to_pixels
 
 __all__ = ["posterior_panels"]
@@ -42,9 +42,6 @@ def posterior_panels(
         titles: The title of each panel.
         columns: The number of panels in a row.
         caption: Text below the figure.
-
-    Raises:
-        ValueError: If the numbers of images, titles and posteriors differ.
     """
     pixels = to_pixels(images)
     if len(titles) != len(pixels) or len(record["f"]) != len(pixels):
@@ -54,10 +51,9 @@ def posterior_panels(
         )
     columns = min(columns, len(pixels))
     rows = -(-len(pixels) // columns)
-    figure = Figure(figsize=(4.3 * columns, 3.4 * rows + 0.9), dpi=150)
-    grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=(1, 3) * columns)
-    pairs = grid.reshape(-1, 2)
-    for index, (picture, axes) in enumerate(pairs):
+    ratios, height = (1, 3) * columns, 3.4 * rows + 0.9
+    figure, grid = panels(4.3 * columns, height, rows, 2 * columns, width_ratios=ratios)
+    for index, (picture, axes) in enumerate(grid.reshape(-1, 2)):
         if index >= len(pixels):
             picture.set_axis_off()
             axes.set_axis_off()
@@ -71,24 +67,16 @@ def posterior_panels(
             Line2D([], [], color=_DRAW, linewidth=0.8, label="draws of q(z|x, f, h)"),
             Line2D([], [], color=_MARGINAL, linestyle="--", label="marginal q(z|x)"),
         ],
-        loc="upper center",
-        ncols=3,
-        frameon=False,
-        fontsize=9,
-    )
+        loc="upper center", ncols=3, frameon=False, fontsize=9,
+    )  # fmt: skip
     return finish(figure, caption, title=" ")
 
 
 def _panel(axes: Axes, record: Mapping[str, Floats]) -> None:
     density = record["density"]
-    axes.contourf(
-        record["z1"], record["z2"], density.T, [*_levels(density), density.max() * 1.01],
-        colors=_TRUE, alpha=0.4,
-    )  # fmt: skip
-    axes.contourf(
-        record["z1"], record["z2"], density.T, [_levels(density)[1], density.max() * 1.01],
-        colors=_TRUE, alpha=0.5,
-    )  # fmt: skip
+    levels = [*_levels(density), density.max() * 1.01]
+    for some, alpha in ((levels, 0.4), (levels[1:], 0.5)):
+        axes.contourf(record["z1"], record["z2"], density.T, some, colors=_TRUE, alpha=alpha)
     for f, h in zip(record["f"], record["h"], strict=True):
         width, height = 2 * _RADIUS * h
         axes.add_patch(
@@ -98,11 +86,9 @@ def _panel(axes: Axes, record: Mapping[str, Floats]) -> None:
         record["q1"], record["q2"], record["q"].T, _levels(record["q"]), colors=_MARGINAL,
         linestyles="--", linewidths=1.4,
     )  # fmt: skip
-    for set_limits, name, z, q in (
-        (axes.set_xlim, 0, record["z1"], record["q1"]),
-        (axes.set_ylim, 1, record["z2"], record["q2"]),
-    ):
-        inside = density >= _levels(density)[0]
+    inside = density >= levels[0]
+    for name, set_limits in enumerate((axes.set_xlim, axes.set_ylim)):
+        z, q = record[f"z{name + 1}"], record[f"q{name + 1}"]
         held = z[inside.any(1 - name)]
         radii = _RADIUS * record["h"][:, name]
         centre, half = q.mean(), (q[-1] - q[0]) / 2 * 0.6  # 2.4 standard deviations of q(z|x)

@@ -38,27 +38,20 @@ def measure_gaps(
     """Decomposes the gaps of the first test images of each run.
 
     Each chunk of 25 finished images is written to ``out/chunks``, under a name that is a hash of
-    the weights, the images and the budget. A chunk that exists is not measured again: after an
-    interrupt, with further runs, or with more images. A chunk whose checksum is wrong is measured
-    again, with a warning.
+    the weights, the images and the budget, and is not measured again: after an interrupt, with
+    further runs, or with more images. A damaged chunk is measured again, with a warning.
 
     Arguments:
-        folders: Run folders.
-        out: The folder of the chunks.
+        folders, out: Run folders, and the folder of the chunks.
         num_images: The number of test images, or all of a run that has fewer.
         labels: A name for each run in tables and pictures; by default its guide, or its folder
             where guides are not unique.
         data, root, device, trust_guide: See :func:`pyro_gpvae.load_run`.
-        progress: Whether to show a progress bar over the images of all runs.
         budget: Further arguments of :func:`pyro_gpvae.decompose`.
 
     Returns:
         A table with a row for each run and image: ``run`` (the folder), ``label``, ``guide``,
         ``seed``, and the columns of ``Gap.table()``; and a description of each run for the record.
-
-    Raises:
-        FileNotFoundError, ValueError: If a run cannot be read, a folder is named twice, or an
-            argument cannot be used.
     """
     if not folders or len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise ValueError(f"expected one or more different run folders, got {len(folders)}")
@@ -71,30 +64,54 @@ def measure_gaps(
     tables = []
     with tqdm(total=sum(counts), desc="inference gap", unit="image", disable=not progress) as bar:
         for run, count, label in zip(runs, counts, labels, strict=True):
-            bar.set_postfix_str(label)
-            weights = run.weights_sha256
+            own: dict[str, Any] = {"run": str(run.folder), "label": label}
+            own |= {"guide": run.config.guide, "seed": run.config.seed}
             for start in range(0, count, BATCH):
-                stop = min(start + BATCH, count)
-                path = Path(out) / "chunks" / f"{_key(run, weights, start, stop, budget)}.csv"
-                chunk = _read_chunk(path)
-                if chunk is None:
-                    gap = decompose(
-                        run.model,
-                        run.guide,
-                        run.data.test[start:stop],
-                        num_train=run.record["data"]["train_images"],
-                        first_image=start,
-                        **budget,
-                    )
-                    chunk = _write_chunk(path, gap.table())
-                chunk["image"] += start
-                columns = (str(run.folder), label, run.config.guide, run.config.seed)
-                for position, value in enumerate(columns):
-                    name = ("run", "label", "guide", "seed")[position]
-                    chunk.insert(position, name, value)
-                tables.append(chunk)
-                bar.update(stop - start)
+                chunk = _measure(run, slice(start, min(start + BATCH, count)), Path(out), budget)
+                tables.append(chunk.assign(**own)[[*own, *chunk.columns]])
+                bar.update(len(chunk))
     return pd.concat(tables, ignore_index=True), [describe(run) for run in runs]
+
+
+def _measure(run: Run, chosen: slice, out: Path, budget: dict[str, Any]) -> pd.DataFrame:
+    """Reads the chunk of some images, or measures and writes it."""
+    images, num_train = run.data.test[chosen], run.record["data"]["train_images"]
+    key = {  # everything that the numbers depend on
+        "format": 2,  # 1 had no checksum, and trusted any annealing
+        "version": pyro_gpvae.__version__,
+        "weights": run.weights_sha256,
+        "guide": run.config.guide,
+        "likelihood": run.config.likelihood,
+        "train_images": num_train,
+        "images": sha256(images),
+        "first_image": chosen.start,
+        "budget": budget,
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = out / "chunks" / f"{name}.csv"
+    text = _read_chunk(path)
+    if text is None:
+        gap = decompose(
+            run.model, run.guide, images, num_train=num_train, first_image=chosen.start, **budget
+        )
+        text = gap.table().to_csv(index=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"# sha256 {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+    table = pd.read_csv(io.StringIO(text))
+    return table.assign(image=table["image"] + chosen.start)
+
+
+def _read_chunk(path: Path) -> str | None:
+    """Reads a table without its checksum; returns None if it is absent, or, warned, damaged."""
+    if not path.is_file():
+        return None
+    head, _, text = path.read_bytes().partition(b"\n")
+    if head == f"# sha256 {hashlib.sha256(text).hexdigest()}".encode():
+        return text.decode()
+    warnings.warn(
+        f"{path} is damaged (its checksum is wrong): its images are measured again", stacklevel=4
+    )
+    return None
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -124,40 +141,3 @@ def _labels(runs: Sequence[Run]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(run.folder) for run in runs]
-
-
-def _key(run: Run, weights: str, start: int, stop: int, budget: dict[str, Any]) -> str:
-    """Returns a hash of everything that the numbers of a chunk depend on."""
-    content = {
-        "format": 2,  # 1 had no checksum, and trusted any annealing
-        "version": pyro_gpvae.__version__,
-        "weights": weights,
-        "guide": run.config.guide,
-        "likelihood": run.config.likelihood,
-        "train_images": run.record["data"]["train_images"],
-        "images": sha256(run.data.test[start:stop]),
-        "first_image": start,
-        "budget": budget,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _write_chunk(path: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """Writes a table below a line with its checksum, and returns it as it will be read back."""
-    text = table.to_csv(index=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, f"# sha256 {hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-    return pd.read_csv(io.StringIO(text))
-
-
-def _read_chunk(path: Path) -> pd.DataFrame | None:
-    """Reads a table back; returns None if there is none, or, with a warning, if it is damaged."""
-    if not path.is_file():
-        return None
-    head, _, rest = path.read_bytes().partition(b"\n")
-    if head == f"# sha256 {hashlib.sha256(rest).hexdigest()}".encode():
-        return pd.read_csv(io.BytesIO(rest))
-    warnings.warn(
-        f"{path} is damaged (its checksum is wrong): its images are measured again", stacklevel=3
-    )
-    return None

@@ -13,30 +13,19 @@ from torch import Tensor
 
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import new_folder, read_json, write_json
-from pyro_gpvae.evaluation.active_units import ActiveUnits, active_units
-from pyro_gpvae.evaluation.generation import (
-    Decoded,
-    PathKind,
-    decode,
-    latent_path,
-    latent_traversals,
-    reconstruct,
-    sample_images,
-    to_uint8,
-)
+from pyro_gpvae.evaluation import generation
+from pyro_gpvae.evaluation.active_units import active_units
+from pyro_gpvae.evaluation.generation import Decoded, PathKind
+from pyro_gpvae.runs._text import caption
 from pyro_gpvae.runs.folder import Run, load_run
+from pyro_gpvae.runs.gap_chunks import describe
 
 __all__ = ["GENERATION_FILES", "report_generation"]
 
 GENERATION_FILES = (
-    "active_units.png",
-    "arrays.npz",
-    "interpolations.png",
-    "latent.json",
-    "reconstructions.png",
-    "samples.png",
-    "traversals.png",
-)
+    "active_units.png", "arrays.npz", "interpolations.png", "latent.json", "reconstructions.png",
+    "samples.png", "traversals.png",
+)  # fmt: skip
 
 
 def report_generation(
@@ -56,12 +45,8 @@ def report_generation(
 ) -> str:
     """Draws from a run and writes pictures, arrays and a record; returns a summary.
 
-    For the arguments see ``pyro-gpvae generate --help``; ``where`` are arguments of
+    For the arguments see ``pyro-gpvae generate --help``, and for ``where``
     :func:`pyro_gpvae.load_run`.
-
-    Raises:
-        FileNotFoundError, ValueError: If the run cannot be read, or an argument cannot be used.
-        FileExistsError: If ``out`` is not empty and may not be replaced.
     """
     from pyro_gpvae.plots.generation import generated_figures  # imports matplotlib
 
@@ -78,24 +63,18 @@ def report_generation(
         content = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
         content["active_variances"] = units.variances.numpy()
         np.savez_compressed(folder / "arrays.npz", **content)  # type: ignore[arg-type]
-        names = ("guide", "latent_dim", "likelihood", "epochs", "seed")
         record = {
-            "format": 1,
-            "run": {
-                "folder": str(run.folder),
-                "data": run.data.name,
-                **{name: getattr(run.config, name) for name in names},
-                "commit": run.record.get("commit"),
-            },
+            "format": 2,  # 1 described the run in other words
+            "run": describe(run),
+            "caption": f"Guide {run.config.guide}, "
+            + caption([describe(run)], len(run.data.test), f"Draws: seed {seed}."),
             "seed": seed,
             "image_index": index,
             "path": path,
             "span": span,
             "active_units": {
-                "count": units.count,
-                "threshold": units.threshold,
+                **{name: getattr(units, name) for name in ("count", "threshold", "num_images")},
                 "variances": units.variances.tolist(),
-                "num_images": units.num_images,
             },
             **environment(next(run.model.parameters()).device),
             "seconds": time.monotonic() - begin,
@@ -106,11 +85,14 @@ def report_generation(
             figures = generated_figures(saved, read_json(folder / "latent.json"))
         for name, figure in figures.items():
             figure.savefig(folder / name)
-    return _summary(units)
+    return (
+        f"active units  {units.count} of {len(units.variances)}  "
+        f"(variance of E_q[z_j|x] over {units.num_images} test images > {units.threshold:g})"
+    )
 
 
 def _index(test: Tensor, images: Sequence[int] | None) -> list[int]:
-    """Returns the indices of the images; by default those of the first eight."""
+    """Returns the indices of the images to show, which are the first eight by default."""
     if test.shape[1] not in (1, 3):
         raise ValueError(f"pictures need images with 1 or 3 channels, got {test.shape[1]}")
     index = list(range(min(8, len(test))) if images is None else images)
@@ -119,8 +101,7 @@ def _index(test: Tensor, images: Sequence[int] | None) -> list[int]:
             raise ValueError(f"images: {i} is not between 0 and {len(test) - 1}")
     if len(index) < 2:
         raise ValueError(
-            f"images: expected at least 2 of the {len(test)} test images, because paths lead from "
-            f"one to the next, got {len(index)}"
+            f"images: expected at least 2 of the {len(test)} test images, got {len(index)}"
         )
     return index
 
@@ -131,17 +112,17 @@ def _arrays(
     """Returns images, decoded images and their latents by name."""
     model, guide = run.model, run.guide
     images = run.data.test[index]
-    mean = reconstruct(model, guide, images, seed=seed)
+    mean = generation.reconstruct(model, guide, images, seed=seed)
     # some guides are random: paths must end at the reconstructions above
-    paths = latent_path(mean.z[:-1], mean.z[1:], steps, path)
-    moved = latent_traversals(mean.z[:1], span=span, steps=steps)[0]
+    paths = generation.latent_path(mean.z[:-1], mean.z[1:], steps, path)
+    moved = generation.latent_traversals(mean.z[:1], span=span, steps=steps)[0]
     decoded = {
-        "samples": sample_images(model, samples, seed=seed),
-        "samples_noise": sample_images(model, samples, noise=True, seed=seed),
+        "samples": generation.sample_images(model, samples, seed=seed),
+        "samples_noise": generation.sample_images(model, samples, noise=True, seed=seed),
         "reconstructions": mean,
-        "reconstructions_draw": reconstruct(model, guide, images, draw=True, seed=seed),
-        "interpolations": Decoded(paths, decode(model, paths)),
-        "traversals": Decoded(moved, decode(model, moved)),
+        "reconstructions_draw": generation.reconstruct(model, guide, images, draw=True, seed=seed),
+        "interpolations": Decoded(paths, generation.decode(model, paths)),
+        "traversals": Decoded(moved, generation.decode(model, moved)),
     }
     arrays = {
         "image_index": torch.tensor(index),
@@ -149,12 +130,5 @@ def _arrays(
         "traversal_values": torch.linspace(-span, span, steps),
     }
     for name, (z, pixels) in decoded.items():
-        arrays |= {name: pixels, f"{name}_uint8": to_uint8(pixels), f"{name}_z": z}
+        arrays |= {name: pixels, f"{name}_uint8": generation.to_uint8(pixels), f"{name}_z": z}
     return arrays
-
-
-def _summary(units: ActiveUnits) -> str:
-    return (
-        f"active units  {units.count} of {len(units.variances)}  "
-        f"(variance of E_q[z_j|x] over {units.num_images} test images > {units.threshold:g})"
-    )

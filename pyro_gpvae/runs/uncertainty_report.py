@@ -2,36 +2,25 @@ r"""Report of the inference uncertainty of a run: scores, correlations with the 
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import read_json, write_bytes, write_json, write_text
+from pyro_gpvae.core._files import read_json, write_json, write_text
+from pyro_gpvae.evaluation import uncertainty
 from pyro_gpvae.evaluation.posterior_grid import posterior_record
-from pyro_gpvae.evaluation.uncertainty import (
-    MIN_IMAGES,
-    RankCorrelation,
-    rank_correlation,
-    uncertainty_scores,
-)
-from pyro_gpvae.runs._markdown import markdown_table
+from pyro_gpvae.runs._text import caption, markdown_table
 from pyro_gpvae.runs.folder import Run, load_run
 from pyro_gpvae.runs.gap_chunks import describe, measure_gaps, read_table
 
 __all__ = [
-    "SCORES",
-    "add_uncertainty",
-    "correlate",
-    "correlation_markdown",
-    "measure_uncertainty",
+    "SCORES", "add_uncertainty", "correlate", "correlation_markdown", "measure_uncertainty",
     "render_uncertainty",
-]
+]  # fmt: skip
 
 #: Scores that may predict the gap: two of a random encoder, then some that any encoder has.
 SCORES = {
@@ -45,44 +34,30 @@ SCORES = {
 _DRAWN = ("uncertainty", "bhattacharyya", "reconstruction")  # in the scatter plots
 
 _READING = (
-    "Spearman's ρ with a 95 % bootstrap interval over the images, for this run alone. The first "
-    "two scores belong to the random encoder; any encoder has the others. A score is useful if its "
-    "ρ is positive, and a random encoder adds information if its ρ is above those of the others."
+    "Spearman's ρ with a 95 % bootstrap interval over the images, for this run alone. A random "
+    "encoder adds information if the ρ of its two scores, the first ones, is above the others."
 )
 
 
 def add_uncertainty(table: pd.DataFrame, run: Run) -> pd.DataFrame:
-    """Returns a run's table of gaps with a column for each of :data:`SCORES`.
-
-    Raises:
-        ValueError: If the guide is not a random encoder.
-    """
-    scores = uncertainty_scores(run.model, run.guide, run.data.test[: len(table)])
-    scores = scores.set_index(table.index)
-    return pd.concat([table, scores], axis=1).assign(surprise=-table["log_evidence"])
+    """Returns the table of gaps of a random encoder with a column for each of :data:`SCORES`."""
+    scores = uncertainty.uncertainty_scores(run.model, run.guide, run.data.test[: len(table)])
+    return table.join(scores.set_index(table.index)).assign(surprise=-table["log_evidence"])
 
 
 def correlate(table: pd.DataFrame, num_bootstrap: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Returns Spearman's ρ of each score with the gap and with the amortisation gap.
 
-    Arguments:
-        table: As :func:`add_uncertainty` returns it. Images that have not converged are left out.
-        num_bootstrap, seed: See ``rank_correlation`` of :mod:`pyro_gpvae.evaluation.uncertainty`.
-
-    Returns:
-        A row for each score and gap: ``rho``, ``low``, ``high`` (95 %) and ``num_images``. They
-        are NaN for a score that is constant.
-
-    Raises:
-        ValueError: If fewer than 8 images have converged.
+    Images that have not converged are left out. A score that is constant has the ρ NaN.
     """
     kept = table[table["converged"]]
     rows = []
     for score in SCORES:
+        constant = len(kept) > 0 and np.ptp(kept[score]) == 0
         for gap in ("gap", "amortisation"):
-            found = RankCorrelation(math.nan, math.nan, math.nan, len(kept))
-            if not len(kept) or np.ptp(kept[score]) > 0:
-                found = rank_correlation(
+            found = uncertainty.RankCorrelation(math.nan, math.nan, math.nan, len(kept))
+            if not constant:
+                found = uncertainty.rank_correlation(
                     kept[score], kept[gap], num_bootstrap=num_bootstrap, seed=seed
                 )
             rows.append({"score": score, "against": gap, **found._asdict()})
@@ -114,32 +89,31 @@ def measure_uncertainty(
 ) -> str:
     """Measures gap and uncertainty of a run's test images; returns a report in Markdown.
 
-    Writes ``uncertainty.csv`` (one row per image), ``uncertainty.json``, ``uncertainty.md``,
-    ``images.npz``, and for p = 2 ``posterior.npz``: everything that :func:`render_uncertainty`
-    needs. For the arguments see ``pyro-gpvae uncertainty --help``; ``where`` are arguments of
-    :func:`pyro_gpvae.load_run`.
-
-    Raises:
-        FileNotFoundError, ValueError: If the run cannot be read, its guide is not a random
-            encoder, there are fewer than 8 images, or fewer than 8 converge.
+    For the arguments see ``pyro-gpvae uncertainty --help``, and for ``where``
+    :func:`pyro_gpvae.load_run`. A guide without uncertainty, or fewer than 8 images that
+    converge, are a ValueError.
     """
-    out = Path(out)
-    run = load_run(run_folder, **where)
-    model, guide, test = run.model, run.guide, run.data.test
-    count = min(images, len(test))
-    if count < MIN_IMAGES:
+    out, run = Path(out), load_run(run_folder, **where)
+    test = run.data.test[:images]
+    if len(test) < uncertainty.MIN_IMAGES:
         raise ValueError(
-            f"a rank correlation needs at least {MIN_IMAGES} images, got {count} (images = "
-            f"{images}, of {len(test)} test images)"
+            f"a rank correlation needs at least {uncertainty.MIN_IMAGES} images, got {len(test)} "
+            f"(images = {images}, of {len(run.data.test)} test images)"
         )
-    uncertainty_scores(model, guide, test[:1])  # its errors come before the work
-    budget: dict[str, Any] = {"num_samples": num_samples, "reference_samples": reference_samples}
+    uncertainty.uncertainty_scores(
+        run.model, run.guide, test[:1]
+    )  # its errors come before the work
+    budget = {"num_samples": num_samples, "reference_samples": reference_samples}
     budget |= {"num_chains": 0, "num_steps": 1, "seed": seed}
-    table, _ = measure_gaps(
-        [run_folder], out, num_images=images, progress=progress, **where, **budget
-    )
-    table = add_uncertainty(table, run)
+    options: dict[str, Any] = {"num_images": images, "progress": progress, **where, **budget}
+    table = add_uncertainty(measure_gaps([run_folder], out, **options)[0], run)
     correlations = correlate(table, bootstrap, seed)
+    chosen: list[int] = []
+    if run.model.latent_dim == 2:  # the posteriors of the least and the most uncertain images
+        order, count = table["uncertainty"].argsort(kind="stable").tolist(), min(3, len(test) // 2)
+        chosen = [*order[:count], *order[::-1][:count]]
+        posteriors = posterior_record(run.model, run.guide, test[chosen], seed=seed)
+        np.savez_compressed(out / "posterior.npz", **posteriors)  # type: ignore[arg-type]
     record: dict[str, Any] = {
         "format": 1,
         "run": describe(run),
@@ -147,18 +121,11 @@ def measure_uncertainty(
         "converged": int(table["converged"].sum()),
         "budget": budget | {"bootstrap": bootstrap},
         "show": show,
-        **environment(next(model.parameters()).device),
+        **environment(next(run.model.parameters()).device),
         "correlations": correlations.to_dict("records"),
-        "posterior_images": [],
+        "posterior_images": chosen,
     }
-    if model.latent_dim == 2:  # the posteriors of up to three least and three most uncertain images
-        order = table["uncertainty"].to_numpy().argsort(kind="stable")
-        count = min(3, len(order) // 2)
-        chosen = [int(index) for index in (*order[:count], *order[::-1][:count])]
-        record["posterior_images"] = chosen
-        x = test[torch.tensor(chosen)]
-        _write_arrays(out / "posterior.npz", **posterior_record(model, guide, x, seed=seed))
-    _write_arrays(out / "images.npz", images=test[: len(table)].numpy())
+    np.savez_compressed(out / "images.npz", images=test.numpy())
     write_text(out / "uncertainty.csv", table.to_csv(index=False))
     write_json(out / "uncertainty.json", record)
     text = "\n\n".join([_caption(record), correlation_markdown(correlations), _READING]) + "\n"
@@ -174,52 +141,40 @@ def render_uncertainty(out: str | Path) -> None:
     record, table = read_json(out / "uncertainty.json"), read_table(out / "uncertainty.csv")
     with np.load(out / "images.npz") as file:
         images = file["images"]
-    caption = _caption(record)
-    if len(images) > 1:
-        text = f"{SCORES['uncertainty']} over dimensions. {caption}"
-        figure = uncertain_images(images, table["uncertainty"], record["show"], text)
-        figure.savefig(out / "uncertain.png")
-    titles = {
-        row["score"]: f"ρ = {_interval(row)}"
-        for row in record["correlations"]
-        if row["against"] == "gap"
-    }
+    text, scores = _caption(record), table["uncertainty"]
+    note = f"{SCORES['uncertainty']} over dimensions. {text}"
+    uncertain_images(images, scores, record["show"], note).savefig(out / "uncertain.png")
+    rows = [row for row in record["correlations"] if row["against"] == "gap"]
+    titles = {row["score"]: f"ρ = {_interval(row)}" for row in rows}
     labels = {name: SCORES[name] for name in _DRAWN}
-    figure = uncertainty_scatter(table[table["converged"]], labels, titles, caption)
+    figure = uncertainty_scatter(table[table["converged"]], labels, titles, text)
     figure.savefig(out / "scatter.png")
-    if record["posterior_images"]:
+    chosen = record["posterior_images"]
+    if chosen:
         with np.load(out / "posterior.npz") as file:
             arrays = dict(file)
-        rows = table.iloc[record["posterior_images"]]
         panels = [
-            f"uncertainty {r.uncertainty:.3g}, gap {r.gap:.3g} nats" for r in rows.itertuples()
+            f"uncertainty {row.uncertainty:.3g}, gap {row.gap:.3g} nats"
+            for row in table.iloc[chosen].itertuples()
         ]
-        text = (
+        note = (
             "The least (above) and the most uncertain images (below). Contours contain 50 % and "
-            f"90 % of the probability, those of the draws 90 %. {caption}"
+            f"90 % of the probability, those of the draws 90 %. {text}"
         )
-        figure = posterior_panels(images[rows.index], arrays, panels, len(panels) // 2, text)
+        figure = posterior_panels(images[chosen], arrays, panels, len(chosen) // 2, note)
         figure.savefig(out / "posterior.png")
 
 
 def _caption(record: dict[str, Any]) -> str:
-    config, budget = record["run"]["config"], record["budget"]
+    run, budget = record["run"], record["budget"]
     left = record["images"] - record["converged"]
-    return (
-        f"{config['guide']} on {config['data']}, p = {config['latent_dim']}, {config['epochs']} "
-        f"epochs, seed {config['seed']}; {record['images']} test images"
-        + (f", {left} left out (optimum not converged)" if left else "")
-        + f"; ELBO: K = {budget['num_samples']}, log p(x): K = {budget['reference_samples']}."
-    )
+    text = f"ELBO: K = {budget['num_samples']}, log p(x): K = {budget['reference_samples']}."
+    if left:
+        text += f" {left} images are left out (optimum not converged)."
+    return f"Guide {run['config']['guide']}, {caption([run], record['images'], text)}"
 
 
 def _interval(row: dict[str, Any]) -> str:
     if row["rho"] is None or math.isnan(row["rho"]):
         return "–"  # a constant has no ranks
     return f"{row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-
-def _write_arrays(path: Path, **arrays: Any) -> None:
-    content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
-    write_bytes(path, content.getvalue())

@@ -211,7 +211,7 @@ def test_a_signal_then_resume_gives_the_undisturbed_run(number, code, tmp_path):
     options += [TINY[0], *TINY[3:]]
     process = start(*options, "--out=stopped")
     deadline = time.monotonic() + 300
-    while not list(tmp_path.glob("stopped.partial/checkpoint*/step-0/state.json")):
+    while not list(tmp_path.glob("stopped.partial/checkpoint*.pt")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
@@ -250,7 +250,7 @@ def test_a_second_signal_ends_what_python_cannot_interrupt(number, code):
         "guides",
         code="""
             import hashlib
-            from pyro_gpvae.cli import _signals
+            from pyro_gpvae.core import _signals
             from pyro_gpvae.cli.guides import Guides
             _signals.GRACE = 0.1
             compute = lambda: hashlib.pbkdf2_hmac("sha1", b"", b"", 2**31 - 1)  # many minutes
