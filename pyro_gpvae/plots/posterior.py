@@ -87,7 +87,8 @@ def _panel(axes: Axes, record: Mapping[str, Floats]) -> None:
         linestyles="--", linewidths=1.4,
     )  # fmt: skip
     inside = density >= levels[0]
-    for name, set_limits in enumerate((axes.set_xlim, axes.set_ylim)):
+    limits = []
+    for name in (0, 1):
         z, q = record[f"z{name + 1}"], record[f"q{name + 1}"]
         held = z[inside.any(1 - name)]
         radii = _RADIUS * record["h"][:, name]
@@ -95,7 +96,8 @@ def _panel(axes: Axes, record: Mapping[str, Floats]) -> None:
         low = min(held.min(), (record["f"][:, name] - radii).min(), centre - half)
         high = max(held.max(), (record["f"][:, name] + radii).max(), centre + half)
         margin = 0.08 * (high - low)
-        set_limits(low - margin, high + margin)
+        limits.append((low - margin, high + margin))
+    axes.set(xlim=limits[0], ylim=limits[1])
     axes.set_xlabel("z₁ (prior standard deviations)", fontsize=8)
     axes.set_ylabel("z₂ (prior standard deviations)", fontsize=8)
     axes.tick_params(labelsize=8)

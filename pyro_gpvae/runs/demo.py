@@ -28,10 +28,6 @@ DEMO_FILES = (
 )  # fmt: skip
 # the run folders: the first half, which both methods share, and the second half of each method
 _LABELS = {"start": "VAE at half time", "vae": "VAE", "gpvae": "GPVAE"}
-_SCORES = (
-    "elbo", "log_evidence", "monte_carlo_error", "sampling_error", "median_log_evidence",
-    "mean_effective_sample_size",
-)  # fmt: skip
 _DIAGNOSTICS = ("v_over_h2", "r", "kl_weights_per_image")
 
 
@@ -93,15 +89,14 @@ def _compare(runs: dict[str, Run], quick: bool) -> dict[str, Any]:
     both["config"]["epochs"] *= 2
     budget = f"Batch {config.batch_size}, Adam {config.learning_rate:g}, K = {config.num_samples}."
     uncertainty, gap = gp["uncertainty"].to_numpy(), (gp["log_evidence"] - gp["elbo"]).to_numpy()
+    note = "QUICK DEMO, budget cut: " if quick else ""
+    differences = {"mean": difference.mean(), "standard_error": difference.sem()}
     return {
-        "caption": ("QUICK DEMO, budget cut: " if quick else "")
-        + caption([both], len(test), budget),
+        "caption": note + caption([both], len(test), budget),
         "quick": quick,
         "num_samples": config.num_samples,
         "methods": [_scores(name, runs) for name in runs],
-        "gpvae_minus_vae": pd.DataFrame(
-            {"mean": difference.mean(), "standard_error": difference.sem()}
-        ).to_dict("index"),
+        "gpvae_minus_vae": pd.DataFrame(differences).to_dict("index"),
         # whether the uncertainty of the encoder predicts the quality of its inference
         "rank_correlation_uncertainty_gap": rank_correlation(uncertainty, gap)._asdict(),
     }
@@ -114,7 +109,7 @@ def _scores(name: str, runs: dict[str, Run]) -> dict[str, Any]:
     return {
         "method": _LABELS[name],
         "epochs": len(halves) * record["config"]["epochs"],
-        **{score: record["scores"][score] for score in _SCORES},
+        **record["scores"],
         "training_seconds": sum(half["seconds"]["training"] for half in halves),
         "evaluation_seconds": record["seconds"]["evaluation"],
         "sigma": record["sigma"],
@@ -135,14 +130,10 @@ _COLUMNS = {
 
 def _table(metrics: dict[str, Any]) -> str:
     """Returns caption, table and conclusions as Markdown, which the demo also prints."""
-    rows = [
-        [text.format(**m) for text in _COLUMNS.values()]
-        + [
-            f"{m[name]:.2g}" if m[name] is not None else "–"
-            for name in ("v_over_h2", "kl_weights_per_image")
-        ]
-        for m in metrics["methods"]
-    ]
+    rows = [[text.format(**m) for text in _COLUMNS.values()] for m in metrics["methods"]]
+    for row, m in zip(rows, metrics["methods"], strict=True):
+        costs = m["v_over_h2"], m["kl_weights_per_image"]
+        row += ["–" if value is None else f"{value:.2g}" for value in costs]
     head = (*_COLUMNS, "v/h²", "KL/N")
     lines = [metrics["caption"], "", markdown_table(head, rows), ""]
     lines += [

@@ -35,23 +35,17 @@ def measure_gaps(
     progress: bool = True,
     **budget: Any,
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Decomposes the gaps of the first test images of each run.
+    """Decomposes the gaps of the first test images of each run; returns a table and descriptions.
 
     Each chunk of 25 finished images is written to ``out/chunks``, under a name that is a hash of
     the weights, the images and the budget, and is not measured again: after an interrupt, with
     further runs, or with more images. A damaged chunk is measured again, with a warning.
 
     Arguments:
-        folders, out: Run folders, and the folder of the chunks.
-        num_images: The number of test images, or all of a run that has fewer.
-        labels: A name for each run in tables and pictures; by default its guide, or its folder
-            where guides are not unique.
+        labels: A name for each run; by default its guide, or its folder where guides are not
+            unique.
         data, root, device, trust_guide: See :func:`pyro_gpvae.load_run`.
         budget: Further arguments of :func:`pyro_gpvae.decompose`.
-
-    Returns:
-        A table with a row for each run and image: ``run`` (the folder), ``label``, ``guide``,
-        ``seed``, and the columns of ``Gap.table()``; and a description of each run for the record.
     """
     if not folders or len({Path(folder).resolve() for folder in folders}) < len(folders):
         raise ValueError(f"expected one or more different run folders, got {len(folders)}")

@@ -39,11 +39,8 @@ def report_gaps(
 ) -> str:
     """Decomposes the gaps of runs, writes table, record, text and picture, and returns the text.
 
-    Arguments:
-        folders, out, options: See :func:`measure_gaps`.
-        budget: The arguments num_samples, reference_samples, num_chains, num_steps and seed of
-            :func:`pyro_gpvae.decompose`.
-        overwrite: Whether an earlier report in ``out`` may be replaced; else a FileExistsError.
+    The budget holds the arguments num_samples, reference_samples, num_chains, num_steps and seed of
+    :func:`pyro_gpvae.decompose`; ``options`` are arguments of :func:`measure_gaps`.
     """
     from pyro_gpvae.plots.gap import gap_ladder  # imports matplotlib
 
@@ -104,11 +101,9 @@ def gap_caption(record: dict[str, Any]) -> str:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Averages each quantity of a table of images, in nats per image.
 
-    The table is that of :func:`measure_gaps`; runs with the same label are seeds of one method.
     The result has a row for each label and quantity: ``mean`` and ``median`` over the converged
-    images (averaged over seeds; a few badly encoded images dominate means), ``standard_error`` of
-    the mean from the choice of images, ``sd`` of the mean over seeds, ``images`` (converged, all
-    seeds together), ``mean_of_all``, ``images_of_all``, and ``seeds``.
+    images (averaged over seeds, which are runs with the same label), ``standard_error`` over
+    images, ``sd`` over seeds, ``mean_of_all`` images, and the numbers of images and seeds.
     """
     names, frames = list(QUANTITIES), {}
     for label, runs in table.groupby("label", sort=False):

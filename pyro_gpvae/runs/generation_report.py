@@ -63,11 +63,11 @@ def report_generation(
         content = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
         content["active_variances"] = units.variances.numpy()
         np.savez_compressed(folder / "arrays.npz", **content)  # type: ignore[arg-type]
+        text = caption([describe(run)], len(run.data.test), f"Draws: seed {seed}.")
         record = {
             "format": 2,  # 1 described the run in other words
             "run": describe(run),
-            "caption": f"Guide {run.config.guide}, "
-            + caption([describe(run)], len(run.data.test), f"Draws: seed {seed}."),
+            "caption": f"Guide {run.config.guide}, {text}",
             "seed": seed,
             "image_index": index,
             "path": path,
@@ -100,9 +100,7 @@ def _index(test: Tensor, images: Sequence[int] | None) -> list[int]:
         if not 0 <= i < len(test):
             raise ValueError(f"images: {i} is not between 0 and {len(test) - 1}")
     if len(index) < 2:
-        raise ValueError(
-            f"images: expected at least 2 of the {len(test)} test images, got {len(index)}"
-        )
+        raise ValueError(f"images: expected at least 2 of {len(test)}, got {len(index)}")
     return index
 
 

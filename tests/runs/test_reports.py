@@ -317,7 +317,7 @@ class TestGeneration:
         ("options", "message"),
         [
             ({"images": (0, 12)}, "12 is not between 0 and 8"),
-            ({"images": (1,)}, "at least 2 of the 9 test images"),
+            ({"images": (1,)}, "at least 2 of 9"),
             ({"latent_images": 1}, "latent_images must be at least 2"),
             ({"samples": 0}, "num_images must be at least 1"),
         ],
