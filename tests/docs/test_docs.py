@@ -63,8 +63,12 @@ def test_there_are_seven_tutorials_and_each_has_a_smoke_setting():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_python_name_on_a_page_exists(page):
-    for name in re.findall(r"\{py:\w+\}`~?([\w.]+)`", page.read_text()):
+    text = page.read_text()
+    for name in re.findall(r"\{py:\w+\}`~?([\w.]+)`", text):
         resolve(name)
+    for module, names in re.findall(r"^from ((?:pyro_gpvae|guides)\S*) import (.*)$", text, re.M):
+        for name in names.split(", "):
+            resolve(f"{module}.{name}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
