@@ -47,7 +47,6 @@ class Gap(Where):
     def run(self) -> None:
         if not self.runs:
             raise ValueError("expected one or more run folders")
-
         from pyro_gpvae.runs.gap_report import report_gaps
 
         options = keywords(self)

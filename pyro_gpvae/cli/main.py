@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pyro-gpvae {__version__}")
         return 0
     if not sys.stderr.isatty():  # a log file gets a line a minute of each progress bar
-        for name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):
-            os.environ.setdefault(name, "60")
+        os.environ.setdefault("TQDM_MININTERVAL", "60")
+        os.environ.setdefault("TQDM_MAXINTERVAL", "60")
     try:
         with ending_on_signals(), warnings.catch_warnings():
             command: Any = tyro.cli(

@@ -33,10 +33,8 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
     Bars are means over images, and error bars the standard deviation of the sum over seeds, which
     are runs with the same label. Boxes hold the middle half of the images, and whiskers 90 %.
 
-    Arguments:
-        table: One row per image, as :func:`pyro_gpvae.runs.gap_chunks.measure_gaps` returns it;
-            images that have not converged are left out.
-        caption: Text below the figure, such as budget and seeds.
+    The table is that of :func:`pyro_gpvae.runs.gap_chunks.measure_gaps`; images that have not
+    converged are left out.
     """
     needed = {"label", "run", "converged", "gap", *_STEPS}
     if needed - set(table.columns):
@@ -102,10 +100,8 @@ def uncertainty_scatter(
 ) -> Figure:
     """Draws the gap of each image against scores that may predict it, one panel per score.
 
-    Arguments:
-        table: One row per image, with the column ``gap`` (nats) and a column for each score.
-        scores, titles: The label of the axis and the title of the panel of each score, by column.
-        caption: Text below the figure.
+    The table has the column ``gap`` (nats) and a column for each score; ``scores`` and ``titles``
+    hold the label of the axis and the title of the panel by column.
     """
     missing = {"gap", *scores} - set(table.columns)
     if not scores or missing:

@@ -27,7 +27,7 @@ def generated_figures(
     gaussian = record["run"]["config"]["likelihood"] == "gaussian"
     mean = "means of p(x|z)" if gaussian else "probabilities of p(x|z)"
     images = np.asarray(arrays["images"])
-    paths = np.asarray(arrays["interpolations"])
+    paths, ends = np.asarray(arrays["interpolations"]), to_pixels(images)[:, None]
     t = np.linspace(0, 1, paths.shape[1])
     variances = np.asarray(arrays["active_variances"])
     return {
@@ -38,18 +38,12 @@ def generated_figures(
         ),
         "reconstructions.png": reconstructions(
             images,
-            {
-                "from the mean": arrays["reconstructions"],
-                "from a draw": arrays["reconstructions_draw"],
-            },
+            {"its mean": arrays["reconstructions"], "a draw": arrays["reconstructions_draw"]},
             f"Test images, and the {mean} with z the mean of q(z|x), or one draw from it. "
             f"{caption}",
         ),
         "interpolations.png": image_table(
-            np.concatenate(
-                [to_pixels(images[:-1])[:, None], _table(paths), to_pixels(images[1:])[:, None]],
-                axis=1,
-            ),
+            np.concatenate([ends[:-1], _table(paths), ends[1:]], axis=1),
             [f"{a} → {b}" for a, b in pairwise(shown)],
             ["image", *(f"{value:.3g}" for value in t), "image"],
             ("test images", "position t on the path"),
@@ -125,10 +119,7 @@ def traversals(
 def active_units_chart(variances: ArrayLike, threshold: float, caption: str = "") -> Figure:
     """Draws the variance over images of the posterior mean of each latent dimension.
 
-    Arguments:
-        variances: Var_x(E_q[z_j|x]) of each dimension, (p,).
-        threshold: The variance above which a dimension is active.
-        caption: Text below the figure.
+    Dimensions above the threshold are active.
     """
     variance = np.asarray(variances, dtype=float)
     if variance.ndim != 1 or not len(variance) or not (variance >= 0).all():

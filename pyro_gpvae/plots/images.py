@@ -42,10 +42,7 @@ def reconstructions(
 ) -> Figure:
     """Draws a row of images, and below it a row of reconstructions for each method.
 
-    Arguments:
-        images: Images (N, C, H, W), uint8 or floats in [0, 1].
-        decoded: Images of the same shape by method; values outside [0, 1] are clipped.
-        caption: Text below the figure.
+    All images (N, C, H, W) are uint8 or floats, which are clipped to [0, 1].
     """
     rows = {"image": to_pixels(images)} | {name: to_pixels(x) for name, x in decoded.items()}
     for name, row in rows.items():

@@ -200,7 +200,9 @@ def _draw(runs: dict[str, Run], folder: Path, caption: str) -> None:
     figures = {
         "loss_curves": loss_curves(curves, f"ELBO of GPVAE: eq. (2). {caption}"),
         "reconstructions": reconstructions(test[:12].numpy(), decoded, text),
-        "prior_samples": image_grid(samples, caption=f"g(z), the same z for both. {caption}"),
+        "prior_samples": image_grid(
+            samples, caption=f"Decoded prior draws, the same z for both. {caption}"
+        ),
         "uncertain_images": uncertain_images(
             test.numpy(), scores, caption=f"GPVAE, Σ v/h² + r over dimensions. {caption}"
         ),

@@ -135,10 +135,10 @@ def test_which_errors_need_no_traceback(capsys, monkeypatch):
         main(["evaluate", "absent"])
 
 
-@pytest.mark.parametrize("option", ["--epochs=3", "--overwrite", "--seeds=2", "--from-record=a"])
-def test_resume_takes_no_other_options(option, capsys):
-    assert main(["train", "--resume=run", option]) == 2
-    assert f"drop {option.partition('=')[0]}" in capsys.readouterr().err
+def test_resume_takes_no_other_options(capsys):
+    for option in ("--epochs=3", "--overwrite", "--seeds=2", "--from-record=a"):
+        assert main(["train", "--resume=run", option]) == 2
+        assert f"drop {option.partition('=')[0]}" in capsys.readouterr().err
     assert main(["train", "--resume=run"]) == 2
     assert "there is no run to continue" in capsys.readouterr().err
 
@@ -174,11 +174,10 @@ def test_the_version_and_the_help(capsys):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize(
-    "command",
-    [Demo, Train, Evaluate, Gap, Uncertainty, Results, Generate],
-    ids=lambda c: c.__name__.lower(),
-)
+COMMANDS = (Demo, Train, Evaluate, Gap, Uncertainty, Results, Generate)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.__name__.lower())
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command.__name__.lower(), "--help"])

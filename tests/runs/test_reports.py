@@ -75,16 +75,14 @@ class TestDemo:
         for name in ("vae", "gpvae"):
             config = read_json(folder / name / "config.json")
             assert (config["warm_start"], config["epochs"]) == ("report/start", 1)
-        scores = [pd.read_csv(folder / name / "scores.csv")["elbo"] for name in ("gpvae", "vae")]
-        difference = scores[0] - scores[1]
+        gp, vae = (pd.read_csv(folder / name / "scores.csv")["elbo"] for name in ("gpvae", "vae"))
+        difference = gp - vae
         assert metrics["gpvae_minus_vae"]["elbo"] == pytest.approx(
             {"mean": difference.mean(), "standard_error": difference.std() / 8**0.5}
         )
         assert f"ELBO: {difference.mean():+.2f} ±" in printed
         again = evaluate_run("report/gpvae")
         assert again["scores"]["log_evidence"] == again["recorded"]["log_evidence"]
-
-    def test_it_needs_two_halves(self):
         with pytest.raises(ValueError, match="epochs must be even"):
             run_demo("report", epochs=3)
 
@@ -108,21 +106,9 @@ class TestGap:
         assert summary["seeds"] == 2
         assert "3.50 ± 1.41" in gap_markdown(two_seeds(), "")
 
-    def test_what_cannot_be_relied_on_is_counted_and_left_out(self):
-        table = two_seeds().query("run == 'c'").assign(trusted=[False, True, True, True])
-        table["converged"] = [True, False, True, True]
-        table["pareto_k"] = [0.9, 0.9, 0.1, 0.1]
-        summary = summarise(table).set_index("quantity").loc["amortisation"]
-        assert (summary["images"], summary["images_of_all"]) == (3, 4)
-        assert summary["mean"] == pytest.approx(20 / 3)
-        assert summary["mean_of_all"] == 6.5
-        text = gap_markdown(table, "caption")
-        assert "3 of 4" in text
-        assert "too low: 2 images of `vae`." in text
-        assert "no other estimate contradicts: 1 images of `vae`." in text
-        assert "`vae`: 1 images whose optimum has not converged" in text
-        unknown = words(gap_markdown(table.assign(kl_global=math.nan), ""))
-        assert "| not known | 3 of 4 |" in unknown
+    def test_unknown_costs_are_named(self):
+        table = two_seeds().assign(kl_global=math.nan)
+        assert "| not known | 8 of 8 |" in words(gap_markdown(table, ""))
 
     @pytest.mark.slow
     def test_a_stopped_measurement_continues(self, runs, tmp_path, monkeypatch):
@@ -274,14 +260,12 @@ class TestGeneration:
         arrays, record, _ = generate(runs / "vae", out, images=(4, 0, 7))
         assert sorted(path.name for path in out.iterdir()) == sorted(GENERATION_FILES)
         check_pictures(out, [name for name in GENERATION_FILES if name.endswith(".png")])
-        for name, shape in {
-            "samples": (6,), "samples_noise": (6,), "reconstructions": (3,),
-            "reconstructions_draw": (3,), "interpolations": (2, 5), "traversals": (2, 5),
-        }.items():  # fmt: skip
-            assert arrays[name].shape == (*shape, 1, 28, 28)
-            assert arrays[f"{name}_z"].shape == (*shape, 2)
+        for name in ("samples", "reconstructions", "interpolations", "traversals"):
+            assert arrays[name].shape[-3:] == (1, 28, 28)
+            assert arrays[f"{name}_z"].shape == (*arrays[name].shape[:-3], 2)
             expected = to_uint8(torch.from_numpy(arrays[name])).numpy()
             np.testing.assert_array_equal(arrays[f"{name}_uint8"], expected)
+        assert arrays["interpolations"].shape[:2] == arrays["traversals"].shape[:2] == (2, 5)
         assert arrays["image_index"].tolist() == record["image_index"] == [4, 0, 7]
         ends, mean = arrays["interpolations_z"][:, [0, -1]], arrays["reconstructions_z"]
         np.testing.assert_allclose(ends, np.stack([mean[:2], mean[1:]], 1), rtol=1e-5, atol=1e-6)
