@@ -8,12 +8,20 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import pyro
+import torch
 from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["BorrowedModules", "Program", "PyroProgram", "own_parameters", "with_own_parameters"]
+__all__ = [
+    "BorrowedModules",
+    "Program",
+    "PyroProgram",
+    "kept_buffers",
+    "own_parameters",
+    "with_own_parameters",
+]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -106,6 +114,21 @@ def with_own_parameters(function: Callable[_Arguments, _Result]) -> Callable[_Ar
             return function(*args, **kwargs)
 
     return wrapped
+
+
+@contextmanager
+def kept_buffers(programs: Iterable[Any]) -> Iterator[None]:
+    """Restores the buffers of the modules among the programs on exit, such as running averages."""
+    modules = [program for program in programs if isinstance(program, nn.Module)]
+    buffers = [buffer for module in modules for buffer in module.buffers() if not is_lazy(buffer)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                if not torch.equal(buffer, value):  # expanded buffers cannot be written to
+                    buffer.copy_(value)
 
 
 def _modules_of(programs: Iterable[Any]) -> list[nn.Module]:

@@ -82,8 +82,8 @@ def to_batch(images: Tensor, *programs: Any) -> Tensor:
     """
     if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
         raise ValueError(
-            f"images must be uint8 values 0 to 255 or floats, got {images.dtype}: convert them "
-            "with .to(torch.uint8)"
+            f"images must be uint8 values 0 to 255 or floats, got {images.dtype}: convert values 0 "
+            "to 255 with .to(torch.uint8), values in [0, 1] with .float()"
         )
     modules = (program for program in programs if isinstance(program, torch.nn.Module))
     like = next((p for module in modules for p in module.parameters()), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -13,15 +13,14 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.importance import vectorized_importance_weights
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution, constraints
-from torch.nn.parameter import is_lazy
 from tqdm.auto import tqdm
 
 from pyro_gpvae.core._errors import NonFiniteError, name_images
 from pyro_gpvae.core._float32 import exact_float32
 from pyro_gpvae.core._plates import DATA_PLATE, in_data_plate, is_global
-from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
+from pyro_gpvae.core._programs import PyroProgram, kept_buffers, with_own_parameters
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
@@ -46,23 +45,10 @@ def evaluator(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _
     @wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         programs = (*args, *kwargs.values())
-        with _kept_buffers(programs), torch.no_grad(), exact_float32():
+        with kept_buffers(programs), torch.no_grad(), exact_float32():
             return function(*args, **kwargs)
 
     return wrapped
-
-
-@contextmanager
-def _kept_buffers(programs: tuple[Any, ...]) -> Iterator[None]:
-    modules = [program for program in programs if isinstance(program, nn.Module)]
-    buffers = [buffer for module in modules for buffer in module.buffers() if not is_lazy(buffer)]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
 
 
 def check_images(model: Any, x: Any) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_gpvae.core._plates import DATA_PLATE, data_frame, in_data_plate
-from pyro_gpvae.core._programs import Program, PyroProgram, with_own_parameters
+from pyro_gpvae.core._programs import Program, PyroProgram, kept_buffers, with_own_parameters
 from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.model._pairing import pair
 
@@ -280,11 +280,18 @@ def elbo_terms(
     """Estimates the terms of eq. (2) with one draw of the guide, in nats per image.
 
     The ELBO is ``log_likelihood`` minus ``kl_z`` and ``kl_global``. The programs must not be
-    wrapped in :class:`PerImage`; x are images (B, C, H, W), uint8 or floats.
+    wrapped in :class:`PerImage`; x are images (B, C, H, W), uint8 or floats. Buffers of the
+    programs, such as running statistics, are left as they were.
+
+    Raises:
+        ValueError: If x is not a batch of the model's images.
     """
+    if hasattr(model, "check_images"):
+        model.check_images(x)
     x = to_batch(x, model, guide)
     programs = PerImage(pair(model, guide), num_images), PerImage(guide, num_images)
-    model_trace, guide_trace = get_importance_trace("flat", math.inf, *programs, (x,), {})
+    with kept_buffers((model, guide)):
+        model_trace, guide_trace = get_importance_trace("flat", math.inf, *programs, (x,), {})
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
     for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
         for site in sample_sites(trace):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import Program
+from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.model.likelihoods import GaussianPixels, bounded
 from pyro_gpvae.model.networks import ImageShape, build_decoder, call_network
 
@@ -99,10 +100,12 @@ class ImageModel(Program):
         """Checks that x are images (B, C, H, W) of this model: uint8 values, or pixels/255.
 
         Raises:
-            ValueError: If the shape is wrong or there is no image; if floats are not finite, beyond
-                ±100, or above 2 with none below zero; or if Bernoulli pixels are not 0 or 1.
+            ValueError: If the shape or the dtype is wrong or there is no image; if floats are not
+                finite, beyond ±100, or above 2 with none below zero; or if Bernoulli pixels are not
+                0 or 1.
         """
         self._check_shape(x)
+        to_batch(x[:1])  # refuses other dtypes
         if len(x) == 0:
             raise ValueError("x must hold at least one image, got none")
         self._check_binary(x)

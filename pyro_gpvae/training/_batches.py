@@ -91,12 +91,17 @@ class LoaderBatches:
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         if loader.batch_size is None:
-            raise ValueError("the DataLoader must have a batch_size, which its data set lacks")
+            raise ValueError("the DataLoader must have a batch_size, not None or a batch_sampler")
         self.loader = loader
         self.batch_size = loader.batch_size
         dataset: Any = loader.dataset
         try:
             self.num_images = len(dataset)
+            if len(loader) == 0:
+                raise ValueError(
+                    f"the DataLoader gives no minibatch of its {self.num_images} images: with "
+                    f"drop_last=True its batch_size {self.batch_size} must not be larger than that"
+                )
             count = min(self.num_images, max(SAMPLE_SIZE, self.batch_size))
             with seeded(0, torch.device("cpu")):  # transforms may be random
                 self.sample = _images(loader.collate_fn([dataset[i] for i in range(count)]))

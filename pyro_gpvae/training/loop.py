@@ -214,7 +214,8 @@ def _load(
 
 def _check_images(images: Tensor, model: PyroProgram, name: str) -> None:
     if not isinstance(images, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or a DataLoader, got {type(images)}")
+        kinds = "a torch.Tensor" if name == "validation" else "a torch.Tensor or a DataLoader"
+        raise TypeError(f"{name} must be {kinds}, got {type(images).__name__}")
     if images.numel() == 0:
         raise ValueError(f"{name} must hold at least one image, got shape {tuple(images.shape)}")
     to_batch(images[:1], model)  # refuses other dtypes

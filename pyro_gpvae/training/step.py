@@ -129,7 +129,10 @@ class TrainingStep:
         self.train(True)
         trained = list({id(p): p for p in self.parameters.values() if p.requires_grad}.values())
         if not trained:
-            raise ValueError("model and guide have no parameter to train: are they nn.Modules?")
+            raise ValueError(
+                "model and guide have no parameter to train: they must be nn.Modules, and not all "
+                "of their parameters may be frozen"
+            )
         for parameter in trained:
             if torch.empty_like(parameter).stride() != parameter.stride():
                 # a part of a larger tensor, or its elements share memory: Adam's fused kernels

@@ -133,6 +133,20 @@ def test_terms_add_up_to_the_bound():
     assert ((mean - torch.stack(exact)).abs() < 4 * error).all()
 
 
+@pytest.mark.parametrize("x", [255 * images(5), images(0), images(5)[0]])
+def test_terms_refuse_what_is_no_batch_of_images(x):
+    model = linear_model()
+    with pytest.raises(ValueError, match=r"images|image, got none"):
+        elbo_terms(model, gp(model), x, N)
+
+
+def test_terms_keep_running_statistics():
+    model, norm = linear_model(), nn.BatchNorm1d(3)
+    guide = GaussianGuide(model, nn.Sequential(linear_encoder(), norm)).double()
+    elbo_terms(model, guide, images(5), N)
+    assert norm.running_mean.eq(0).all()
+
+
 @torch.no_grad()
 def test_identity_1():
     """Σ ELBO(x) + KL(q(W,U) ‖ p(W,U|D)) = log p̂(D), the right side by quadrature."""

@@ -89,6 +89,8 @@ def test_bad_options(options, message):
         (torch.rand(0, 1, 8, 8), "at least one image"),
         (torch.full((2, 1, 8, 8), torch.nan), "must be finite"),
         (255 * torch.ones(2, 1, 8, 8), "divide values 0 to 255 by 255"),
+        (torch.full((2, 1, 8, 8), 200), r"got torch.int64.*with .to\(torch.uint8\)"),
+        (torch.ones(2, 1, 8, 8) > 0, r"got torch.bool.*with .float\(\)"),
         (-101 * torch.ones(2, 1, 8, 8), "divide values 0 to 255 by 255"),
     ],
 )

@@ -124,6 +124,11 @@ class Endless(IterableDataset):
     [
         (lambda: DataLoader(uint8(), batch_size=None), "must have a batch_size"),
         (lambda: DataLoader(Endless(), batch_size=8), r"must have len\(\) and an index"),
+        (
+            lambda: DataLoader(uint8(), batch_size=23, drop_last=True),
+            "no minibatch of its 22 images",
+        ),
+        (lambda: DataLoader(uint8()[:0], batch_size=3), "no minibatch of its 0 images"),
         (lambda: DataLoader([{"x": 1}] * 9, batch_size=3), "must give tensors of images"),
         (lambda: DataLoader(torch.zeros(9, 1, 4, 4), batch_size=3), "the model expects images"),
     ],
