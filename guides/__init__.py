@@ -14,6 +14,7 @@ RecursiveMixtureGuide rme       a mixture that grows by one encoder at a time. K
 SemiAmortizedGuide    sa        k gradient steps on the ELBO of each image. Kim et al. 2018
 IterativeGuide        iterative T steps by a network that sees that gradient. Marino et al. 2018
 LaplaceGuide          vlae      T Gauss-Newton steps, and the curvature there. Park et al. 2019
+NewtonGuide           newton    T Newton steps, whose inverse Hessian is amortised
 InstanceGuide         instance  the Gaussian of highest ELBO of each image, without an encoder
 ===================== ========= ===================================================================
 
@@ -32,6 +33,7 @@ from guides.instance import InstanceGuide
 from guides.iterative import IterativeGuide
 from guides.laplace import LaplaceGuide
 from guides.mixture import MixtureGuide
+from guides.newton import NewtonGuide
 from guides.recursive_mixture import RecursiveMixtureGuide
 from guides.semi_amortized import SemiAmortizedGuide
 
@@ -46,6 +48,7 @@ __all__ = [
     "LaplaceGuide",
     "LowRankGuide",
     "MixtureGuide",
+    "NewtonGuide",
     "RecursiveMixtureGuide",
     "SemiAmortizedGuide",
 ]

@@ -26,6 +26,8 @@ FAMILIES = [
     "rme:3",
     "sa:2,line_search=False",
     "iterative:2",
+    "newton:2",
+    "newton:1,covariance=diagonal,safeguard=True",
 ]
 #: Those that read the device: a Cholesky factor may fail, a search looks at what it found.
 READERS = ["sa:1", "vlae:1", "vlae:1,step=damped"]

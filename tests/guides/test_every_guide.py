@@ -15,7 +15,17 @@ from pyro_gpvae.model.networks import autocast_networks
 from pyro_gpvae.testing import check_guide
 
 # guides without steps, ranks or further components
-VAES = ["lowrank:0", "iaf:0", "hf:0", "me:1", "rme:1", "sa:0", "iterative:0", "full with p = 1"]
+VAES = [
+    "lowrank:0",
+    "iaf:0",
+    "hf:0",
+    "me:1",
+    "rme:1",
+    "sa:0",
+    "iterative:0",
+    "newton:0,covariance=diagonal",
+    "full with p = 1",
+]
 SPECS = [
     "vae",
     "gp",
@@ -32,6 +42,8 @@ SPECS = [
     "iterative:2",
     "vlae:1",
     "vlae:1,step=damped",
+    "newton:1",
+    "newton:2,covariance=diagonal",
 ]
 every_guide = pytest.mark.parametrize("spec", SPECS)
 PIXELS = (images(24) * 255).to(torch.uint8)
