@@ -12,6 +12,7 @@ import compare
 import crash_campaign
 import gap_table
 import gradient_variance
+import newton
 import pandas as pd
 import pytest
 import rme_ablation
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def few_digits(monkeypatch):
     few = load_data("mnist5k").take(train=96, test=8)
-    for module in (gradient_variance, rme_ablation):
+    for module in (gradient_variance, newton, rme_ablation):
         monkeypatch.setattr(module, "load_data", lambda name: few)
 
 
@@ -53,12 +54,31 @@ def test_rme_ablation(tmp_path, monkeypatch):
     assert "16 held-out training digits" in (tmp_path / "rme_ablation.md").read_text()
 
 
+@pytest.mark.usefixtures("few_digits")
+def test_newton(tmp_path, monkeypatch):
+    monkeypatch.setattr(newton, "TRAINED", ("vae", "newton:1"))
+    monkeypatch.setattr(newton, "UNTRAINED", ("sa:1",))
+    monkeypatch.setattr(newton, "END_TO_END", ("newton:1",))
+    monkeypatch.setattr(newton, "REPEATS", 1)
+    options = {"epochs": 1, "latent_dim": 2, "num_samples": 5, "seeds": 2, "end_to_end": 1}
+    for _ in range(2):  # the second call finds all cells
+        newton.main(newton.Options(**options, out=tmp_path))
+    rows = read_json(tmp_path / "newton.json")["rows"]
+    shares = {(row["seed"], row["guide"]): row.get("share") for row in rows}
+    assert len(shares) == len({(row["seed"], row["guide"]) for row in rows}) == 10
+    assert shares[0, "encoder of the VAE"] == 0
+    text = (tmp_path / "newton.md").read_text()
+    assert "| `newton:1` (2) |" in text
+    assert "| `newton:1` (1) | VAE |" in text
+
+
 @pytest.mark.parametrize(
     ("module", "folder"),
     [
         (gradient_variance, "docs/results"),
         (rme_ablation, "docs/results"),
         (compare, "docs/results"),
+        (newton, "docs/results"),
         (ablation, "experiments/results"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -1,0 +1,280 @@
+"""Newton steps with an amortised Hessian: the share of the gap they close, and what they cost.
+
+    python experiments/studies/newton.py --seeds 3
+
+For each seed this trains a VAE and finds the instance-wise optimum on its decoder, a full Gaussian
+for each test image. The decoder is then frozen, and every guide is trained on it from the encoder
+of the VAE, for as many epochs again; SA and VLAE take the encoder as it is. With
+
+    gap(q) = ELBO[optimum] - ELBO[q],    share closed = 1 - gap(q) / gap(VAE's encoder)
+
+0 is the encoder of the VAE and 1 the optimum. --end-to-end adds guides that are trained together
+with a decoder, from random weights and from the VAE. The unit of cost is the time to decode one
+latent vector for each of 128 images, measured in turn with the guides.
+
+Every result is a file in --out/cells and is not computed again. ``newton.json`` and ``newton.md``
+are written to --out; ``--render`` only makes the table from ``newton.json``.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from _study import publish
+from torch import Tensor
+
+from guides import GaussianGuide, InstanceGuide
+from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, log_evidence, make_guide
+from pyro_gpvae.core._files import read_json, write_json
+from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.evaluation.importance import ParetoWarning
+
+#: Guides that are trained on the frozen decoder, in the order of the table.
+TRAINED = ("vae", "iterative:3", "newton:1", "newton:2")
+#: Guides that take the encoder of the VAE without further training.
+UNTRAINED = ("sa:1", "vlae:1")
+#: Guides that are trained together with a decoder.
+END_TO_END = ("vae", "sa:1", "newton:1", "newton:1,covariance=diagonal")
+BATCH = 128
+REPEATS = 60
+_START, _OPTIMUM = "encoder of the VAE", "instance-wise optimum"
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options of the study.
+
+    Attributes:
+        data: Name of a data set.
+        epochs: Passes over the training images, for the VAE and again for every guide.
+        seeds: The number of seeds, from 0.
+        latent_dim: Dimension p of z.
+        test_images: How many test images are used.
+        train_images: Use only the first so many training images; None is all.
+        num_samples: Importance samples K per image.
+        guides: Only these guides on the frozen decoder; none is all.
+        end_to_end: Seeds of the training from scratch, from 0.
+        out: Folder of the results.
+        render: Only make the table from newton.json.
+    """
+
+    data: str = "mnist5k"
+    epochs: int = 20
+    seeds: int = 3
+    latent_dim: int = 10
+    test_images: int = 200
+    train_images: int | None = None
+    num_samples: int = 100
+    guides: tuple[str, ...] = ()
+    end_to_end: int = 0
+    out: Path = Path("runs/newton")
+    render: bool = False
+
+
+def main(options: Options) -> None:
+    publish("newton", options, partial(measure, options), markdown)
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Computes the cells that are missing; returns a row for each seed and guide."""
+    data = load_data(options.data)
+    train = data.train[: options.train_images]
+    x = to_batch(data.test[: options.test_images])
+    rows = []
+    for seed in range(max(options.seeds, options.end_to_end)):
+        study = _Study(options, seed, train, x)
+        if seed < options.seeds:
+            rows += study.frozen_decoder()
+        if seed < options.end_to_end:
+            rows += study.end_to_end()
+    return {"train_images": len(train), "rows": rows}
+
+
+class _Study:
+    """The cells of one seed; each is a JSON file, with the weights of the VAE beside them."""
+
+    def __init__(self, options: Options, seed: int, train: Tensor, x: Tensor) -> None:
+        self.options = options
+        self.seed = seed
+        self.train = train
+        self.x = x
+        self.folder = options.out / "cells" / f"seed-{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def frozen_decoder(self) -> list[dict[str, Any]]:
+        model, encoder = self.vae()
+        model.requires_grad_(False)
+        optimum = self.cell("optimum", partial(self.optimum, model, encoder))
+        start = self.cell("start", partial(self.scores, model, encoder))
+        wanted = self.options.guides or (*TRAINED, *UNTRAINED)
+        rows = [{"guide": _START} | start]
+        for name in (*TRAINED, *UNTRAINED):
+            if name in wanted:
+                cell = self.cell(name, partial(self.guide, name, model, encoder))
+                rows.append({"guide": name} | cell)
+        passes = self.cell("passes", partial(self.passes, model, encoder))
+        for row in rows:
+            row["share"] = 1 - (optimum["elbo"] - row["elbo"]) / (optimum["elbo"] - start["elbo"])
+            row["decoder_passes"] = passes[row["guide"]]
+        rows.append({"guide": _OPTIMUM, "share": 1.0} | optimum)
+        return [{"decoder": "frozen", "seed": self.seed} | row for row in rows]
+
+    def vae(self) -> tuple[ImageModel, GaussianGuide]:
+        """Returns the model and guide of the VAE, trained once."""
+        torch.manual_seed(self.seed)
+        model, encoder = self.programs("vae")
+        path = self.folder / "vae.pt"
+        if not path.exists():
+            self.fit(model, encoder)
+            torch.save([model.state_dict(), encoder.state_dict()], path)
+        for program, state in zip((model, encoder), torch.load(path), strict=True):
+            program.load_state_dict(state)
+        return model.eval(), encoder.eval()
+
+    def guide(self, name: str, model: ImageModel, encoder: GaussianGuide) -> dict[str, Any]:
+        torch.manual_seed(self.seed)
+        guide = make_guide(name, model, warm_start=encoder)
+        seconds = 0.0 if name in UNTRAINED else self.fit(model, guide)
+        return self.scores(model, guide) | {"seconds": seconds}
+
+    def end_to_end(self) -> list[dict[str, Any]]:
+        rows = []
+        for name in END_TO_END:
+            for start in ("random weights", "VAE"):
+                key = f"{name} from {start}"
+                cell = self.cell(key, partial(self.joint, name, start == "VAE"))
+                rows.append({"decoder": start, "seed": self.seed, "guide": name} | cell)
+        return rows
+
+    def joint(self, name: str, warm: bool) -> dict[str, Any]:
+        """Trains model and guide together, from the VAE if warm."""
+        torch.manual_seed(self.seed)
+        if warm:
+            model, encoder = self.vae()
+            guide = make_guide(name, model, warm_start=encoder)
+        else:
+            model, guide = self.programs(name)
+        seconds = self.fit(model, guide)
+        assert model.sigma is not None
+        return self.scores(model, guide) | {"sigma": model.sigma.item(), "seconds": seconds}
+
+    def programs(self, name: str) -> tuple[ImageModel, Any]:
+        _, channels, height, width = self.train.shape
+        sigma = initial_sigma(self.train)
+        model = ImageModel((channels, height, width), self.options.latent_dim, sigma=sigma)
+        return model, make_guide(name, model)
+
+    def fit(self, model: ImageModel, guide: Any) -> float:
+        start = time.process_time()
+        epochs = self.options.epochs
+        fit(model, guide, self.train, epochs=epochs, seed=self.seed, progress=False)
+        return time.process_time() - start
+
+    def scores(self, model: ImageModel, guide: Any) -> dict[str, float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ParetoWarning)  # the optimum is the reference
+            evidence = log_evidence(model, guide, self.x, self.options.num_samples, seed=self.seed)
+        elbo = evidence.elbo
+        return {
+            "elbo": float(elbo.mean()),
+            "median_elbo": float(elbo.median()),
+            "log_evidence": float(evidence.log_evidence.mean()),
+        }
+
+    def optimum(self, model: ImageModel, encoder: GaussianGuide) -> dict[str, float]:
+        guide = InstanceGuide(model, "full", warm_start=encoder)
+        return self.scores(model, guide)
+
+    @torch.no_grad()
+    def passes(self, model: ImageModel, encoder: GaussianGuide) -> dict[str, float]:
+        """Returns the fastest inference for a batch in units of its fastest decoding, by guide."""
+        x = self.x[:BATCH]
+        z = torch.zeros(len(x), self.options.latent_dim)
+        guides = {_START: encoder}
+        for name in (*TRAINED, *UNTRAINED):
+            guides[name] = make_guide(name, model, warm_start=encoder).eval()
+        times: dict[str, list[float]] = {name: [] for name in ("decoder", *guides)}
+        for _ in range(REPEATS):  # in turn, so that all of them meet the same other processes
+            for name, kept in times.items():
+                start = time.perf_counter()
+                if name == "decoder":
+                    model.decoder(z)
+                else:
+                    guides[name].posterior(x).sample()
+                kept.append(time.perf_counter() - start)
+        return {name: min(times[name]) / min(times["decoder"]) for name in guides}
+
+    def cell(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Returns what a computation returned when it was first made."""
+        path = self.folder / f"{name.replace(':', '-').replace('=', '-')}.json"
+        if not path.exists():
+            print(f"seed {self.seed}: {name}", flush=True)
+            write_json(path, compute())
+        return read_json(path)
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Returns the tables of the record, with means and standard deviations over seeds."""
+    rows = record["rows"]
+    frozen = [row for row in rows if row["decoder"] == "frozen"]
+    lines = [
+        "| q, on the decoder of the VAE | ELBO | median | IWAE | gap closed | decoder passes |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name in dict.fromkeys(row["guide"] for row in frozen):
+        group = [row for row in frozen if row["guide"] == name]
+        cells = [_mean(group, key, 1) for key in ("elbo", "median_elbo", "log_evidence")]
+        cells += [_mean(group, "share", 0, 100) + " %", _mean(group, "decoder_passes", 1)]
+        lines.append(f"| `{name}` ({len(group)}) | " + " | ".join(cells) + " |")
+    joint = [row for row in rows if row["decoder"] != "frozen"]
+    if joint:
+        lines += ["", "| trained together | from | ELBO | median | IWAE | σ | CPU seconds |"]
+        lines += ["|---|---|--:|--:|--:|--:|--:|"]
+        for name, start in dict.fromkeys((row["guide"], row["decoder"]) for row in joint):
+            group = [row for row in joint if (row["guide"], row["decoder"]) == (name, start)]
+            keys = (
+                ("elbo", 1),
+                ("median_elbo", 1),
+                ("log_evidence", 1),
+                ("sigma", 3),
+                ("seconds", 0),
+            )
+            cells = [_mean(group, key, digits) for key, digits in keys]
+            lines.append(f"| `{name}` ({len(group)}) | {start} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", caption(record), ""])
+
+
+def caption(record: dict[str, Any]) -> str:
+    """Returns the data, the budget, the seeds and the machine, in sentences."""
+    return (
+        f"{record['data']}: {record['train_images']:,} training and {record['test_images']} "
+        f"test images, p = {record['latent_dim']}, networks of the paper's tables, "
+        f"{record['epochs']} epochs for the VAE and as many again for every trained guide, "
+        f"learning rate 5e-4, K = {record['num_samples']}. The number of seeds is in "
+        "brackets; means ± standard deviations over seeds. `sa` and `vlae` take the encoder "
+        "of the VAE without training. "
+        "Decoder passes: the time to infer 128 images in units of the time to decode 128 latent "
+        f"vectors, the fastest of {REPEATS} each, the encoder included, on one thread of "
+        f"{record['device']}, which other processes used at the same time."
+    )
+
+
+def _mean(rows: list[dict[str, Any]], key: str, digits: int, factor: float = 1.0) -> str:
+    values = [factor * row[key] for row in rows if row.get(key) is not None]
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
