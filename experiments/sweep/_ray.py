@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from _costs import duration
 
 from pyro_gpvae.data.images import ImageData
 
@@ -36,7 +34,6 @@ def cluster(address: str | None, images: Mapping[str, ImageData]) -> Iterator[di
         ImportError: If Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no tables but ours
     try:
         import ray
     except ImportError as error:
@@ -63,7 +60,6 @@ def tune_cells(
     data_of: Mapping[str, str],
     images: Mapping[str, Any],
     out: Path,
-    costs: Mapping[str, float | None],
     *,
     identity: Sequence[str],
     cpus: int,
@@ -78,7 +74,6 @@ def tune_cells(
         data_of: The data set of each cell.
         images: References to the images, see :func:`cluster`.
         out: The results folder.
-        costs: Seconds that each cell of the plan costs, for the time that is left.
         identity: Names by which the experiment is found again after a restart.
         cpus, gpus: Resources of each run.
         retries: How often a cell is tried again.
@@ -86,15 +81,13 @@ def tune_cells(
     Returns:
         The cells that failed, and why.
     """
-    import ray
     from ray import tune
 
-    resources = {"cpu": cpus, "gpu": gpus}
     trainable = tune.with_resources(
         tune.with_parameters(
             _trial, train_cell=train_cell, data_of=data_of, images=images, out=str(out), cpus=cpus
         ),
-        resources,
+        {"cpu": cpus, "gpu": gpus},
     )
     digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:12]
     experiment = out / ".ray" / digest
@@ -106,8 +99,6 @@ def tune_cells(
             print(f"Ray Tune cannot restore its state ({error}) and starts again", flush=True)
             shutil.rmtree(experiment)
     if tuner is None:
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        slots = min(int(total.get(kind.upper(), 0) / n) for kind, n in resources.items() if n)
         tuner = tune.Tuner(
             trainable,
             param_space={"cell": tune.grid_search(list(names))},
@@ -115,9 +106,7 @@ def tune_cells(
             run_config=tune.RunConfig(
                 name=experiment.name,
                 storage_path=str(experiment.parent),
-                verbose=0,
                 failure_config=tune.FailureConfig(max_failures=retries),
-                callbacks=[_progress(out, dict(costs), max(1, slots))],
             ),
         )
     results = tuner.fit()
@@ -157,62 +146,3 @@ def _trial(
 def _arrays(data: ImageData) -> dict[str, Any]:
     arrays = {"train": data.train.numpy(), "test": data.test.numpy()}
     return {"name": data.name, "note": data.note, **arrays}
-
-
-def _progress(out: Path, costs: Mapping[str, float | None], slots: int) -> Any:
-    """Returns a callback of Ray Tune that prints what is done and what is left."""
-    from ray import tune
-
-    class Progress(tune.Callback):
-        """Prints the number of finished cells; it starts anew after a restart."""
-
-        def __init__(self) -> None:
-            self.started: dict[str, float] = {}
-            self.took: dict[str, float] = {}
-            self.printed = ("", 0.0)
-
-        def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            self.started[trial.config["cell"]] = time.time()
-
-        def on_trial_complete(
-            self, iteration: int, trials: list[Any], trial: Any, **_: Any
-        ) -> None:
-            name = trial.config["cell"]
-            self.took[name] = time.time() - self.started.get(name, time.time())
-
-        def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-            states = [trial.status for trial in trials]
-            state = f"{states.count('RUNNING')} running, {states.count('ERROR')} failed"
-            key = f"{states.count('ERROR')} {states.count('TERMINATED')}"
-            now = time.time()
-            if key == self.printed[0] and now - self.printed[1] < 60:
-                return
-            self.printed = key, now
-            done = {name for name in costs if (out / name / "record.json").exists()}
-            failed = {t.config["cell"] for t in trials if t.status == "ERROR"}
-            left = time_left(costs, done | failed, self.started, self.took, now)
-            when = "" if left is None else f"; about {duration(left / slots)} left"
-            print(f"{len(done)} of {len(costs)} cells done, {state}{when}", flush=True)
-
-    return Progress()
-
-
-def time_left(
-    costs: Mapping[str, float | None],
-    ended: Collection[str],
-    started: Mapping[str, float],
-    took: Mapping[str, float],
-    now: float,
-) -> float | None:
-    """Returns the seconds that are left: costs, in proportion to what finished runs took."""
-    known = {name: cost for name in took if (cost := costs[name]) is not None}
-    ratio = sum(took[name] for name in known) / sum(known.values()) if known else 1.0
-    typical = sum(took.values()) / len(took) if took else None
-    left = 0.0
-    for name in costs.keys() - set(ended):
-        cost = costs[name]
-        whole = typical if cost is None else cost * ratio
-        if whole is None:
-            return None
-        left += max(0.0, whole - (now - started[name] if name in started else 0.0))
-    return left

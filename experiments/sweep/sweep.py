@@ -113,7 +113,7 @@ def main(options: Options) -> int:
     warn_of_commits(frame, out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".sweep.lock", f"runs a sweep in {out}"):
-        failed = run(plan, out, frame, costs, options)
+        failed = run(plan, out, frame, options)
     frame = finished_runs(plan, out)
     if not frame.empty:
         text = score_table(frame, plan.title)
@@ -125,9 +125,7 @@ def main(options: Options) -> int:
     return 1 if failed else 0
 
 
-def run(
-    plan: Plan, out: Path, frame: pd.DataFrame, costs: Mapping[str, float | None], options: Options
-) -> dict[str, str]:
+def run(plan: Plan, out: Path, frame: pd.DataFrame, options: Options) -> dict[str, str]:
     """Trains the cells that are left; returns those that failed, and why."""
     left = [cell for cell in plan.cells if cell.name not in set(frame["run"])]
     if not left:
@@ -161,7 +159,6 @@ def run(
                     data_of,
                     stored,
                     out,
-                    costs,
                     identity=[cell.name for cell in plan.cells if cell.depth == depth],
                     cpus=options.cpus,
                     gpus=options.gpus,

@@ -8,12 +8,13 @@ posterior q(z|x) of the same batch and one draw from it. All guides take turns i
 another order in every round, after a warm-up. Compare the ratios to GPVAE with the paper's, not the
 times, which were measured on another device.
 
-A data set that is missing is "not run". Writes table6.json, .md, .tex, .csv and .png; ``--render``
-makes the last four again from the first.
+A data set that is missing is "not run". Writes table6.json, .md, .tex and .csv; ``--render`` makes
+the last three again from the first.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -27,10 +28,8 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from _dots import time_dots
-from _format import Block, latex, markdown
-from _frames import published_scores
-from _records import DATA_NAMES, method_label
+from _records import method_label
+from score_tables import DATA_NAMES, PUBLISHED, Blocks, latex, markdown
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
 from pyro_gpvae.core._environment import environment
@@ -46,7 +45,9 @@ GUIDES = (
     "vlae:4", "vlae:8", "gp",
 )  # fmt: skip
 DECODERS: tuple[DecoderKind, ...] = ("fc", "conv")
-PANELS = {"fc": "fully-connected", "conv": "convolutional"}
+PANELS = {"fc": "fully-connected decoders", "conv": "convolutional decoders"}
+#: A column of the table.
+KEY = ["decoder", "data", "latent_dim"]
 BATCH = 128
 _WARM_UP = 2
 
@@ -65,7 +66,7 @@ class Options:
         train_images: Number of images that the VAE is trained on for one epoch.
         device: "cpu" or "cuda"; None is CUDA if there is one.
         out: Folder of the results.
-        render: Only make tables and picture again from table6.json.
+        render: Only make the table again from table6.json.
     """
 
     mnist: str = "mnist5k"
@@ -91,7 +92,6 @@ def main(options: Options) -> None:
     write_text(out / "table6.csv", table.to_csv(index=False))
     write_text(out / "table6.md", markdown(title, blocks, text))
     write_text(out / "table6.tex", latex("table6", blocks, text))
-    time_dots(table, text, title).savefig(out / "table6.png")
     print(markdown(title, blocks, text))
 
 
@@ -182,54 +182,35 @@ def _programs(
 
 
 def summarise(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Medians, quartiles, and ratios of medians to GPVAE's on the same decoder."""
+    """Returns medians, quartiles, and ratios of medians to GPVAE's on the same decoder."""
     table = pd.DataFrame(rows)
     quartiles = [np.quantile(samples, [0.25, 0.5, 0.75]) for samples in table["samples_ms"]]
     table[["ms_low", "ms", "ms_high"]] = np.array(quartiles)
-    keys = ["data", "decoder", "latent_dim"]
-    gp = table.loc[table["guide"] == "gp", [*keys, "ms"]].rename(columns={"ms": "gp"})
-    table = table.merge(gp, on=keys, how="left")
-    table["ratio"] = table["ms"] / table.pop("gp")
-    return table
+    return table.assign(ratio=_ratios(table, "ms"))
+
+
+def _ratios(table: pd.DataFrame, column: str) -> pd.Series:
+    gp = table[table["guide"] == "gp"].set_index(KEY)[column].rename("of gp")
+    return table[column] / table.join(gp, on=KEY)["of gp"]
 
 
 def frame(rows: list[dict[str, Any]], latent_dims: tuple[int, ...]) -> pd.DataFrame:
-    """A row for each cell of the table, measured or not, with what was published."""
-    published = published_scores("ms")["ms"].to_dict()
-    found = {(r["guide"], r["data"], r["latent_dim"], r["decoder"]): r for r in rows}
-    # the paper's are rows in any case
-    guides = dict.fromkeys((*(key[0] for key in found), *(key[0] for key in published)))
-    lines = []
-    for decoder in DECODERS:
-        for data in ("mnist", "omniglot"):
-            for latent_dim in latent_dims:
-                place = (data, latent_dim, decoder)
-                for guide in guides:
-                    row = found.get((guide, *place), {})
-                    paper = published.get((guide, *place), math.nan)
-                    lines.append(
-                        {
-                            "panel": {"fc": "fully-connected", "conv": "convolutional"}[decoder]
-                            + " decoders",
-                            "column": f"{DATA_NAMES[data]}, p = {latent_dim}",
-                            "data": data,
-                            "decoder": decoder,
-                            "latent_dim": latent_dim,
-                            "method": method_label(guide),
-                            "guide": guide,
-                            **{
-                                name: row.get(name, math.nan)
-                                for name in ("ms", "ms_low", "ms_high", "ratio")
-                            },
-                            "repeats": len(row.get("samples_ms", ())),
-                            "published": paper,
-                            "published_ratio": paper / published.get(("gp", *place), math.nan),
-                        }
-                    )
-    table = pd.DataFrame(lines)
-    for name in ("ms", "ms_low", "ms_high", "ratio"):
-        table[name] = table[name].astype(float)  # JSON has None for what is not a number
-    return table
+    """Returns a row for each cell of the table, measured or not, with the published times."""
+    times = ["ms", "ms_low", "ms_high", "ratio"]
+    measured = pd.DataFrame(rows, columns=["guide", *KEY, *times, "samples_ms"])
+    measured["repeats"] = measured.pop("samples_ms").map(len)
+    paper = pd.read_csv(PUBLISHED / "table6.csv", comment="#").rename(columns={"ms": "published"})
+    guides = dict.fromkeys([*measured["guide"], *paper["guide"]])
+    cells = itertools.product(DECODERS, ("mnist", "omniglot"), latent_dims, guides)
+    table = pd.DataFrame(cells, columns=[*KEY, "guide"])
+    table.insert(0, "panel", table["decoder"].map(PANELS))
+    columns = table["data"].map(DATA_NAMES) + ", p = " + table["latent_dim"].map(str)
+    table.insert(1, "column", columns)
+    table["method"] = table["guide"].map(method_label)
+    table = table.merge(measured.astype({"latent_dim": int}), how="left")
+    table = table.merge(paper, how="left").astype(dict.fromkeys(times, float))
+    table["repeats"] = table["repeats"].fillna(0).astype(int)
+    return table.assign(published_ratio=_ratios(table, "published"))
 
 
 def caption(record: dict[str, Any]) -> str:
@@ -251,30 +232,28 @@ def caption(record: dict[str, Any]) -> str:
     return " ".join(text.split())
 
 
-def blocks_of(table: pd.DataFrame) -> list[Block]:
+def blocks_of(table: pd.DataFrame) -> Blocks:
     """Returns a block for each decoder: time, ratio to GPVAE, and the paper's time and ratio."""
-    blocks = []
+    blocks = {}
     for panel, part in table.groupby("panel", sort=False):
-        columns = dict.fromkeys(part["column"])
-        heads = [h for c in columns for h in (f"{c} (ms)", "ratio", "paper (ratio)")]
-        rows = [
-            (str(method), [text for _, row in cells.iterrows() for text in _texts(row)])
-            for method, cells in part.groupby("method", sort=False)
-        ]
-        blocks.append(Block(str(panel), heads, rows))
+        texts = []
+        for column, cells in part.set_index("method").groupby("column", sort=False):
+            heads = [f"{column} (ms)", "ratio", "paper (ratio)"]
+            rows = [_texts(row) for _, row in cells.iterrows()]
+            texts.append(pd.DataFrame(rows, cells.index, heads))
+        blocks[str(panel)] = pd.concat(texts, axis=1)
     return blocks
 
 
 def _texts(row: Any) -> list[str]:
     """Returns the three cells of a method and column."""
-    measured = "not run"
-    if not math.isnan(row["ms"]):
-        measured = f"{row['ms']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})"
-    ratio = "–" if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}"
-    paper = "–"
-    if not math.isnan(row["published"]):
-        paper = f"{row['published']:.1f} ({row['published_ratio']:.2f})"
-    return [measured, ratio, paper]
+    measured = f"{row['ms']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})"
+    published = f"{row['published']:.1f} ({row['published_ratio']:.2f})"
+    return [
+        "not run" if math.isnan(row["ms"]) else measured,
+        "–" if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}",
+        "–" if math.isnan(row["published"]) else published,
+    ]
 
 
 if __name__ == "__main__":
