@@ -10,57 +10,37 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
 class Worker:
-    """A program that waits for requests; it ends with the context in which it is used.
+    """A program that calls :func:`serve`; it ends with the context in which it is used."""
 
-    Arguments:
-        python: The Python of the environment that the program needs.
-        script: The program, which calls :func:`serve`.
-        arguments: Its arguments.
-
-    Raises:
-        RuntimeError: From :meth:`ask`, if the program has ended. Its message is on stderr.
-    """
-
-    def __init__(self, python: str | Path, script: Path, arguments: Sequence[str] = ()) -> None:
+    def __init__(self, python: str | Path, script: Path) -> None:
         self.script = script
         self.process = subprocess.Popen(
-            [str(python), str(script), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, do: str, **values: Any) -> Any:
-        """Sends one request and waits for its answer."""
+        """Sends one request and waits for its answer; RuntimeError if the program has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps({"do": do, **values}) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
+            print(json.dumps({"do": do, **values}), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            code = self.process.wait()
             raise RuntimeError(
-                f"{self.script.name} ended with {self.process.wait()} when it was asked to "
-                f"{do}: see its messages above"
-            )
-        return json.loads(answer)
+                f"{self.script.name} ended with {code} when it was asked to {do}: see its messages"
+            ) from None
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                stream.close()  # without requests a worker ends
-        self.process.wait()
+        self.process.communicate()  # closes its input: without requests a worker ends
 
 
 def serve(worker: object) -> None:
@@ -71,5 +51,4 @@ def serve(worker: object) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         answer = getattr(worker, request.pop("do"))(**request)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        print(json.dumps(answer), file=answers, flush=True)

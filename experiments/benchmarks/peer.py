@@ -74,36 +74,65 @@ class PeerOptions(Options):
     check_samples: int = 1000
 
 
+Workers = dict[str, Worker]
+
+
 def measure(options: PeerOptions) -> dict[str, Any]:
     """Returns the agreement of both scores, and the seconds per image of all requests."""
-    record: dict[str, Any] = {}
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        with pair(options) as workers:
-            record["check"] = same_quantity(workers, options, folder)
-        for guide in options.guides:
-            for latent_dim in options.latent_dims:
-                # memory that a process has freed before changes the cost of its training
-                with pair(options) as trainers, pair(options) as workers:
-                    for each in (trainers, workers):
-                        setup(each, options, guide, latent_dim, random_images(options), folder)
-                    record[f"{guide}, p = {latent_dim}"] = compare(trainers, workers, options)
+    shape, generator = NETS["conv"].image_shape, np.random.default_rng(options.seed)
+    sizes = {"train": options.images, "test": options.test_images}
+    images = {
+        n: generator.integers(256, size=(k, *shape), dtype=np.uint8) for n, k in sizes.items()
+    }
+    with pair(options, "vae", options.latent_dims[0], digits(options)) as workers:
+        record: dict[str, Any] = {"check": same_quantity(workers, options)}
+    for guide in options.guides:
+        for p in options.latent_dims:
+            start = pair(options, guide, p, images), pair(options, guide, p, images)
+            # memory that a process has freed before changes the cost of its training
+            with start[0] as trainers, start[1] as workers:
+                record[f"{guide}, p = {p}"] = compare(trainers, workers, options)
     return record
 
 
 @contextmanager
-def pair(options: PeerOptions) -> Iterator[dict[str, Worker]]:
-    """Starts a process of each library."""
+def pair(
+    options: PeerOptions, guide: str, latent_dim: int, images: dict[str, Any]
+) -> Iterator[Workers]:
+    """Starts a process of each library, and gives both the same images and networks.
+
+    Raises:
+        ValueError: If they have different versions of torch.
+    """
     with (
+        TemporaryDirectory() as folder,
         Worker(sys.executable, HERE / "_our_worker.py") as ours,
         Worker(options.peer, options.script) as peer,
     ):
-        yield {"ours": ours, "peer": peer}
+        path = Path(folder) / "images.npz"
+        np.savez(path, **images)
+        request = {
+            "guide": guide,
+            "latent_dim": latent_dim,
+            "batch_size": NETS["conv"].batch_size,
+            "device": str(options.on()),
+            "images": str(path),
+            "seed": options.seed,
+        }
+        workers = {"ours": ours, "peer": peer}
+        versions = {who: w.ask("setup", **request)["torch"] for who, w in workers.items()}
+        if len(set(versions.values())) > 1:
+            raise ValueError(f"both need the same torch, found {versions}")
+        yield workers
 
 
-def compare(
-    trainers: dict[str, Worker], workers: dict[str, Worker], options: PeerOptions
-) -> dict[str, Any]:
+def digits(options: PeerOptions) -> dict[str, Any]:
+    """Returns embedded digits, on which both libraries are compared before they are timed."""
+    data = load_data("mnist5k")
+    return {"train": data.train[: options.check_images].numpy(), "test": data.test.numpy()}
+
+
+def compare(trainers: Workers, workers: Workers, options: PeerOptions) -> dict[str, Any]:
     """Times all requests in turns, after one round of warm-up."""
     nll: dict[str, Any] = {"num_images": options.test_images, "num_samples": options.samples}
     trials = {b: workers["peer"].ask("nll", **nll, batch_size=b) for b in options.peer_batches}
@@ -161,21 +190,16 @@ def table(timings: Timings) -> str:
     return "\n".join(lines)
 
 
-def same_quantity(
-    workers: dict[str, Worker], options: PeerOptions, folder: Path
-) -> dict[str, float]:
+def same_quantity(workers: Workers, options: PeerOptions) -> dict[str, float]:
     """Scores the same digits by the same trained networks, in both libraries.
 
     Raises:
         ValueError: If the scores differ by more than 4 standard errors.
     """
-    digits = load_data("mnist5k")
-    train = digits.train[: options.check_images]
-    images = {"train": train.numpy(), "test": digits.test.numpy()}
-    setup(workers, options, "vae", options.latent_dims[0], images, folder)
     workers["ours"].ask("train", epochs=options.check_epochs, backend="eager")
-    workers["ours"].ask("save", path=str(folder / "weights.npz"))
-    workers["peer"].ask("load", path=str(folder / "weights.npz"))
+    with TemporaryDirectory() as folder:
+        workers["ours"].ask("save", path=f"{folder}/weights.npz")
+        workers["peer"].ask("load", path=f"{folder}/weights.npz")
     request = {"num_images": 20, "num_samples": options.check_samples, "batch_size": 100}
     mine, other = (workers[who].ask("nll", **request) for who in ("ours", "peer"))
     difference = abs(mine["mean"] - other["mean"]) / (math.sqrt(2) * mine["error"])
@@ -185,44 +209,6 @@ def same_quantity(
             f"pythae, a difference of {difference:.1f} standard errors"
         )
     return {"ours": mine["mean"], "peer": other["mean"], "standard_errors": difference}
-
-
-def setup(
-    workers: dict[str, Worker],
-    options: PeerOptions,
-    guide: str,
-    latent_dim: int,
-    images: dict[str, Any],
-    folder: Path,
-) -> None:
-    """Gives both workers images and networks.
-
-    Raises:
-        ValueError: If they have different versions of torch.
-    """
-    path = folder / "images.npz"
-    np.savez(path, **images)
-    request = {
-        "guide": guide,
-        "latent_dim": latent_dim,
-        "batch_size": NETS["conv"].batch_size,
-        "device": str(options.on()),
-        "images": str(path),
-        "seed": options.seed,
-    }
-    versions = {who: worker.ask("setup", **request)["torch"] for who, worker in workers.items()}
-    if len(set(versions.values())) > 1:
-        raise ValueError(f"both need the same torch, found {versions}: install it with the peer")
-
-
-def random_images(options: PeerOptions) -> dict[str, Any]:
-    """Returns random training and test images."""
-    shape, generator = NETS["conv"].image_shape, np.random.default_rng(options.seed)
-    sizes = {"train": options.images, "test": options.test_images}
-    return {
-        name: generator.integers(256, size=(size, *shape), dtype=np.uint8)
-        for name, size in sizes.items()
-    }
 
 
 def main(options: PeerOptions) -> None:

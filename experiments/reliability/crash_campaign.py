@@ -62,8 +62,6 @@ class Summary:
 
     kills: int = 0
     inside_a_checkpoint: int = 0
-    before_the_first_checkpoint: int = 0
-    after_training: int = 0
     finished_runs: int = 0
     identical_runs: int = 0
     steps_of_a_run: int = 0
@@ -112,8 +110,6 @@ def main(options: Options) -> Summary:
                 summary.kills += 1
                 summary.inside_a_checkpoint += bool(list(partial_folder(out).glob(".*.partial")))
                 now = summary.steps_of_a_run if out.exists() else _last_checkpoint(out)
-                summary.before_the_first_checkpoint += now is None
-                summary.after_training += now == summary.steps_of_a_run
                 lost = (reached or 0) + _count(steps) - before - (now or 0)
                 summary.most_steps_repeated = max(summary.most_steps_repeated, lost)
             summary.finished_runs += 1

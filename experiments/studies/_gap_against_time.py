@@ -16,18 +16,10 @@ def gap_against_time(table: pd.DataFrame, caption: str = "") -> Figure:
     """Draws the share of the amortisation gap that each guide closes against its inference time.
 
     Arguments:
-        table: A row for each guide and decoder, with the columns ``guide`` (of a family with
-            several, the number after the colon is written beside the point), ``decoder`` (a panel
-            each), ``share`` (0 is the VAE's encoder, 1 the instance-wise optimum), ``share_sd``
-            (over seeds, or NaN), and ``ms``, ``ms_low``, ``ms_high`` (milliseconds a batch).
+        table: A row for each guide and decoder, as of ``compare.summarise``. Points of a family
+            with several guides are labelled with the number after the colon.
         caption: A line below: the budget, the seeds, the device.
-
-    Raises:
-        ValueError: If the table is empty or lacks a column.
     """
-    needed = {"guide", "decoder", "share", "share_sd", "ms", "ms_low", "ms_high"}
-    if table.empty or needed - set(table.columns):
-        raise ValueError(f"gap_against_time needs rows with the columns {sorted(needed)}")
     decoders = list(dict.fromkeys(table["decoder"]))
     families: dict[str, list[str]] = {}
     for guide in table["guide"].unique():

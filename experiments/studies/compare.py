@@ -16,13 +16,14 @@ again.
 
 from __future__ import annotations
 
-import statistics
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import tyro
@@ -95,36 +96,23 @@ def collect(options: Options) -> dict[str, Any]:
     """Trains and evaluates what is missing, and returns a row for each seed, guide and decoder."""
     rows: list[dict[str, Any]] = []
     environment: dict[str, Any] = {}
+    names = ("data", "root", "epochs", "latent_dim", "train_images", "test_images", "num_samples")
+    shared = RunConfig(device=options.device, **{name: getattr(options, name) for name in names})
     for seed in range(options.seeds):
-        config = RunConfig(
-            data=options.data,
-            root=options.root,
-            epochs=options.epochs,
-            latent_dim=options.latent_dim,
-            train_images=options.train_images,
-            test_images=options.test_images,
-            num_samples=options.num_samples,
-            seed=seed,
-            device=options.device,
-        )
+        config = replace(shared, seed=seed)
         folder = options.out / f"seed-{seed}"
-        wanted = [
-            g
-            for g in (*AMORTISED, *REFINING, *REFINING_ONLY)
-            if g == "vae" or not options.guides or g in options.guides
-        ]
         vae = _train(replace(config, guide="vae"), folder / "vae")
+        fixed = replace(config, warm_start=str(vae.folder), freeze_decoder=True)
         candidates: list[tuple[str, str, Run, str | None]] = []
-        for guide in wanted:
+        for guide in (*AMORTISED, *REFINING, *REFINING_ONLY):
+            if options.guides and guide not in ("vae", *options.guides):
+                continue
             name = guide.replace(":", "-")
             if guide not in REFINING_ONLY:
                 run = _train(replace(config, guide=guide), folder / name)
                 candidates.append((guide, "end to end", run, None))
             if guide in AMORTISED:
-                fixed = replace(
-                    config, guide=guide, warm_start=str(vae.folder), freeze_decoder=True
-                )
-                run = _train(fixed, folder / f"{name}-fixed")
+                run = _train(replace(fixed, guide=guide), folder / f"{name}-fixed")
                 candidates.append((guide, "VAE's decoder", run, None))
             else:
                 candidates.append((guide, "VAE's decoder", vae, guide))
@@ -182,29 +170,20 @@ def _times(programs: list[Callable[[], Any]], vae: Run, repeats: int = 15) -> li
     device = next(vae.model.parameters()).device
     z = torch.zeros(BATCH, vae.model.latent_dim, device=device)
     everything = [*programs, lambda: vae.model.decoder(z)]
-    samples: list[list[float]] = [[] for _ in everything]
     with torch.no_grad():
-        for repeat in range(repeats + 2):
-            for program, times in zip(everything, samples, strict=True):
-                seconds = _seconds(program, device)
-                if repeat >= 2:  # after a warm-up
-                    times.append(1000 * seconds)
-    decoder = statistics.median(samples[-1])
-    rows = []
-    for times in samples[:-1]:
-        low, median, high = statistics.quantiles(times, n=4)
-        rows.append(
-            {"ms": median, "ms_low": low, "ms_high": high, "decoder_passes": median / decoder}
-        )
-    return rows
+        rounds = [[_milliseconds(p, device) for p in everything] for _ in range(repeats + 2)]
+    samples = np.array(rounds[2:])  # the first two are a warm-up
+    low, median, high = np.quantile(samples, [0.25, 0.5, 0.75], axis=0)
+    table = {"ms": median, "ms_low": low, "ms_high": high, "decoder_passes": median / median[-1]}
+    return pd.DataFrame(table)[:-1].to_dict("records")
 
 
-def _seconds(program: Callable[[], Any], device: torch.device) -> float:
+def _milliseconds(program: Callable[[], Any], device: torch.device) -> float:
     start = time.perf_counter()
     program()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
 
 
 def summarise(record: dict[str, Any]) -> pd.DataFrame:
@@ -240,28 +219,20 @@ def caption(record: dict[str, Any]) -> str:
 
 def markdown(table: pd.DataFrame, caption: str) -> str:
     """Makes the page: a line for each guide with both decoders, and its cost on the VAE's."""
-    decoders = ("end to end", "VAE's decoder")
     lines = [
         "| guide | end to end: ELBO | IWAE | optimum | gap closed "
         "| VAE's decoder: ELBO | IWAE | gap closed | decoder passes |",
         "|---|" + "--:|" * 8,
     ]
-    for guide in table["guide"].unique():
-        cells = [f"`{guide}`"]
-        passes = "–"
-        for decoder in decoders:
-            rows = table[(table["guide"] == guide) & (table["decoder"] == decoder)]
-            if rows.empty:
-                cells += ["–"] * (4 if decoder == "end to end" else 3)
-                continue
-            row = rows.iloc[0]
-            spread = "" if row["seeds"] == 1 else f" ± {100 * row['share_sd']:.0f}"
-            cells += [f"{row['elbo']:.1f}", f"{row['log_evidence']:.1f}"]
-            if decoder == "end to end":
-                cells.append(f"{row['optimum']:.1f}")
-            cells.append(f"{100 * row['share']:.0f}{spread} %")
-            passes = f"{row['decoder_passes']:.1f}"
-        lines.append("| " + " | ".join([*cells, passes]) + " |")
+    for guide, rows in table.groupby("guide", sort=False):
+        cells = {"end to end": ["–"] * 4, "VAE's decoder": ["–"] * 3}
+        for row in rows.itertuples():
+            spread = "" if row.seeds == 1 else f" ± {100 * row.share_sd:.0f}"
+            optimum = [f"{row.optimum:.1f}"] if row.decoder == "end to end" else []
+            scores = [f"{row.elbo:.1f}", f"{row.log_evidence:.1f}", *optimum]
+            cells[str(row.decoder)] = [*scores, f"{100 * row.share:.0f}{spread} %"]
+        texts = [f"`{guide}`", *itertools.chain(*cells.values())]
+        lines.append("| " + " | ".join([*texts, f"{rows['decoder_passes'].iloc[-1]:.1f}"]) + " |")
     reference = table.loc[table["decoder"] == "VAE's decoder", "optimum"]
     if len(reference):
         caption += (

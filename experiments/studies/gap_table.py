@@ -16,19 +16,15 @@ text and picture again from JSON and CSV.
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import tyro
 
-from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
 from pyro_gpvae.core._files import read_json, write_text
-from pyro_gpvae.evaluation.gap import decompose
 from pyro_gpvae.evaluation.importance import ParetoWarning
 from pyro_gpvae.plots.gap import gap_ladder
 from pyro_gpvae.runs.config import PLACE, RunConfig, check_same
@@ -68,7 +64,6 @@ class Options:
         runs: Folder of runs and of finished images.
         docs: Folder of the results.
         render: Only make text and picture again.
-        estimate: Only print an estimate of the duration.
     """
 
     data: str = "mnist5k"
@@ -87,15 +82,11 @@ class Options:
     runs: Path = Path("runs/gap_table")
     docs: Path = Path("docs")
     render: bool = False
-    estimate: bool = False
 
 
 def main(options: Options) -> None:
     results = options.docs / "results"
     if not options.render:
-        print(estimate(options), flush=True)
-        if options.estimate:
-            return
         collect(options)
     record, table = read_json(results / "gap.json"), read_table(results / "gap.csv")
     caption = f"{gap_caption(record)} The paper trains for 2000 epochs."
@@ -161,35 +152,6 @@ def configurations(options: Options) -> list[RunConfig]:
         for guide in (options.guides or GUIDES)
         for seed in range(options.seeds)
     ]
-
-
-def estimate(options: Options) -> str:
-    """Estimates the duration from a few steps of each guide and the gaps of eight images."""
-    configs = configurations(options)
-    missing = [c for c in configs if not (_folder(options, c) / "record.json").exists()]
-    data = load_data(options.data, root=options.root).take(options.train_images)
-    few, few_images = data.train[:256], min(8, options.images)
-    steps = options.epochs * -(-len(data.train) // 128)
-    training = 0.0
-    model = ImageModel(data.image_shape, options.latent_dim, sigma=initial_sigma(few))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    for guide in dict.fromkeys(config.guide for config in missing):
-        program = make_guide(guide, model).to(device)
-        for _ in range(2):  # the first time is a warm-up
-            start = time.perf_counter()
-            fit(model, program, few, epochs=1, progress=False)
-            seconds = (time.perf_counter() - start) / -(-len(few) // 128)
-        training += seconds * steps * sum(config.guide == guide for config in missing)
-    program = make_guide("vae", model).to(device)
-    start = time.perf_counter()
-    decompose(model, program, data.test[:few_images], **_budget(options))
-    measuring = (time.perf_counter() - start) / few_images * options.images * len(configs)
-    return (
-        f"about {(training + measuring) / 60:.0f} minutes: {training / 60:.0f} to train "
-        f"{len(missing)} of {len(configs)} runs, {measuring / 60:.0f} to measure "
-        f"{options.images} images of each, less those that were finished before"
-    )
 
 
 def correlations_markdown(record: dict[str, Any]) -> str:

@@ -21,14 +21,7 @@ TrainCell = Any
 
 @contextmanager
 def cluster(address: str | None, images: Mapping[str, ImageData]) -> Iterator[dict[str, Any]]:
-    """Connects to Ray, or starts it on this machine, and sends it the images.
-
-    Arguments:
-        address: Address of a cluster; None starts Ray on this machine.
-        images: Data sets by name.
-
-    Returns:
-        References to the arrays of each data set.
+    """Connects to Ray, or starts it on this machine; returns references to the images.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -68,15 +61,8 @@ def tune_cells(
 ) -> dict[str, str]:
     """Gives cells that do not wait for each other to Ray Tune.
 
-    Arguments:
-        train_cell: A function of a cell's name and images. It can be pickled.
-        names: The cells to train.
-        data_of: The data set of each cell.
-        images: References to the images, see :func:`cluster`.
-        out: The results folder.
-        identity: Names by which the experiment is found again after a restart.
-        cpus, gpus: Resources of each run.
-        retries: How often a cell is tried again.
+    ``train_cell`` takes a cell's name and images, which are references of :func:`cluster`;
+    ``identity`` is by what the experiment is found again after a restart.
 
     Returns:
         The cells that failed, and why.

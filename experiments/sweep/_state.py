@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from _costs import duration
 from _plans import Plan
 
-from pyro_gpvae.core._environment import environment, sha256
+from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._files import partial_folder, read_json
 from pyro_gpvae.data.images import ImageData, load_data
 from pyro_gpvae.runs.config import PLACE, RunConfig
@@ -84,20 +82,6 @@ def finished_runs(plan: Plan, out: Path) -> pd.DataFrame:
     order = {name: number for number, name in enumerate(cells)}
     frame = frame.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
     return frame.assign(method=[cells[name].method for name in frame["run"]])
-
-
-def warn_of_commits(frame: pd.DataFrame, out: Path) -> None:
-    """Warns of finished runs that were trained with other code."""
-    commit = environment(torch.device("cpu"))["commit"]
-    others = frame[frame["commit"] != commit]
-    if len(others):
-        first = others.iloc[0]
-        warnings.warn(
-            f"{len(others)} finished runs were trained with other code than this ({commit}): "
-            f"commit is {first['commit']} in {out / first['run'] / 'record.json'}. They are kept, "
-            "and the table says so. For runs of one commit, choose another --out.",
-            stacklevel=2,
-        )
 
 
 def describe(plan: Plan, out: Path, done: set[str], costs: Mapping[str, float | None]) -> str:

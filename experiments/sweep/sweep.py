@@ -34,7 +34,7 @@ from _costs import seconds, step_times
 from _plans import Cell, Plan
 from _ray import cluster, tune_cells
 from _read_plan import read_plan
-from _state import describe, finished_runs, load_images_once, warn_of_commits
+from _state import describe, finished_runs, load_images_once
 
 from pyro_gpvae.core._files import InUseError, locked, write_text
 from pyro_gpvae.data.images import ImageData
@@ -110,7 +110,6 @@ def main(options: Options) -> int:
     if options.dry_run:
         print(describe(plan, out, set(frame["run"]), costs))
         return 0
-    warn_of_commits(frame, out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".sweep.lock", f"runs a sweep in {out}"):
         failed = run(plan, out, frame, options)

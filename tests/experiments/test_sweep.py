@@ -12,7 +12,8 @@ import sweep
 import torch
 from _costs import seconds
 from _read_plan import read_plan
-from _state import finished_runs, load_images_once, warn_of_commits
+from _state import finished_runs, load_images_once
+from score_tables import TABLE_4, TABLE_5
 
 from pyro_gpvae import train_run
 from pyro_gpvae.core._files import read_json, write_json
@@ -61,13 +62,9 @@ def test_every_plan_can_be_read(path):
 def test_the_plans_are_the_papers_tables():
     """Every row of the supplement's tables is a method, at the paper's budget."""
     four, five = (read_plan(SWEEP.parents[1] / "plans" / f"table{n}.toml") for n in (4, 5))
-    steps = [f"{name}:{k}" for name in ("sa", "iaf", "hf") for k in (1, 2, 4, 8)]
-    steps += [f"{name}:{k}" for name in ("me", "rme") for k in (2, 3, 4, 5)]
-    grid = {(guide, p) for guide in ["vae", "gp", *steps] for p in (10, 20, 50)}
-    assert {(c.config.guide, c.config.latent_dim) for c in four.cells} == grid
-    steps = [f"{name}:{k}" for name in ("sa", "vlae") for k in (1, 2, 4, 8)]
-    assert {c.config.guide for c in five.cells} == {"vae", "gp", *steps}
-    for plan in (four, five):
+    for plan, table, dims in ((four, TABLE_4, (10, 20, 50)), (five, TABLE_5, (10, 50))):
+        cells = {(c.config.guide, c.config.latent_dim) for c in plan.cells}
+        assert cells == {(guide, p) for guide in table.guides for p in dims}
         assert plan.budget_overrides == {}
         gp = [c for c in plan.cells if c.config.guide == "gp"]
         assert all(c.config.warm_start and c.config.epochs == 2000 for c in gp)
@@ -77,27 +74,19 @@ def test_the_plans_are_the_papers_tables():
         assert len(controls) == 2 * len(gp)
 
 
-def test_a_cell_is_named_by_its_options(tiny):
-    plan = read_plan(tiny)
-    assert len(plan.cells) == 12
-    cell = plan.cells[0]
-    assert cell.name.startswith("mnist5k-p2-conv-vae-seed0-")
+def test_a_cell_is_named_by_its_options_and_cuts_are_kept(tiny):
+    plan, cut = read_plan(tiny), read_plan(tiny, epochs=7, seeds=2)
+    assert (len(plan.cells), len(cut.cells)) == (12, 8)
+    name, other = plan.cells[0].name, cut.cells[0].name
+    assert name.startswith("mnist5k-p2-conv-vae-seed0-")
+    assert other[:-8] == name[:-8]
+    assert other != name, "another budget is another run"
     gp = next(c for c in plan.cells if c.config.guide == "gp" and c.config.seed == 1)
     assert gp.config.warm_start in {c.name for c in plan.cells if c.config.seed == 1}
-    cut = read_plan(tiny, epochs=1).cells[0]
-    assert cut.name != cell.name, "another budget is another run"
-    assert cut.name[:-8] == cell.name[:-8]
-
-
-def test_cuts_are_kept_with_the_plan(tiny):
-    plan = read_plan(tiny, epochs=7, seeds=2)
-    assert {c.config.epochs for c in plan.cells} == {7}
-    assert len(plan.cells) == 8
-    about = plan.metadata(plan.cells[0])
-    assert about["cut"]["epochs"] == {"used": 7, "full": 2000}
-    assert about["cut"]["seeds"] == {"used": 2, "full": 5}
-    assert about["cut"]["train_images"] == {"used": 256, "full": None}
-    assert "batch_size" not in about["cut"]
+    found = cut.metadata(cut.cells[0])["cut"]
+    assert found["epochs"] == {"used": 7, "full": 2000}
+    assert found["train_images"] == {"used": 256, "full": None}
+    assert "batch_size" not in found
     tiny.write_text(TINY + "epochs_factor = 3")
     epochs = {(c.method, c.config.epochs) for c in read_plan(tiny, epochs=7).cells}
     assert epochs == {("vae", 7), ("gp after vae", 21)}, "a control's factor is kept"
@@ -105,12 +94,8 @@ def test_cuts_are_kept_with_the_plan(tiny):
 
 def test_select_takes_what_a_cell_starts_from_along(tiny):
     plan = read_plan(tiny).select(parse_where(["guide=gp", "decoder=fc", "seed=0,2"]))
-    assert [(c.config.guide, c.config.decoder, c.config.seed) for c in plan.cells] == [
-        ("vae", "fc", 0),
-        ("vae", "fc", 2),
-        ("gp", "fc", 0),
-        ("gp", "fc", 2),
-    ]
+    found = [(c.config.guide, c.config.decoder, c.config.seed) for c in plan.cells]
+    assert found == [("vae", "fc", 0), ("vae", "fc", 2), ("gp", "fc", 0), ("gp", "fc", 2)]
     with pytest.raises(ValueError, match=r"no cell has guide=gq; there are vae, gp"):
         read_plan(tiny).select({"guide": ["gq"]})
     with pytest.raises(ValueError, match=r"'guid=gp': expected KEY=VALUE"):
@@ -151,20 +136,13 @@ def test_a_plan_that_would_fail_or_mislead_is_refused(tiny, old, new, message):
 
 
 def test_dry_run_tells_cells_and_costs(tiny, tmp_path, capsys, monkeypatch):
-    times = pd.DataFrame(
-        {
-            "guide": ["vae", "gp"],
-            "data": "mnist",
-            "latent_dim": [10, 10],
-            "decoder": "conv",
-            "batch_size": 128,
-            "num_samples": 100,
-            "threads": 1,
-            "device": "one",
-            "step_ms": [500.0, 1000.0],
-            "image_ms": [20.0, 20.0],
-        }
-    )
+    columns = ["guide", "data", "latent_dim", "decoder", "batch_size", "num_samples", "threads",
+               "device", "step_ms", "image_ms"]  # fmt: skip
+    rows = [
+        (guide, "mnist", 10, "conv", 128, 100, 1, "one", step_ms, 20.0)
+        for guide, step_ms in (("vae", 500.0), ("gp", 1000.0))
+    ]
+    times = pd.DataFrame(rows, columns=columns)
     times.to_csv(tmp_path / "times.csv", index=False)
     monkeypatch.setattr(sweep, "STEP_TIMES", tmp_path / "times.csv")
     options = sweep.Options(plan=tiny, out=tmp_path / "out", dry_run=True)
@@ -191,8 +169,6 @@ def test_finished_runs_that_do_not_fit_are_refused(tiny, tmp_path):
     other = frame.assign(train_sha256="0" * 64)
     with pytest.raises(ValueError, match=rf"{cell.name}/record.json: data.train_sha256 is not"):
         load_images_once(plan, other, out, {"mnist5k"})
-    with pytest.warns(UserWarning, match=rf"commit is 123 in .*{cell.name}/record.json"):
-        warn_of_commits(frame.assign(commit="123"), out)
 
     record = out / cell.name / "record.json"
     content = record.read_text()
