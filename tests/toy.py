@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_gpvae import ImageModel
+from pyro_gpvae import Checkpoints, ImageModel
 
 SHAPE = (1, 2, 3)
 
@@ -27,6 +27,27 @@ def linear_encoder(num_features: int = 3) -> nn.Module:
 def images(count: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, *SHAPE, generator=generator, dtype=torch.float64)
+
+
+def uint8(count: int) -> Tensor:
+    return (images(count) * 255).to(torch.uint8)
+
+
+class Kill(BaseException):
+    """The process ends."""
+
+
+class Dying(Checkpoints):
+    """Checkpoints whose process ends right after the one of a step."""
+
+    def __init__(self, folder, dies_after=4, every=1):
+        super().__init__(folder, every)
+        self.dies_after = dies_after
+
+    def save(self, checkpoint):
+        super().save(checkpoint)
+        if checkpoint.step == self.dies_after:
+            raise Kill
 
 
 def exact_posterior(model: ImageModel, x: Tensor) -> dist.MultivariateNormal:

@@ -3,7 +3,7 @@ r"""Minibatches of a training, from a tensor or from a ``torch.utils.data.DataLo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,47 +18,14 @@ SAMPLE_SIZE = 512
 
 
 class Batch(NamedTuple):
-    """A minibatch.
-
-    Attributes:
-        images: (B, ...), as they were given to ``fit``: uint8 or floats.
-        numbers: What error messages call them, (B,).
-    """
+    """Images (B, ...), as they were given to ``fit``, and their numbers (B,) in messages."""
 
     images: Tensor
     numbers: Tensor
 
 
-class Batches(Protocol):
-    """The training images of one run.
-
-    Attributes:
-        num_images: The number N of training images.
-        batch_size: The number of images in a minibatch; the last one may have fewer.
-        sample: The first images, at least a minibatch.
-    """
-
-    num_images: int
-    batch_size: int
-    sample: Tensor
-
-    def __len__(self) -> int:
-        """Returns the number of minibatches in an epoch."""
-
-    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
-        """Iterates over the minibatches of an epoch, without the first ``skip`` ones.
-
-        The generator alone decides their order, and is advanced once an epoch.
-        """
-
-
 class TensorBatches:
-    """Minibatches of a tensor, which visit each image once an epoch, in a random order.
-
-    Arguments:
-        images: (N, ...), kept on the device of the training.
-        batch_size: Images in a minibatch.
-    """
+    """Minibatches of images (N, ...), each once an epoch in a random order."""
 
     def __init__(self, images: Tensor, batch_size: int) -> None:
         if batch_size < 1:
@@ -66,27 +33,24 @@ class TensorBatches:
         self.images = images
         self.num_images = len(images)
         self.batch_size = batch_size
+        #: the first images, at least a minibatch
         self.sample = images[: max(SAMPLE_SIZE, batch_size)]
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
+        """Iterates over an epoch without its first minibatches; the generator decides the order."""
         order = torch.randperm(self.num_images, generator=generator).to(self.images.device)
         for numbers in order.split(self.batch_size)[skip:]:
             yield Batch(self.images[numbers], numbers)
 
 
 class LoaderBatches:
-    """Minibatches of a DataLoader, for images that are larger than memory.
+    """Minibatches of a DataLoader of images, or of tuples that begin with them.
 
     Its samplers and workers are seeded at the start of each epoch, so that a resumed training sees
-    the same minibatches. Random transforms are repeated as well, except in workers that outlive
-    an epoch (``persistent_workers=True``).
-
-    Arguments:
-        loader: A loader of tensors of images, or of tuples that begin with one. Its data set must
-            have a length and an index.
+    the same minibatches; except in workers that outlive an epoch (``persistent_workers=True``).
     """
 
     def __init__(self, loader: DataLoader[Any]) -> None:
@@ -104,21 +68,19 @@ class LoaderBatches:
                 )
             count = min(self.num_images, max(SAMPLE_SIZE, self.batch_size))
             with seeded(0, torch.device("cpu")):  # transforms may be random
-                self.sample = _images(loader.collate_fn([dataset[i] for i in range(count)]))
+                self.sample = _batch(loader.collate_fn([dataset[i] for i in range(count)])).images
         except (TypeError, NotImplementedError) as error:
-            raise ValueError(
-                f"the data set of the DataLoader must have len() and an index: {error}"
-            ) from error
+            raise ValueError(f"the data set must have len() and an index: {error}") from error
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
+        """Iterates over an epoch without its first minibatches; the generator decides the order."""
         seed = int(torch.randint(2**62, (), generator=generator))
-        own = (self.loader.generator, getattr(self.loader.sampler, "generator", None))
-        for each in own:
-            if each is not None:
-                each.manual_seed(seed)
+        for own in (self.loader.generator, getattr(self.loader.sampler, "generator", None)):
+            if own is not None:
+                own.manual_seed(seed)
         with seeded(seed, torch.device("cpu")):
             # a sampler draws its seed when its first number is asked for
             iterator = iter(self.loader)
@@ -132,17 +94,13 @@ class LoaderBatches:
             yield _batch(images)
 
 
+Batches = TensorBatches | LoaderBatches
+
+
 def _batch(item: Any) -> Batch:
-    images = _images(item)
-    return Batch(images, torch.arange(len(images)))
-
-
-def _images(item: Any) -> Tensor:
     """The images of what a DataLoader gives."""
     images = item[0] if isinstance(item, tuple | list) else item
     if not isinstance(images, Tensor):
-        raise ValueError(
-            f"the DataLoader must give tensors of images, or tuples that begin with one, got "
-            f"{type(images).__name__}"
-        )
-    return images
+        kind = type(images).__name__
+        raise ValueError(f"the DataLoader must give tensors of images, or tuples, got {kind}")
+    return Batch(images, torch.arange(len(images)))

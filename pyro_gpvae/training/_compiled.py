@@ -3,131 +3,302 @@ r"""The compiled training step: traced once, compiled by torch, and compared wit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functionalize
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_gpvae.core._errors import UnsupportedError
-from pyro_gpvae.core._seeds import preserve_rng
-from pyro_gpvae.training._tracing import TracedLoss, snapshot, trace_loss
+from pyro_gpvae.core._errors import UnsupportedError, unvalidated
+from pyro_gpvae.core._seeds import preserve_rng, random_state
 
 if TYPE_CHECKING:
     from pyro_gpvae.training.step import TrainingStep
 
-__all__ = ["compile_blocks"]
+__all__ = ["TracedLoss", "compile_blocks", "trace_loss"]
 
 Evaluate = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 
+#: The methods of a tensor that draw the numbers of random operators.
+_NOISE = {
+    **dict.fromkeys(("aten::normal_", "aten::normal_functional"), "normal_"),
+    **dict.fromkeys(("aten::randn", "aten::randn_like"), "normal_"),
+    **dict.fromkeys(("aten::uniform_", "aten::rand", "aten::rand_like"), "uniform_"),
+    "aten::exponential_": "exponential_",
+}
+
+
+def _draw(like: Tensor, method: str, arguments: tuple[float, ...]) -> Tensor:
+    """Draws a tensor of the same layout with a method such as ``normal_``."""
+    new = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+    result: Tensor = getattr(new, method)(*arguments)
+    return result
+
+
+@dataclass
+class TracedLoss:
+    """An objective and its gradient as a function of tensors, for images of one shape."""
+
+    #: A function of images, ``leaves``, ``others`` and noise; it writes to nothing but ``others``.
+    graph: Callable[..., Sequence[Tensor]]
+    leaves: Mapping[str, Tensor]  #: the parameters in which it is differentiated
+    others: Mapping[str, Tensor]  #: all other parameters and buffers
+    used: Sequence[str]  #: the parameters that have a gradient
+    draws: Sequence[Callable[[], Tensor]]  #: the random numbers, in the order of the program
+
+    def __post_init__(self) -> None:
+        self.inputs = [*(leaf.detach() for leaf in self.leaves.values()), *self.others.values()]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Returns the loss and the gradients, which the parameters get as well."""
+        if x.device.type == "cuda":  # the results of the call before are no longer needed
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.no_grad():
+            loss, *gradients = self.graph(x, *self.inputs, *(draw() for draw in self.draws))
+        for parameter in self.leaves.values():  # another block may have left a gradient
+            parameter.grad = None
+        for name, gradient in zip(self.used, gradients, strict=True):
+            parameter = self.leaves[name]
+            # Adam's fused kernels go through the memory of both, whatever the strides
+            same = gradient.stride() == parameter.stride()
+            parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
+        # the next replay of a CUDA graph overwrites the loss
+        return loss.clone() if x.device.type == "cuda" else loss, gradients
+
 
 def compile_blocks(step: TrainingStep, x: Tensor) -> list[Evaluate]:
-    """Compiles each block of a step, for images of the shape of x.
-
-    On CUDA the compiled function is replayed as a CUDA graph (``mode="reduce-overhead"``).
-
-    Returns:
-        For each block a function like ``step.evaluate`` of that block: it returns the loss and the
-        gradients of a minibatch, and gives the gradients to the parameters.
-
-    Raises:
-        UnsupportedError: If a block cannot be traced, or the compiled function computes something
-            else than the eager one. The compiler raises errors of its own.
-    """
-    compiled = []
+    """Compiles each block of a step for images like x; UnsupportedError if it cannot be traced."""
+    compiled: list[Evaluate] = []
     mode = "reduce-overhead" if x.device.type == "cuda" else None
-    for block in range(len(step.blocks)):
-        traced = _trace_block(step, block, x)
-        graph = torch.compile(traced.graph, fullgraph=True, dynamic=False, mode=mode)
-        evaluate = _evaluation(traced, graph, x.device)
+    for number, block in enumerate(step.blocks):
+        objective = step.objectives[number]
+        before = _plain(getattr(objective, "__dict__", None))
+
+        def loss(x: Tensor, number: int = number) -> Tensor:
+            return step.loss(number, x)
+
+        traced = trace_loss(loss, step.modules, block.parameters, x)
+        if _plain(getattr(objective, "__dict__", None)) != before:
+            raise UnsupportedError("its objective changes its attributes, which a graph cannot")
+        traced.graph = torch.compile(traced.graph, fullgraph=True, dynamic=False, mode=mode)
         with warnings.catch_warnings():
             # whether to compute in TF32 is the user's decision
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-            _verify(step, block, evaluate, x)
+            _verify(step, number, traced, x)
             # a graph that has frozen values read from x computes something else from other images
-            _verify(step, block, evaluate, 1 - x)
-        compiled.append(evaluate)
+            _verify(step, number, traced, 1 - x)
+        compiled.append(traced)
     return compiled
-
-
-def _trace_block(step: TrainingStep, block: int, x: Tensor) -> TracedLoss:
-    objective = step.objectives[block]
-    before = snapshot(getattr(objective, "__dict__", {}))
-    traced = trace_loss(
-        lambda x: step.loss(block, x), step.modules, step.blocks[block].parameters, x
-    )
-    if snapshot(getattr(objective, "__dict__", {})) != before:
-        raise UnsupportedError("its objective changes its attributes, which a graph cannot")
-    return traced
-
-
-def _evaluation(
-    traced: TracedLoss, graph: Callable[..., list[Tensor]], device: torch.device
-) -> Evaluate:
-    """The graph with noise from the global generator; the parameters get the gradients."""
-    targets = [traced.leaves[name] for name in traced.used]
-    unused = [leaf for name, leaf in traced.leaves.items() if name not in traced.used]
-    on_cuda = device.type == "cuda"
-
-    def evaluate(x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        if on_cuda:  # the results of the call before are no longer needed
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch.no_grad():
-            loss, *gradients = graph(x, *traced.inputs, *traced.noise())
-        if on_cuda:  # the next replay overwrites it
-            loss = loss.clone()
-        for parameter, gradient in zip(targets, gradients, strict=True):
-            parameter.grad = _match_layout(parameter, gradient)
-        for parameter in unused:  # another block may have left one
-            parameter.grad = None
-        return loss, gradients
-
-    return evaluate
-
-
-def _match_layout(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the gradient, laid out in memory like the parameter.
-
-    Adam's fused kernels go through the memory of both in the same order, whatever the strides.
-    ``backward`` takes care of that; a compiled graph does not.
-    """
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _verify(step: TrainingStep, block: int, compiled: Evaluate, x: Tensor) -> None:
     """Compares a compiled block with the eager one on the same noise, and changes nothing."""
-
-    def eager(x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return step.evaluate(block, x)
-
     results: list[Tensor] = []
     # eager twice: a program that counts its calls returns something else the second time
-    for evaluate in (eager, eager, compiled):
+    for evaluate in (None, None, compiled):
         try:
-            with preserve_rng(step.device, step.buffers):
-                results.append(_loss_and_norm(*evaluate(x)))
+            with preserve_rng(step.device, list(step.buffers.values())):
+                loss, gradients = evaluate(x) if evaluate else step.evaluate(block, x)
+                norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
+                results.append(torch.stack([loss.detach(), norm.to(loss)]).double())
         finally:
             step.optimizers[block].zero_grad()
     # a GPU may multiply in TF32, which has 10 bits, and adds in any order
     on_cpu = x.device.type == "cpu"
     rtol = 1e-8 if x.dtype == torch.float64 else 1e-4 if on_cpu else 1e-3
     first, second, found = results
-    if not torch.allclose(first, found, rtol=rtol, equal_nan=True):
-        raise UnsupportedError(
-            f"loss and gradient norm are {found.tolist()} with backend 'compiled', "
-            f"{first.tolist()} with 'eager'"
-        )
     exact = 8 * torch.finfo(x.dtype).eps if on_cpu else rtol
-    if not torch.allclose(first, second, rtol=exact, atol=0, equal_nan=True):
+    same = torch.allclose(first, found, rtol=rtol, equal_nan=True)
+    if not same or not torch.allclose(first, second, rtol=exact, atol=0, equal_nan=True):
         raise UnsupportedError(
-            f"loss and gradient norm are {first.tolist()}, and {second.tolist()} of a second "
-            "call on the same noise: it depends on what a graph would freeze"
+            f"loss and gradient norm are {found.tolist()} with backend 'compiled', but "
+            f"{first.tolist()} and, called again on the same noise, {second.tolist()} with 'eager'"
         )
 
 
-def _loss_and_norm(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """The loss and the norm of all gradients, (2,)."""
-    norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
-    return torch.stack([loss.detach(), norm.to(loss)]).double()
+def trace_loss(
+    loss: Callable[[Tensor], Tensor],
+    modules: Mapping[str, nn.Module],
+    parameters: Sequence[Tensor],
+    x: Tensor,
+) -> TracedLoss:
+    """Traces an objective and its gradient in parameters of modules, for images like x.
+
+    Changes neither tensors nor the global random state. Raises UnsupportedError if a graph would
+    freeze or lose what the program does.
+    """
+    container = nn.ModuleDict(modules)
+    tensors: dict[str, Tensor] = dict(container.named_parameters())
+    tensors |= dict(container.named_buffers())
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    _check_parameters(parameters, names)
+    trained = {names[id(p)]: p for p in parameters}
+    others = {n: t.detach() for n, t in tensors.items() if n not in trained}
+    used: list[str] = []
+
+    def function(x: Tensor, *inputs: Tensor) -> list[Tensor]:
+        leaves = [value.detach().requires_grad_() for value in inputs[: len(trained)]]
+        values = dict(zip([*trained, *others], [*leaves, *inputs[len(trained) :]], strict=True))
+        with torch.enable_grad(), _replaced(container, tensors, values):
+            value = loss(x)
+            gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        used[:] = [n for n, g in zip(trained, gradients, strict=True) if g is not None]
+        return [value.detach(), *(g.detach() for g in gradients if g is not None)]
+
+    before = _python_state(container, x.device)
+    inputs = [x, *(p.detach() for p in trained.values()), *(t.clone() for t in others.values())]
+    with unvalidated(), preserve_rng(x.device):
+        try:
+            # backward on a GPU has a thread of its own, which is not traced
+            with torch.autograd.set_multithreading_enabled(False):
+                traced = make_fx(function)(*inputs)
+        except RuntimeError as error:
+            if "get value out of a tracing tensor" not in str(error):
+                raise
+            raise UnsupportedError(
+                "it reads a tensor in Python, as in `if x.sum() > 0`, .item() or float(x)"
+            ) from error
+        after = _python_state(container, x.device)
+    changed = [name for name in after if name not in before or before[name] != after[name]]
+    if changed:
+        raise UnsupportedError(f"a call changes {changed[0]}, which a graph cannot")
+    _check_constants(traced)
+    draws = _lift_noise(traced)
+    with preserve_rng(x.device):
+        noise = [draw() for draw in draws]
+        # a graph of operators without side effects, but for writes to its inputs
+        graph = make_fx(functionalize(traced))(*inputs, *noise)
+    return TracedLoss(graph, trained, others, used, draws)
+
+
+def _check_parameters(parameters: Sequence[Tensor], names: Mapping[int, str]) -> None:
+    for parameter in parameters:
+        if id(parameter) not in names:
+            raise UnsupportedError(
+                f"a parameter of shape {tuple(parameter.shape)} belongs to no module that is the "
+                "model or the guide, but to a pyro.param or pyro.module statement: make it a "
+                "torch.nn.Module or pyro_gpvae.Program that holds it"
+            )
+        own: Any = parameter
+        if own._backward_hooks or own._post_accumulate_grad_hooks:
+            raise UnsupportedError(
+                f"its parameter {names[id(parameter)]} has a hook, which a graph would not call"
+            )
+
+
+@contextmanager
+def _replaced(
+    container: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Puts values in the place of parameters and buffers, wherever modules hold them."""
+    # torch.func.functional_call loses the parameters of a module that is found twice
+    new = {id(tensor): values[name] for name, tensor in tensors.items()}
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (store, name, tensor)
+        for module in container.modules()
+        for store in (module._parameters, module._buffers)
+        for name, tensor in store.items()
+        if tensor is not None
+    ]
+    for store, name, tensor in places:
+        store[name] = new[id(tensor)]
+    try:
+        yield
+        rebound = [name for store, name, old in places if store.get(name) is not new[id(old)]]
+        if rebound:
+            raise UnsupportedError(
+                f"a call replaces its tensor {rebound[0]}, as PyroParam does: make that a "
+                "torch.nn.Parameter, and write to buffers in place, with copy_"
+            )
+    finally:
+        for store, name, tensor in places:
+            store[name] = tensor
+
+
+_ATTRIBUTES_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _python_state(container: nn.Module, device: torch.device) -> dict[str, Any]:
+    """What a graph would freeze: attributes of modules, random states of numpy and Python."""
+    state: dict[str, Any] = {
+        f"the attribute {prefix}.{name}": _plain(value)
+        for prefix, module in container.named_modules()
+        for name, value in vars(module).items()
+        if name not in _ATTRIBUTES_OF_EVERY_MODULE
+    }
+    for name, value in random_state(device).items():
+        if name not in ("torch", "cuda"):
+            state[f"the random state of {name}, not of torch"] = value.tolist()
+    return state
+
+
+def _plain(value: Any) -> Any:
+    """The numbers and texts in a value and in its collections, and the identity of tensors."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Tensor):
+        return id(value)
+    return repr(value) if isinstance(value, int | float | str | set) else None
+
+
+def _check_constants(traced: GraphModule) -> None:
+    """Refuses a graph that trains or writes to tensors that are not among its inputs."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        tensor = getattr(traced, node.target)
+        schemas = [(user, getattr(user.target, "_schema", None)) for user in node.users]
+        written = any(s and s.is_mutable and user.args[0] is node for user, s in schemas)
+        if isinstance(tensor, Tensor) and (tensor.requires_grad or written):
+            raise UnsupportedError(
+                f"it trains or writes to a tensor of shape {tuple(tensor.shape)} that is neither "
+                "a parameter nor a buffer of a module"
+            )
+
+
+def _lift_noise(traced: GraphModule) -> list[Callable[[], Tensor]]:
+    """Makes the results of random operators the last inputs of the graph."""
+    graph = traced.graph
+    draws: list[Callable[[], Tensor]] = []
+    last = graph.find_nodes(op="placeholder")[-1]
+    for node in graph.nodes:
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        operator = node.target._schema.name
+        own_generator = node.kwargs.get("generator") is not None
+        if operator not in _NOISE or own_generator or not _fills_new_tensor(node):
+            raise UnsupportedError(
+                f"it draws random numbers by {operator}, from data, from a generator of its own, "
+                "or into a part of a tensor"
+            )
+        # randn and rand have sizes as arguments, and the method's default parameters
+        arguments = () if "::rand" in operator else tuple(float(a) for a in node.args[1:])
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"noise_{len(draws)}")
+        draws.append(partial(_draw, node.meta["val"], _NOISE[operator], arguments))
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last)
+        if node.target._schema.is_mutable:  # tensor.normal_() is the tensor as well
+            node.args[0].replace_all_uses_with(last, delete_user_cb=lambda u, n=node: u is not n)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+    traced.recompile()
+    return draws
+
+
+def _fills_new_tensor(node: Node) -> bool:
+    """Whether a random operator makes a tensor, or fills one that nothing has used yet."""
+    target: Any = node.target
+    if not target._schema.is_mutable:
+        return True
+    made: Any = node.args[0]
+    if made.op != "call_function" or next(iter(made.users)) is not node:
+        return False
+    name = made.target._schema.name.removeprefix("aten::").removeprefix("new_")
+    return name.removesuffix("_like") in ("empty", "empty_strided", "zeros")

@@ -3,64 +3,56 @@ r"""Locates the log-density term, images or parameters that made a loss or gradi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_gpvae.core._errors import NonFiniteError, name_images
+from pyro_gpvae.core._errors import NonFiniteError, name_images, unvalidated
 from pyro_gpvae.core._plates import in_data_plate
 from pyro_gpvae.model.elbo import Objective, PerImage
 
+if TYPE_CHECKING:
+    from pyro_gpvae.training.step import TrainingStep
+
 __all__ = ["explain"]
+
+_ERRORS = (ValueError, RuntimeError, ArithmeticError)
 
 
 def explain(
-    step: int,
-    objective: Objective,
-    programs: tuple[PerImage, PerImage],
-    x: Tensor,
-    index: Tensor,
-    parameters: Mapping[str, Tensor],
-    reason: str = "",
+    training_step: TrainingStep, block: int, step: int, x: Tensor, index: Tensor
 ) -> NonFiniteError:
-    """Returns an error that says where a loss or gradient became NaN or infinite.
+    """Returns an error that says where the loss of a block or its gradient is not finite.
 
-    Arguments:
-        step: The optimiser step.
-        objective: The objective of the loss.
-        programs: The scaled model and guide.
-        x: The minibatch (B, C, H, W).
-        index: The numbers of its images, (B,).
-        parameters: The parameters by name.
-        reason: The reason that a program gave by itself, if any.
+    The step was made on images x with the numbers ``index`` (B,).
     """
+    objective, programs = training_step.objectives[block], training_step.programs[block]
+    parameters = training_step.parameters
     broken = [name for name, p in parameters.items() if not bool(torch.isfinite(p).all())]
     if broken:
-        where, images = f"before it, {_list(broken)} is not finite", index
+        where, images = f"before it, {', '.join(broken[:3])} is not finite", index
     else:
         terms, bad = _not_finite_terms(programs, x)
         if not terms:
             terms, bad = _not_finite_gradients(objective, programs, x, parameters)
-        where = reason or _list(terms) or "no single term, but their sum or one random draw"
+        where = (
+            training_step.reason
+            or ", ".join(terms[:3])
+            or "no single term, but their sum or a draw"
+        )
         images = index[bad.to(index.device)] if bool(bad.any()) else index
     numbers = images.tolist()
-    names = name_images(numbers)
-    what = "image" if len(numbers) == 1 else "images"
-    return NonFiniteError(
-        f"the loss or its gradient is not finite at step {step}: {where}, in {what} {names} "
-        f"({len(numbers)} of the {len(index)} of the minibatch)",
-        step,
-        numbers,
+    names = f"{'image' if len(numbers) == 1 else 'images'} {name_images(numbers)}"
+    message = (
+        f"the loss or its gradient is not finite at step {step}: {where}, in {names} "
+        f"({len(numbers)} of the {len(index)} of the minibatch)"
     )
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return NonFiniteError(message, step, numbers)
 
 
 @torch.no_grad()
@@ -68,9 +60,7 @@ def _not_finite_terms(programs: tuple[PerImage, PerImage], x: Tensor) -> tuple[l
     """The sites whose log density is not finite, and for which images, (B,)."""
     bad = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     terms = []
-    validate = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
+    with unvalidated(), suppress(*_ERRORS):  # after an error, the gradients may tell more
         guide_trace = poutine.trace(programs[1]).get_trace(x)
         model_trace = poutine.trace(poutine.replay(programs[0], trace=guide_trace)).get_trace(x)
         for program, trace in (("model", model_trace), ("guide", guide_trace)):
@@ -83,10 +73,6 @@ def _not_finite_terms(programs: tuple[PerImage, PerImage], x: Tensor) -> tuple[l
                     terms.append(f"log density of site {name!r} in the {program}")
                     if in_data_plate(site) and wrong.shape[-1:] == bad.shape:
                         bad |= wrong.reshape(-1, len(x)).any(0)
-    except (ValueError, RuntimeError, ArithmeticError):  # the gradients may tell more
-        pass
-    finally:
-        Distribution.set_default_validate_args(validate)
     return terms, bad
 
 
@@ -107,7 +93,7 @@ def _not_finite_gradients(
         try:
             loss: Any = objective.differentiable_loss(*programs, x[i : i + 1])
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        except (ValueError, RuntimeError, ArithmeticError):
+        except _ERRORS:
             bad[i] = True
             continue
         for name, gradient in zip(trained, gradients, strict=True):

@@ -22,40 +22,30 @@ __all__ = ["TrainingState"]
 
 
 class TrainingState:
-    """The state of a training: everything that a checkpoint must hold.
+    """The state of a training, for the minibatches ``data``.
 
-    Arguments:
-        training_step: The step, with its parameters, optimisers and counters.
-        data: The training images.
-        options: What a training that continues from a checkpoint must have in common with it.
-
-    Attributes:
-        epoch: The number of finished epochs.
-        batch: The number of minibatches seen in this epoch.
-        step: The number of steps made.
-        rows: The history, one dictionary for each finished epoch.
-        recent: The minibatches since :attr:`skips_seen` was read.
-        skips_seen: The number of skipped updates when the device was last read.
+    ``options`` is what a training that continues from a checkpoint must have in common with it.
     """
 
     def __init__(
-        self, training_step: TrainingStep, data: Batches, options: Mapping[str, Any]
+        self, training_step: TrainingStep, data: Batches, seed: int, options: Mapping[str, Any]
     ) -> None:
         for role, module in training_step.modules.items():
             check_extra_state(role, module)
         self.training_step = training_step
         self.data = data
-        self.options = {**options, **_trained(training_step)}
-        self.epoch = self.batch = self.step = self.skips_seen = 0
+        sizes = {"num_images": data.num_images, "batch_size": data.batch_size}
+        self.options = {"seed": seed, **sizes, **options, **_trained(training_step)}
+        self.epoch = self.batch = self.step = 0  # finished epochs, minibatches in this one, steps
         self.rows: list[dict[str, float]] = []
-        self.recent: list[Batch] = []
-        self._generator = torch.Generator().manual_seed(self.options["seed"])
+        self.recent: list[Batch] = []  # the minibatches since skips_seen was read
+        self.skips_seen = 0
+        self._generator = torch.Generator().manual_seed(seed)
         self._start_of_epoch = self._generator.get_state()
         self._begin = time.monotonic()
 
-    @property
     def seconds(self) -> float:
-        """Seconds of training, with those before the checkpoint it continues from."""
+        """Returns the seconds of training, also those before the checkpoint."""
         return time.monotonic() - self._begin
 
     @property
@@ -76,7 +66,8 @@ class TrainingState:
         counters = self.training_step.counters
         seen = int(counters.seen)
         mean = float(counters.loss) / seen if seen else math.nan
-        counters.start_epoch()
+        counters.loss.zero_()
+        counters.seen.zero_()
         self.epoch += 1
         self.batch = 0
         self._start_of_epoch = self._generator.get_state()
@@ -87,27 +78,28 @@ class TrainingState:
         step = self.training_step
         state = {
             "options": self.options,
-            "weights": _parameters(step),
-            "buffers": _buffers(step),
+            "weights": {name: p.detach() for name, p in step.parameters.items()},
+            "buffers": step.buffers,
             "optimizers": [optimizer.state_dict()["state"] for optimizer in step.optimizers],
             "random": {**random_state(step.device), "permutations": self._start_of_epoch},
             "counters": [float(getattr(step.counters, name)) for name in _COUNTERS],
             "position": [self.epoch, self.batch],
-            "seconds": self.seconds,
+            "seconds": self.seconds(),
             "rows": self.rows,
         }
         return Checkpoint(self.step, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Sets the state that :meth:`capture` returned.
-
-        Raises:
-            ValueError: If the checkpoint is of another training, or inconsistent.
-        """
+        """Sets the state of a checkpoint; ValueError if it is of another training."""
         name = f"the checkpoint of step {checkpoint.step}"
         try:
-            self._check_options(checkpoint.state["options"], name)
-            self._restore_weights(checkpoint.state["weights"], name)
+            for option, wanted in self.options.items():
+                found = checkpoint.state["options"][option]
+                if found != wanted:
+                    raise ValueError(
+                        f"{name} is of another training: its {option} is {found}, not {wanted}"
+                    )
+            copy_tensors(checkpoint.state["weights"], self.training_step.parameters, name)
             self._restore_buffers(checkpoint.state["buffers"])
             self._restore_optimizers(checkpoint.state["optimizers"])
             self._restore_position(checkpoint)
@@ -115,26 +107,8 @@ class TrainingState:
         except (AttributeError, LookupError, TypeError, RuntimeError) as error:
             raise ValueError(f"{name} is inconsistent: {error!r}; delete it") from error
 
-    def _check_options(self, options: Mapping[str, Any], name: str) -> None:
-        for option, wanted in self.options.items():
-            if options[option] != wanted:
-                raise ValueError(
-                    f"{name} is of another training: its {option} is {options[option]}, "
-                    f"not {wanted}"
-                )
-
-    def _restore_weights(self, saved: Mapping[str, Tensor], name: str) -> None:
-        expected = _parameters(self.training_step)
-        for key in saved.keys() & expected.keys():
-            if saved[key].dtype != expected[key].dtype:
-                raise ValueError(
-                    f"{name} is of another training: {key} is {saved[key].dtype} there, "
-                    f"{expected[key].dtype} here"
-                )
-        copy_tensors(saved, expected, name)
-
     def _restore_buffers(self, saved: Mapping[str, Tensor]) -> None:
-        for key, buffer in _buffers(self.training_step).items():
+        for key, buffer in self.training_step.buffers.items():
             # a buffer that its program resizes by itself is left to the program
             if key in saved and saved[key].shape == buffer.shape:
                 value = saved[key].to(buffer)
@@ -146,55 +120,34 @@ class TrainingState:
         for optimizer, state in zip(self.training_step.optimizers, saved, strict=True):
             parameters = optimizer.param_groups[0]["params"]
             for index, moments in state.items():
-                _require(moments.keys() == {"step", "exp_avg", "exp_avg_sq"}, "moments of Adam")
-                _require(moments["step"].shape == (), "a number of steps")
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    fits = moments[moment].shape == parameters[index].shape
-                    _require(fits, f"{moment} in the shape of its parameter")
+                shapes = {moment: value.shape for moment, value in moments.items()}
+                shape = parameters[index].shape
+                wanted = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+                _require(shapes == wanted, "moments of Adam in the shape of their parameter")
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
     def _restore_position(self, checkpoint: Checkpoint) -> None:
         state, counters = checkpoint.state, self.training_step.counters
         epoch, batch = state["position"]
-        _require(type(epoch) is type(batch) is int, "a position")
-        _require(0 <= batch <= len(self.data), "a position")
+        _require(type(batch) is int and 0 <= batch <= len(self.data), "a position in the epoch")
         _require(epoch == len(state["rows"]), "one row an epoch")
-        _require(len(state["counters"]) == len(_COUNTERS), "all counters")
-        for name, value in zip(_COUNTERS, state["counters"], strict=True):
-            getattr(counters, name).fill_(value)
+        for number, name in enumerate(_COUNTERS):
+            getattr(counters, name).fill_(state["counters"][number])
         self.epoch, self.batch, self.step = epoch, batch, checkpoint.step
         self.rows = [dict(row) for row in state["rows"]]
         self.skips_seen = self.skipped
         self._begin = time.monotonic() - state["seconds"]
 
     def _restore_random(self, random: dict[str, Tensor]) -> None:
-        device = self.training_step.device
         self._start_of_epoch = random.pop("permutations")
         self._generator.set_state(self._start_of_epoch)
+        device = self.training_step.device
         if device.type == "cuda" and "cuda" not in random:
-            warnings.warn(
-                "the checkpoint was written on another device: the training continues with other "
-                "random numbers",
-                stacklevel=4,
-            )
+            warnings.warn("the random numbers are new: the device is another one", stacklevel=4)
         set_random_state(random, device)
 
 
 _COUNTERS = ("loss", "seen", "skipped")
-
-
-def _parameters(step: TrainingStep) -> dict[str, Tensor]:
-    """All parameters by name, without gradients."""
-    return {name: parameter.detach() for name, parameter in step.parameters.items()}
-
-
-def _buffers(step: TrainingStep) -> dict[str, Tensor]:
-    """All buffers by name, also those that are not persistent."""
-    return {
-        f"{role}.{name}": buffer
-        for role, module in step.modules.items()
-        for name, buffer in module.named_buffers()
-    }
 
 
 def _require(condition: bool, what: str) -> None:
@@ -203,7 +156,7 @@ def _require(condition: bool, what: str) -> None:
 
 
 def _trained(step: TrainingStep) -> dict[str, Any]:
-    """The objectives of a step with their options, and the names of what they train."""
+    """The objectives of a step with their options, and the parameters they train."""
     names = {id(p): name for name, p in step.parameters.items()}
     taken = inspect.signature(ELBO.__init__).parameters
     found: dict[str, Any] = {

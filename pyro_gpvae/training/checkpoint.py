@@ -28,12 +28,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a training.
-
-    Attributes:
-        step: The number of steps made.
-        state: Tensors and plain values, also in lists and dictionaries.
-    """
+    """The state of a training after a number of steps: tensors and plain values."""
 
     step: int
     state: dict[str, Any]
@@ -44,21 +39,15 @@ class Checkpoints:
     """The folder of a training's checkpoint, and how often it is written.
 
     The newest checkpoint is ``checkpoint.pt``, the one before ``checkpoint.previous.pt``. A file is
-    written under another name, synchronised with the disk, and renamed. It is a file of
-    ``torch.save`` that holds tensors and plain values, and is read with ``weights_only=True``, so
-    that no code in it can run.
+    synchronised with the disk before it gets its name, and no code in it can run.
 
     Arguments:
         folder: The folder.
         every: The interval: a number of steps, or of minutes such as "5m".
         resume: Whether to continue from the checkpoint in the folder, if there is one. Otherwise a
             folder with a checkpoint is refused.
-        on_error: What to do if a checkpoint cannot be written, because the disk is full or the
-            folder read-only: warn and "continue", or "stop" the training with the OSError.
-
-    Raises:
-        ValueError: If ``every`` is not a positive number of steps or minutes, or ``on_error`` is
-            unknown.
+        on_error: What to do if a checkpoint cannot be written, as on a full disk: warn and
+            "continue", or "stop" the training with the OSError.
 
     Example:
         >>> Checkpoints("run/checkpoints", every="10m").seconds
@@ -71,6 +60,8 @@ class Checkpoints:
     on_error: OnError = "continue"
     steps: int | None = field(init=False, default=None)
     seconds: float | None = field(init=False, default=None)
+    #: The step of the newest checkpoint that was written or read.
+    last_step: int | None = field(init=False, default=None)
     _written: tuple[int, float] = field(init=False, repr=False, default=(0, 0.0))
     _newest_is_damaged: bool = field(init=False, repr=False, default=False)
 
@@ -78,13 +69,12 @@ class Checkpoints:
         self.folder = Path(self.folder).expanduser().absolute()
         self.path = self.folder / "checkpoint.pt"
         self.previous = self.folder / "checkpoint.previous.pt"
-        every = str(self.every).strip()
-        number = every.removesuffix("m")
-        if re.fullmatch(r"[0-9]+", every) and int(every) > 0:
-            self.steps = int(every)
-        elif number != every and re.fullmatch(r"[0-9]+\.?[0-9]*", number) and float(number) > 0:
-            self.seconds = 60 * float(number)
-        else:
+        every = re.fullmatch(r"([0-9]+)|([0-9]+\.?[0-9]*)m", str(self.every).strip())
+        if every is not None and every[1]:
+            self.steps = int(every[1])
+        elif every is not None:
+            self.seconds = 60 * float(every[2])
+        if not (self.steps or self.seconds):
             raise ValueError(
                 f"every must be a number of steps such as 1000, or of minutes such as 5m, "
                 f"got {self.every!r}"
@@ -95,35 +85,26 @@ class Checkpoints:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Locks the folder for one training.
-
-        Raises:
-            InUseError: If another process trains there.
-            FileExistsError: If there is a checkpoint that is not to be continued.
-        """
+        """Locks the folder; InUseError or FileExistsError if it is another training's."""
         folder = Path(self.folder)
         with ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder / "lock", f"writes checkpoints to {folder}"))
-            except InUseError:
-                raise
-            except OSError:
-                pass  # the folder is read-only, which the first checkpoint reports
+            except OSError as error:
+                if isinstance(error, InUseError):
+                    raise  # the first checkpoint reports that a folder is read-only
             if not self.resume and self._files():
-                raise FileExistsError(
-                    f"{folder} holds a checkpoint of a training: continue it (resume=True), or "
-                    "choose another folder"
-                )
+                message = "holds a checkpoint of a training: continue it (resume=True), or choose"
+                raise FileExistsError(f"{folder} {message} another folder")
             yield
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
         last_step, last_time = self._written
-        if self.steps is not None:
+        if self.steps:
             return step - last_step >= self.steps
-        assert self.seconds is not None
-        return time.monotonic() - last_time >= self.seconds
+        return time.monotonic() - last_time >= (self.seconds or 0)
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Writes a checkpoint, and keeps the one before."""
@@ -133,21 +114,14 @@ class Checkpoints:
         except OSError as error:
             if self.on_error == "stop":
                 raise
-            step = self.last_step()
-            last = "there is no earlier one" if step is None else f"the last one is of step {step}"
             warnings.warn(
-                f"no checkpoint at step {checkpoint.step}: {error}. Training continues; {last}",
+                f"no checkpoint at step {checkpoint.step}: {error}. Training continues; the last "
+                f"checkpoint is of step {self.last_step}",
                 stacklevel=3,
             )
 
     def latest(self) -> Checkpoint | None:
-        """Reads the newest checkpoint that is not damaged, or returns None if there is none.
-
-        Warns if the newest is damaged and the one before is read.
-
-        Raises:
-            ValueError: If all are damaged, or the newest is of another format.
-        """
+        """Reads the newest checkpoint that is not damaged; ValueError if all are."""
         problems = []
         for path in self._files():
             try:
@@ -160,21 +134,10 @@ class Checkpoints:
             for problem in problems:
                 warnings.warn(f"{problem}: the checkpoint before is used", stacklevel=2)
             self._written = checkpoint.step, time.monotonic()
+            self.last_step = checkpoint.step
             return checkpoint
         if problems:
-            raise ValueError(
-                f"{'; '.join(problems)}. Without a checkpoint that can be read, delete "
-                f"{self.folder} to start again"
-            )
-        return None
-
-    def last_step(self) -> int | None:
-        """Returns the step of the newest checkpoint that can be read, or None."""
-        for path in self._files():
-            try:
-                return _checked(_read(path), path).step
-            except ValueError:
-                continue
+            raise ValueError(f"{'; '.join(problems)}. Delete {self.folder} to start again")
         return None
 
     def _files(self) -> list[Path]:
@@ -196,8 +159,13 @@ class Checkpoints:
             if self.path.exists() and not self._newest_is_damaged:
                 self.path.replace(self.previous)
             temporary.replace(self.path)
-            self._newest_is_damaged = False
-            _sync(folder)
+            self._newest_is_damaged, self.last_step = False, checkpoint.step
+            if os.name == "posix":  # makes the names permanent
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -223,53 +191,39 @@ def _checked(content: Any, path: Path) -> Checkpoint:
             f"the checkpoint {path} has format {version}, this version reads format {FORMAT}: "
             "upgrade pyro-gpvae to continue it"
         )
-    try:
-        step, state = content["step"], content["state"]
-    except (LookupError, TypeError):
-        step = state = None
-    if not (version == FORMAT and isinstance(step, int) and isinstance(state, dict)):
-        raise ValueError(f"{path} is not a checkpoint of pyro-gpvae: move it away")
-    return Checkpoint(step, state)
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder permanent."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    match content:
+        case {"format": int(found), "step": int(step), "state": dict(state)} if found == FORMAT:
+            return Checkpoint(step, state)
+    raise ValueError(f"{path} is not a checkpoint of pyro-gpvae: move it away")
 
 
 def check_extra_state(role: str, module: nn.Module) -> None:
     """Raises ValueError if a module keeps state that is neither a parameter nor a buffer."""
-    own = [name for name, each in module.named_modules() if _has_extra_state(each)]
-    if own:
-        name = ".".join(filter(None, (role, own[0])))
-        raise ValueError(
-            f"{name} has get_extra_state, whose result cannot be saved: keep it in buffers"
-        )
-
-
-def _has_extra_state(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
+    for name, each in module.named_modules(prefix=role):
+        if type(each).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"{name} has get_extra_state, whose result cannot be saved: keep it in buffers"
+            )
 
 
 def copy_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
     """Copies tensors in place, by name; changes nothing unless names and shapes agree."""
-    problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"{name} is unknown" for name in sorted(found.keys() - expected.keys())]
+    different = sorted(expected.keys() ^ found.keys())
+    problems = [f"{n} is {'missing' if n in expected else 'unknown'}" for n in different]
     problems += [
         f"{name} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
+    problems += [
+        f"{name} is {found[name].dtype}, expected {tensor.dtype}"
+        for name, tensor in expected.items()
+        if name in found and found[name].dtype != tensor.dtype
+    ]
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"the weights in {source} do not fit this model and guide: "
-            f"{'; '.join(problems[:3])}{more}. Build both with the options they were trained with."
+            f"the weights in {source} do not fit this model and guide: {'; '.join(problems[:3])}. "
+            "Build both with the options they were trained with."
         )
     for name, tensor in expected.items():
         tensor.detach().copy_(found[name])

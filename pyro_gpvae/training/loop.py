@@ -39,20 +39,15 @@ READ_EVERY = 100
 #: With ``on_nonfinite="skip"``, the training stops when more updates than this were skipped.
 MAX_SKIPPED = 100
 #: The columns of a history, apart from the guide's diagnostics.
-COLUMNS = (
-    *("epoch", "step", "loss", "log_likelihood", "kl_z", "kl_global", "sigma"),
-    *("validation_elbo", "skipped", "seconds"),
-)
+COLUMNS = [
+    *("epoch", "step", "loss", "log_likelihood", "kl_z", "kl_global", "sigma", "validation_elbo"),
+    *("skipped", "seconds"),
+]
 
 
 @dataclass
 class History:
-    """What happened in each epoch of a training.
-
-    Attributes:
-        rows: One dictionary for each epoch, see :func:`fit`.
-        backend: How the steps were made, "eager" or "compiled".
-    """
+    """One row for each epoch of a training, see :func:`fit`, and how its steps were made."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     backend: Backend = "eager"
@@ -79,52 +74,40 @@ def fit(
 ) -> History:
     r"""Trains a model and a guide on images by Adam on eq. (2), in place.
 
-    Training happens on the device of their parameters, so move them there before. Afterwards both
-    are in evaluation mode and without gradients, ready for :func:`pyro_gpvae.log_evidence`; also
-    if the training is interrupted. Neither is changed otherwise: the priors of the guide's global
-    weights are added for the training only, see :func:`pyro_gpvae.pair`.
+    Training happens on the device of their parameters, and leaves both in evaluation mode. The same
+    seed gives the same run, and the global random state is left as it was.
 
-    Every epoch visits each image once, in a new random order. The same seed gives the same run,
-    and the global random state is left as it was.
-
-    With ``checkpoints`` a training can be killed at any moment. With ``Checkpoints(folder,
-    resume=True)`` it continues from the newest checkpoint, in the middle of an epoch, and ends with
-    the parameters, the moments and the history of a training that was never stopped, bit for bit
-    (except ``seconds``) on the same device with the same number of threads, on CUDA in torch's
-    deterministic mode. SIGINT and SIGTERM end the training after the present step, with a
-    checkpoint. What an objective or a guide keeps in plain Python attributes, such as a step
-    counter, is not part of a checkpoint.
+    With ``checkpoints`` a training can be killed at any moment, and SIGINT and SIGTERM end it after
+    the present step. With ``Checkpoints(folder, resume=True)`` it continues, and ends bit for bit
+    (except ``seconds``) as if it was never stopped, on the same device with the same number of
+    threads, on CUDA in torch's deterministic mode. Plain Python attributes of an objective or a
+    guide are not part of a checkpoint.
 
     Arguments:
         model: A Pyro model, such as :class:`pyro_gpvae.ImageModel`.
         guide: A Pyro guide; see :mod:`pyro_gpvae.model.guide` for its optional methods.
-        images: Training images, uint8 (N, C, H, W) or floats in [0, 1]. Images that are larger
-            than memory come from a ``torch.utils.data.DataLoader``, which decides the batch size
-            and the order. The number N is the length of its data set.
-        epochs: How often each image is seen.
+        images: Training images, uint8 (N, C, H, W) or floats in [0, 1]; or a
+            ``torch.utils.data.DataLoader``, which decides the batch size and the order.
+        epochs: How often each image is seen, each time in a new random order.
         batch_size: The number of images in a step.
         validation: Images, whose ELBO is logged after each epoch.
         seed: The seed of the permutations and of the samples.
         checkpoints: Where and how often to write checkpoints; a folder alone means every 5
             minutes. One is written before the first step and one at the end.
         progress: Whether to show a progress bar on a terminal; a text is its label.
-        step: ``learning_rate=5e-4``, ``elbo=None``, ``backend="auto"`` and
-            ``on_nonfinite="stop"``, see :class:`pyro_gpvae.training.TrainingStep`.
+        step: Options of :class:`pyro_gpvae.training.TrainingStep`, such as ``learning_rate=5e-4``.
 
     Returns:
         The history, with one row an epoch: ``epoch``, ``step``, ``loss`` (the mean over the epoch's
         images, nats per image), the terms of eq. (2) on up to 512 training images (see
-        :func:`pyro_gpvae.elbo_terms`), ``sigma`` where the model has one, the guide's diagnostics
-        (after ``guide_`` if they are named like one of these columns), ``validation_elbo`` (the
-        mean over the validation images, without the KL of global sites), ``skipped`` (updates so
-        far), and ``seconds`` of training, with the time of compiling.
+        :func:`pyro_gpvae.elbo_terms`), ``sigma``, the guide's diagnostics (after ``guide_`` if
+        they are named like one of these columns), ``validation_elbo`` (per image, without the KL
+        of global sites), ``skipped`` (updates so far), and ``seconds``.
 
     Raises:
-        ValueError: If an argument cannot be used, model and guide have nothing to train, or a
-            checkpoint is of another training or damaged.
-        FileExistsError: If there is a checkpoint, and it is not to be continued.
-        InUseError: If another process writes checkpoints to the same folder.
-        UnsupportedError: If the programs cannot be compiled although this was asked for.
+        ValueError: If an argument, the programs (see :class:`TrainingStep`) or the checkpoint
+            cannot be used.
+        FileExistsError, InUseError: If the folder has the checkpoint of another training.
         NonFiniteError: If the loss or a gradient becomes NaN or infinite; names the step, the
             term, the images and the last checkpoint.
         KeyboardInterrupt, Terminated: With checkpoints, after SIGINT or SIGTERM.
@@ -158,15 +141,13 @@ def fit(
         )
         first = data.sample[: data.batch_size]
         make_step = TrainingStep(model, guide, first, data.num_images, num_steps=num_steps, **step)
-        stack.callback(make_step.release)
+        for optimizer in make_step.optimizers:
+            stack.callback(optimizer.zero_grad)
         options = {
-            "seed": seed,
-            "num_images": data.num_images,
-            "batch_size": data.batch_size,
             "learning_rate": float(step.get("learning_rate", 5e-4)),
             "images": sha256(images if isinstance(images, Tensor) else data.sample),
         }
-        state = TrainingState(make_step, data, options)
+        state = TrainingState(make_step, data, seed, options)
         if checkpoints:
             saved = checkpoints.latest() if checkpoints.resume else None
             if saved is None:
@@ -182,17 +163,17 @@ def fit(
             for batch in state.batches():
                 make_step(batch.images)
                 bar.update()
-                if state.step % _read_interval(device) == 0:
+                signal = interrupts.signal if interrupts else None
+                save = checkpoints and (signal or checkpoints.due(state.step))
+                if save or state.step % _read_interval(device) == 0:
                     _check_updates(state, checkpoints, on_nonfinite)
-                if checkpoints and interrupts:
-                    if interrupts.signal or checkpoints.due(state.step):
-                        _check_updates(state, checkpoints, on_nonfinite)
-                        checkpoints.save(state.capture())
-                    if interrupts.signal:
-                        raise stopped(interrupts.signal, f"stopped after step {state.step}")
+                if checkpoints and save:
+                    checkpoints.save(state.capture())
+                if signal:
+                    raise stopped(signal, f"stopped after step {state.step}")
             _check_updates(state, checkpoints, on_nonfinite)
             make_step.train(False)  # evaluation must not change running statistics
-            state.rows.append(_end_epoch(state, seed, validation, checkpoints, on_nonfinite))
+            state.rows.append(_end_epoch(state, validation, checkpoints, on_nonfinite))
             bar.set_postfix(epoch=state.epoch, loss=f"{state.rows[-1]['loss']:.1f}")
             if checkpoints and state.epoch == epochs:
                 checkpoints.save(state.capture())
@@ -224,7 +205,6 @@ def _check_images(images: Tensor, model: PyroProgram, name: str) -> None:
 
 
 def _read_interval(device: torch.device) -> int:
-    """The number of steps between readings of the device."""
     return 1 if device.type == "cpu" else READ_EVERY
 
 
@@ -241,23 +221,13 @@ def _check_updates(state: TrainingState, checkpoints: Checkpoints | None, action
         late, block = later // len(step.blocks), len(step.blocks) - 1 - later % len(step.blocks)
     if action == "stop" or skipped > MAX_SKIPPED:
         batch = recent[-1 - late]
-        with preserve_rng(step.device, step.buffers):
-            error = explain(
-                state.step - late,
-                step.objectives[block],
-                step.programs[block],
-                to_batch(batch.images, step.model, step.guide),
-                batch.numbers,
-                step.parameters,
-                step.reason,
-            )
+        x = to_batch(batch.images, step.model, step.guide)
+        with preserve_rng(step.device, list(step.buffers.values())):
+            error = explain(step, block, state.step - late, x, batch.numbers)
         raise _with_advice(error, skipped, checkpoints)
     if not state.skips_seen:
-        warnings.warn(
-            f"the loss or its gradient is not finite at step {state.step}: "
-            "this update is skipped; the history counts them",
-            stacklevel=3,
-        )
+        message = f"the loss or its gradient is not finite at step {state.step}: "
+        warnings.warn(f"{message}this update is skipped; the history counts them", stacklevel=3)
     state.skips_seen = skipped
 
 
@@ -266,32 +236,28 @@ def _with_advice(
 ) -> NonFiniteError:
     """The error, with what happened before it and what can be done."""
     advice = f", after {skipped - 1} skipped updates" if skipped > 1 else ""
-    step = checkpoints.last_step() if checkpoints else None
-    if checkpoints and step is not None:
-        advice += f". The last good checkpoint is of step {step}, in {checkpoints.folder}"
+    if checkpoints and checkpoints.last_step is not None:
+        last, folder = checkpoints.last_step, checkpoints.folder
+        advice += f". The last good checkpoint is of step {last}, in {folder}"
     advice += ". A smaller learning rate, or float64, often helps."
     return NonFiniteError(f"{error}{advice}", error.step, error.images)
 
 
 def _end_epoch(
-    state: TrainingState,
-    seed: int,
-    validation: Tensor | None,
-    checkpoints: Checkpoints | None,
-    action: str,
+    state: TrainingState, validation: Tensor | None, checkpoints: Checkpoints | None, action: str
 ) -> dict[str, float]:
     """Ends an epoch, and returns its row of the history."""
     row: dict[str, float] = {"epoch": state.epoch + 1, "step": state.step}
     row["loss"] = state.end_epoch()
     try:
         # seeded: evaluation must not change the training's random numbers
-        with seeded(seed, state.training_step.device), nonfinite_as_error():
+        with seeded(state.options["seed"], state.training_step.device), nonfinite_as_error():
             row |= _terms(state, validation)
     except NonFiniteError as error:
         if action == "stop":
             found = NonFiniteError(f"not finite after step {state.step}: {error}", state.step)
             raise _with_advice(found, state.skipped, checkpoints) from error
-    return row | {"skipped": state.skipped, "seconds": state.seconds}
+    return row | {"skipped": state.skipped, "seconds": state.seconds()}
 
 
 def _terms(state: TrainingState, validation: Tensor | None) -> dict[str, float]:

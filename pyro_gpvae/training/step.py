@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 import torch
 from pyro import poutine
@@ -27,8 +27,7 @@ from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model.elbo import Block, Objective, PerImage, without_host_sync
 from pyro_gpvae.model.guide import HasBlocks, HasElbo
-from pyro_gpvae.training._compiled import compile_blocks
-from pyro_gpvae.training._counters import StepCounters
+from pyro_gpvae.training._compiled import Evaluate, compile_blocks
 
 __all__ = ["Backend", "OnNonFinite", "StepOptions", "TrainingStep"]
 
@@ -50,46 +49,61 @@ class StepOptions(TypedDict, total=False):
     on_nonfinite: OnNonFinite
 
 
+class StepCounters:
+    """Counters of a training, kept as tensors on its device, so that no step reads it."""
+
+    def __init__(self, device: torch.device, halt: bool) -> None:
+        self.halt = halt  #: whether all updates after the first that is not finite are refused
+        #: the sum of the finite losses of this epoch's images
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.seen = self.loss.clone()  #: the number of these images
+        self.skipped = self.loss.clone()  #: the number of refused updates
+        #: 1 if the present update is refused, otherwise 0; the optimisers read it
+        self.refused = torch.zeros((), dtype=torch.float32, device=device)
+
+    def check(self, is_finite: Tensor) -> None:
+        """Refuses the present update if its loss or a gradient is not finite."""
+        refused = (~is_finite).to(self.refused)
+        self.refused.copy_(torch.maximum(self.refused, refused) if self.halt else refused)
+        self.skipped += self.refused
+
+    def add(self, loss: Tensor, num_images: int) -> None:
+        """Adds a minibatch, unless its last update was refused."""
+        weight = (1 - self.refused) * num_images
+        self.loss += torch.where(weight > 0, loss.to(self.loss) * weight, 0.0)
+        self.seen += weight
+
+
 class TrainingStep:
     r"""One step of Adam on eq. (2) for a minibatch, without reading the device.
 
-    The eager step runs the model and the guide as Pyro programs, without Pyro's checks. The
-    compiled step runs a graph of the objective and its gradient instead, see
-    ``_compiled.py``. Both draw the same random numbers in the same order.
-    Minibatches of another shape than the first one are always eager.
-
-    An update whose loss or gradient is not finite is not made: the optimisers read a flag on the
-    device.
+    An update whose loss or gradient is not finite is not made. The eager and the compiled step draw
+    the same random numbers; minibatches of another shape than the first one are always eager.
 
     Arguments:
-        model: A Pyro model on its device. The priors of the guide's global weights are added, see
-            :func:`pyro_gpvae.pair`.
+        model: A Pyro model, paired with the guide by :func:`pyro_gpvae.pair`.
         guide: A Pyro guide on the same device.
         batch: A minibatch of images, which sets up the step and is not trained on.
         num_images: The number N of training images.
         learning_rate: The learning rate of Adam.
-        elbo: The objective. The default is ``guide.blocks(model)`` if the guide has it, otherwise
-            ``guide.elbo()``, otherwise ``Trace_ELBO()``. It must have ``differentiable_loss``, and
-            enumerate no sites.
+        elbo: The objective, with ``differentiable_loss`` and without enumeration. The default is
+            ``guide.blocks(model)``, otherwise ``guide.elbo()``, otherwise ``Trace_ELBO()``.
         backend: "eager", "compiled", or "auto": "compiled" on CUDA, and on a CPU for at least
-            20,000 steps, unless the programs cannot be compiled. Then a line in the log says why,
-            and the step is eager.
-        on_nonfinite: "skip" omits updates that are not finite. "stop" also omits all later ones,
-            so that the caller finds the parameters from before the first.
+            20,000 steps, unless the programs cannot be compiled, which the log explains.
+        on_nonfinite: "skip" omits updates that are not finite; "stop" also omits all later ones.
         num_steps: The number of steps that will be made, for "auto".
 
     Attributes:
         backend: How the step is made, "eager" or "compiled".
-        blocks: The objectives and what each of them trains, in the order of a step.
-        programs: The scaled model and guide of each block.
-        optimizers: The optimiser of each block.
+        blocks, programs, optimizers: The objectives and what they train, the scaled model and
+            guide, and the optimiser, of each block.
         parameters: All parameters by name.
         counters: What happened so far, on the device.
         reason: Why the last update was refused, if a program said so.
 
     Raises:
-        ValueError: If there is nothing to train, the loss depends on parameters that are neither
-            the model's nor the guide's, or an option is wrong.
+        ValueError: If an option is wrong, there is nothing to train, or the loss depends on
+            parameters that are neither the model's nor the guide's.
         UnsupportedError: If the programs cannot be compiled although this was asked for.
 
     Example:
@@ -116,12 +130,16 @@ class TrainingStep:
     ) -> None:
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-        _check_choice("backend", backend, ("auto", *get_args(Backend)))
-        _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
+        if backend not in ("auto", "eager", "compiled"):
+            raise ValueError(f"backend must be 'auto', 'eager' or 'compiled', got {backend!r}")
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite must be 'stop' or 'skip', got {on_nonfinite!r}")
         self.model, self.guide = model, guide
         named = {"model": model, "guide": guide}
         self.modules = {n: m for n, m in named.items() if isinstance(m, torch.nn.Module)}
-        self._frozen = [n for m in self.modules.values() for n in m.modules() if _is_frozen(n)]
+        own = [each for module in self.modules.values() for each in module.modules()]
+        frozen = [m for m in own if not any(p.requires_grad for p in m.parameters())]
+        self._frozen = [m for m in frozen if not m.training and any(True for _ in m.parameters())]
         x = to_batch(batch, model, guide)
         self.device = x.device
         self.train(False)  # finding the parameters must not change running statistics
@@ -135,8 +153,7 @@ class TrainingStep:
             )
         for parameter in trained:
             if torch.empty_like(parameter).stride() != parameter.stride():
-                # a part of a larger tensor, or its elements share memory: Adam's fused kernels
-                # go through the memory of parameters and moments in the same order
+                # fused kernels of Adam go through memory, whatever the strides
                 parameter.data = parameter.data.contiguous()
         if elbo is None and isinstance(guide, HasBlocks):
             self.blocks: Sequence[Block] = guide.blocks(model)
@@ -146,42 +163,33 @@ class TrainingStep:
         self.objectives = [without_host_sync(block.elbo) for block in self.blocks]
         pairs = [(block.model or model, block.guide or guide) for block in self.blocks]
         self.programs = [
-            (PerImage(pair(m, g), num_images), PerImage(g, num_images)) for m, g in pairs
+            (PerImage(pair(*p), num_images), PerImage(p[1], num_images)) for p in pairs
         ]
         self.counters = StepCounters(self.device, halt=on_nonfinite == "stop")
+        on_cuda = self.device.type == "cuda"
         self.optimizers = [
-            torch.optim.Adam(
-                block.parameters,
-                float(learning_rate),
-                fused=True,
-                capturable=self.device.type == "cuda",
-            )
-            for block in self.blocks
+            torch.optim.Adam(b.parameters, float(learning_rate), fused=True, capturable=on_cuda)
+            for b in self.blocks
         ]
         for optimizer in self.optimizers:
             optimizer.found_inf = self.counters.refused  # type: ignore[attr-defined]
         self.reason = ""
         self._set_up(x)
         self.backend: Backend = "eager"
-        self._compiled: list[Callable[[Tensor], tuple[Tensor, list[Tensor]]]] = []
+        self._compiled: list[Evaluate] = []
         self._compiled_shape = x.shape
-        wanted = backend == "compiled"
-        if wanted or (backend == "auto" and _is_worth_compiling(self.device, num_steps)):
-            self._compile(x, required=wanted)
+        worth_it = on_cuda or num_steps >= WORTH_COMPILING
+        if backend == "compiled" or (backend == "auto" and worth_it):
+            self._compile(x, required=backend == "compiled")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Makes one step on a minibatch, and returns the loss of the last block, on the device.
-
-        Arguments:
-            images: (B, ...), uint8 or floats in [0, 1].
-        """
+        """Makes one step on images (B, ...), and returns the loss of the last block."""
         x = to_batch(images, self.model, self.guide)
         if not self.counters.halt:  # otherwise the reason of the first refused update counts
             self.reason = ""
         for number, optimizer in enumerate(self.optimizers):
-            evaluate = partial(self.evaluate, number)
-            if self._compiled and x.shape == self._compiled_shape:
-                evaluate = self._compiled[number]  # type: ignore[assignment]
+            compiled = bool(self._compiled) and x.shape == self._compiled_shape
+            evaluate = self._compiled[number] if compiled else partial(self.evaluate, number)
             buffers = [(buffer, buffer.clone()) for buffer in self._written]
             try:
                 loss, gradients = evaluate(x)
@@ -211,66 +219,50 @@ class TrainingStep:
         return self.objectives[block].differentiable_loss(*self.programs[block], x)
 
     def train(self, mode: bool) -> None:
-        """Puts the model and the guide into training or evaluation mode.
-
-        Networks that came in evaluation mode, with all their parameters frozen, stay in it, so
-        that their running statistics are frozen as well.
-        """
+        """Sets the mode of modules, except of networks that came frozen in evaluation mode."""
         for module in self.modules.values():
             module.train(mode)
         for module in self._frozen:
             module.eval()
 
-    def release(self) -> None:
-        """Drops the gradients."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
     @property
-    def buffers(self) -> list[Tensor]:
-        """The buffers of the modules, which a program may write to."""
-        return [buffer for module in self.modules.values() for buffer in module.buffers()]
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers of the modules by name, also those that are not persistent."""
+        modules = self.modules.items()
+        return {f"{role}.{n}": b for role, module in modules for n, b in module.named_buffers()}
 
     def _set_up(self, x: Tensor) -> None:
-        """Runs every objective once, with Pyro's checks, for what is set up at its first use.
-
-        Finds the buffers that the programs write to, and parameters that would never be trained.
-        """
+        """Runs every objective once; finds written buffers and parameters nobody trains."""
         leaves: list[Tensor] = []
-        with preserve_rng(self.device, self.buffers):
+        buffers = list(self.buffers.values())
+        with preserve_rng(self.device, buffers):
             # compared by value: batch normalisation does not count its writes
-            before = [(buffer, buffer.clone()) for buffer in self.buffers]
+            before = [(buffer, buffer.clone()) for buffer in buffers]
             for block in range(len(self.blocks)):
                 with suppress(NonFiniteError), nonfinite_as_error():
                     leaves += _leaves(self.loss(block, x))
             self._written = [b for b, old in before if not torch.equal(b, old)]
-        known = {id(p) for p in self.parameters.values()}
-        known |= {id(p) for block in self.blocks for p in block.parameters}
+        known = {id(p) for block in self.blocks for p in block.parameters}
+        known |= {id(p) for p in self.parameters.values()}
         # leaves that are no nn.Parameter are those in which a program differentiates by itself
         unknown = [p for p in leaves if isinstance(p, torch.nn.Parameter) and id(p) not in known]
-        shapes = [str(tuple(p.shape)) for p in unknown]
-        if shapes:
+        if unknown:
             raise ValueError(
-                f"the loss depends on parameters of shape {', '.join(shapes[:3])} that are "
+                f"the loss depends on a parameter of shape {tuple(unknown[0].shape)} that is "
                 "neither the model's nor the guide's, and would never be trained. Let both be "
-                "torch.nn.Modules that hold all of theirs (in an nn.ModuleList, not in a list; not "
-                "inside a function), and a guide that knows the decoder be made for this model; or "
-                "call requires_grad_(False) on what is to stay as it is"
+                "torch.nn.Modules that hold all of theirs (in an nn.ModuleList, not in a list or a "
+                "function), and make the guide for this model; or call requires_grad_(False)"
             )
 
     def _compile(self, x: Tensor, required: bool) -> None:
-        """Compiles the step. Unless that is required, the step stays eager if it fails."""
+        """Compiles the step; if that fails and is not required, the step stays eager."""
         try:
             self._compiled = compile_blocks(self, x)
             self.backend = "compiled"
         except Exception as error:  # tracers and compilers raise errors of any kind
-            if required and isinstance(error, UnsupportedError):
-                raise UnsupportedError(
-                    f"model and guide cannot be trained with backend 'compiled': {error}. "
-                    "Use backend 'eager' or 'auto'"
-                ) from error
             if required:
-                raise
+                message = f"cannot be trained with backend 'compiled': {error}. Use backend 'eager'"
+                raise UnsupportedError(f"model and guide {message} or 'auto'") from error
             reason = str(error).partition("\n")[0] or type(error).__name__
             _log.warning("trained with backend 'eager', not 'compiled': %s", reason)
 
@@ -283,21 +275,6 @@ class TrainingStep:
         except NonFiniteError as error:
             self.reason = str(error)
         return bool(self.reason)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _is_worth_compiling(device: torch.device, num_steps: int) -> bool:
-    return device.type == "cuda" or num_steps >= WORTH_COMPILING
-
-
-def _is_frozen(module: torch.nn.Module) -> bool:
-    """Whether a module is in evaluation mode, and has parameters, which are all frozen."""
-    frozen = [not p.requires_grad for p in module.parameters()]
-    return not module.training and bool(frozen) and all(frozen)
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:
@@ -315,10 +292,8 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 
 def _named_parameters(model: PyroProgram, guide: PyroProgram, x: Tensor) -> dict[str, Tensor]:
-    """The parameters of modules and of ``pyro.param`` statements, by name.
-
-    The programs are run once, since Pyro's autoguides create their parameters then.
-    """
+    """The parameters of modules and of ``pyro.param`` statements, by name."""
+    # Pyro's autoguides create their parameters when they are first run
     capture = poutine.trace(param_only=True)
     # the first step says where something is not finite
     with suppress(NonFiniteError), torch.no_grad(), nonfinite_as_error(), capture:

@@ -8,13 +8,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from families import FAMILIES, READERS, make
-from pyro import poutine
+from families import FAMILIES, make
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import images, linear_encoder, linear_model
+from toy import Dying, Kill, images, linear_encoder, linear_model, uint8
 
 from guides import GaussianGuide
 from pyro_gpvae import Checkpoints, NonFiniteError, fit
@@ -26,10 +25,6 @@ from pyro_gpvae.training.step import TrainingStep
 
 # two full minibatches an epoch, and a last one of 5
 N, B = 21, 8
-
-
-def uint8(count=N):
-    return (images(count) * 255).to(torch.uint8)
 
 
 @pytest.fixture
@@ -53,7 +48,7 @@ def trained(make_pair, backend, *, data=None, epochs=3, **options):
     pyro.clear_param_store()
     model, guide = make_pair()
     options = {"batch_size": B, "learning_rate": 5e-3, "progress": False, "seed": 3} | options
-    data = uint8() if data is None else data
+    data = uint8(N) if data is None else data
     history = fit(model, guide, data, epochs=epochs, backend=backend, **options)
     return tensors(model, guide), history.frame().drop(columns="seconds")
 
@@ -73,7 +68,7 @@ def assert_backends_agree(make_pair, **options):
     assert_same(trained(make_pair, "compiled", **options), eager)
 
 
-#: tests/training/test_tracing.py has all families, for one evaluation each.
+#: tests/training/test_compiled.py has all families, for two steps each.
 SPECS = ["vae", "gp", "gp:estimator=weights", "me:3", "rme:3", "sa:2,line_search=False"]
 
 
@@ -147,7 +142,7 @@ def test_auto_falls_back_when_the_compiler_fails(monkeypatch, caplog):
     monkeypatch.setattr(training_step, "WORTH_COMPILING", 1)
     assert_same(trained(lambda: make("gp"), "auto"), expected, tolerance=0)
     assert ours(caplog) == ["trained with backend 'eager', not 'compiled': no C++ compiler"]
-    with pytest.raises(RuntimeError, match="no C"):
+    with pytest.raises(UnsupportedError, match="no C"):
         trained(lambda: make("gp"), "compiled")
 
 
@@ -160,7 +155,7 @@ def test_a_graph_that_computes_something_else_is_refused(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", wrong)
-    with pytest.raises(UnsupportedError, match=r"with 'eager'\. Use backend"):
+    with pytest.raises(UnsupportedError, match="Use backend 'eager'"):
         trained(lambda: make("vae"), "compiled")
 
 
@@ -176,7 +171,7 @@ def test_auto_compiles_only_long_trainings(monkeypatch, caplog):
 
 
 def test_a_backend_that_is_unknown_or_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"backend must be one of .*'eager'.*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be .*'eager'.*, got 'fast'"):
         trained(lambda: make("vae"), "fast")
     with pytest.raises(UnsupportedError, match="reads a tensor in Python"):
         trained(branching, "compiled")
@@ -211,30 +206,23 @@ def unread(monkeypatch):
 
 
 def stepper(make_pair, **options):
-    return TrainingStep(*make_pair(), uint8()[:B], N, **options)
+    return TrainingStep(*make_pair(), uint8(N)[:B], N, **options)
 
 
 @pytest.mark.parametrize("spec", FAMILIES)
 def test_a_step_does_not_read_the_device(spec, unread):
     step = stepper(lambda: make(spec))
-    step(uint8()[:B].clamp(max=254))
-    loss = unread(step, uint8()[:B])
-    assert torch.isfinite(unread(step, uint8()[:5]))
+    step(uint8(N)[:B].clamp(max=254))
+    loss = unread(step, uint8(N)[:B])
+    assert torch.isfinite(unread(step, uint8(N)[:5]))
     assert torch.isfinite(loss)
 
 
 @pytest.mark.parametrize("spec", ["vae", "me:3"])
 def test_a_traced_step_does_not_read_the_device(spec, unread, interpreted):
     step = stepper(lambda: make(spec), backend="compiled")
-    step(uint8()[:B].clamp(max=254))
-    unread(step, uint8()[:B])
-
-
-@pytest.mark.parametrize("spec", READERS)
-def test_families_that_are_known_to_read_the_device(spec, unread):
-    step = stepper(lambda: make(spec))
-    with pytest.raises(AssertionError, match="reads the device"):
-        unread(step, uint8()[:B])
+    step(uint8(N)[:B].clamp(max=254))
+    unread(step, uint8(N)[:B])
 
 
 # --- not finite
@@ -264,7 +252,7 @@ class SlopeBreaks(Breaking):
 
 def with_white(number):
     """Images of which one breaks the guide."""
-    data = uint8().clamp(max=254)
+    data = uint8(N).clamp(max=254)
     data[number, 0, 0, 0] = 255
     return data
 
@@ -277,16 +265,16 @@ def test_an_update_that_is_not_finite_is_not_made(kind, backend, good, interpret
     for bad in (True, False):
         model, guide = of(kind)
         step = TrainingStep(
-            model, guide, uint8()[:B].clamp(max=254), N, backend=backend, on_nonfinite="skip"
+            model, guide, uint8(N)[:B].clamp(max=254), N, backend=backend, on_nonfinite="skip"
         )
         for seed in range(good):
             torch.manual_seed(seed)
-            step(uint8()[seed : seed + B].clamp(max=254))
+            step(uint8(N)[seed : seed + B].clamp(max=254))
         if bad:
             before = tensors(model, guide), copy.deepcopy(step.optimizers[0].state_dict())
             loss, seen = float(step.counters.loss), float(step.counters.seen)
             guide.broken.fill_(1.0)
-            step(uint8()[:B].clamp(max=254))
+            step(uint8(N)[:B].clamp(max=254))
             guide.broken.fill_(0.0)
             after = tensors(model, guide), step.optimizers[0].state_dict()
             assert all(torch.equal(after[0][name], value) for name, value in before[0].items())
@@ -297,7 +285,7 @@ def test_an_update_that_is_not_finite_is_not_made(kind, backend, good, interpret
             assert int(step.counters.skipped) == 1
             assert (float(step.counters.loss), float(step.counters.seen)) == (loss, seen)
         torch.manual_seed(9)
-        step(uint8()[:B].clamp(max=254))
+        step(uint8(N)[:B].clamp(max=254))
         assert int(step.counters.refused) == 0
         results.append(tensors(model, guide))
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
@@ -313,35 +301,35 @@ def test_an_update_that_is_not_made_leaves_running_statistics(backend, interpret
             return super().posterior(torch.where(self.broken > 0, x * torch.nan, x))
 
     model, guide = of(Normalised)
-    step = TrainingStep(model, guide, uint8()[:B], N, backend=backend, on_nonfinite="skip")
-    step(uint8()[:B].clamp(max=254))
+    step = TrainingStep(model, guide, uint8(N)[:B], N, backend=backend, on_nonfinite="skip")
+    step(uint8(N)[:B].clamp(max=254))
     before = tensors(model, guide)
     guide.broken.fill_(1.0)
-    step(uint8()[:B].clamp(max=254))
+    step(uint8(N)[:B].clamp(max=254))
     assert int(step.counters.skipped) == 1
     assert all(torch.equal(tensors(model, guide)[name], v) for name, v in before.items())
     guide.broken.fill_(0.0)
-    step(uint8()[:B].clamp(max=254))
+    step(uint8(N)[:B].clamp(max=254))
     name = "guide.encoder.1.running_mean"
     assert not torch.equal(tensors(model, guide)[name], before[name])
     guide.broken.fill_(1.0)
     with pytest.raises(NonFiniteError):
-        fit(model, guide, uint8(), epochs=1, batch_size=B, backend=backend, progress=False)
+        fit(model, guide, uint8(N), epochs=1, batch_size=B, backend=backend, progress=False)
     assert bool(tensors(model, guide)[name].isfinite().all())
 
 
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_halt_makes_no_update_after_the_first_that_is_refused(backend, interpreted):
     model, guide = of(Breaking)
-    data = uint8().clamp(max=254)
+    data = uint8(N).clamp(max=254)
     step = TrainingStep(model, guide, data[:B], N, backend=backend, on_nonfinite="stop")
-    step(uint8()[:B].clamp(max=254))
+    step(uint8(N)[:B].clamp(max=254))
     before = tensors(model, guide)
     guide.broken.fill_(1.0)
-    step(uint8()[:B].clamp(max=254))
+    step(uint8(N)[:B].clamp(max=254))
     guide.broken.fill_(0.0)
     for _ in range(3):
-        step(uint8()[:B].clamp(max=254))
+        step(uint8(N)[:B].clamp(max=254))
     assert all(torch.equal(tensors(model, guide)[name], v) for name, v in before.items())
     assert int(step.counters.skipped) == 4
     assert int(step.counters.seen) == B
@@ -420,44 +408,6 @@ def test_skipped_updates_are_counted_up_to_a_limit(backend, interpreted, monkeyp
     assert "after 2 skipped updates" in str(caught.value)
 
 
-def test_a_reason_is_not_that_of_an_earlier_update(monkeypatch):
-    first, last = sorted((0, 4, 17), key=place_of)[::2]
-    assert place_of(first) < place_of(last)
-
-    class Refusing(Breaking):
-        """It says why it breaks for one image."""
-
-        def posterior(self, x):
-            if bool((x[:, 0, 0, 1] == 1).any()):
-                raise NonFiniteError("what it says of itself")
-            return super().posterior(x)
-
-    data = uint8().clamp(max=254)
-    data[first, 0, 0, 1], data[last, 0, 0, 0] = 255, 255
-    monkeypatch.setattr(loop, "MAX_SKIPPED", 1)
-    with pytest.warns(UserWarning, match="is skipped"), pytest.raises(NonFiniteError) as caught:
-        trained(lambda: of(Refusing), "eager", data=data, on_nonfinite="skip")
-    assert caught.value.step == place_of(last)
-    assert "what it says of itself" not in str(caught.value)
-    assert "site 'z'" in str(caught.value)
-
-
-# --- checkpoints
-
-
-class Kill(BaseException):
-    """The process ends."""
-
-
-class Dying(Checkpoints):
-    """Checkpoints whose process ends right after the one of step 4: in the second epoch."""
-
-    def save(self, state):
-        super().save(state)
-        if state.step == 4:
-            raise Kill
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "first", "second"),
@@ -477,32 +427,6 @@ def test_resumes_bit_for_bit(spec, first, second, interpreted, tmp_path):
 
 
 # --- programs of all sorts
-
-
-class SeveralSites(GaussianGuide):
-    """Global, auxiliary and local sites, a mask, a scale, and noise made by hand."""
-
-    def __init__(self, model, encoder):
-        super().__init__(model, encoder)
-        self.loc = nn.Parameter(torch.zeros(2))
-
-    def global_prior(self):
-        zero = torch.zeros_like(self.loc)
-        return {"shift": dist.Normal(zero, torch.ones_like(zero)).to_event(1)}
-
-    def forward(self, x):
-        shift = pyro.sample("shift", dist.Normal(self.loc, 0.1).to_event(1))
-        q = self.posterior(x)
-        with pyro.plate("data", len(x)), poutine.scale(scale=0.5):
-            with poutine.mask(mask=False):
-                f = pyro.sample(
-                    "f", dist.Normal(q.mean, 0.1).to_event(1), infer={"is_auxiliary": True}
-                )
-            loc = f + shift + 0.1 * torch.randn_like(q.mean)
-            return pyro.sample("z", dist.Normal(loc, q.stddev).to_event(1))
-
-    def elbo(self):
-        return Trace_ELBO(num_particles=2)
 
 
 class Averaging(GaussianGuide):
@@ -543,22 +467,6 @@ def frozen(part):
     return model, guide
 
 
-def scaled_model():
-    """A model that is no module of the project's, with handlers around and inside."""
-    own, guide = of(GaussianGuide)
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.own = own
-
-        def forward(self, x):
-            with poutine.scale(scale=0.5):
-                return self.own(x)
-
-    return Model(), guide
-
-
 class OwnTwoBlocks(GaussianGuide):
     """The second block lists parameters of the first that its own objective does not use."""
 
@@ -581,43 +489,25 @@ class OwnTwoBlocks(GaussianGuide):
 @pytest.mark.parametrize(
     "make_pair",
     [
-        lambda: of(SeveralSites),
         lambda: of(Averaging),
         lambda: of(OwnTwoBlocks),
         normalised,
         sharing,
         lambda: frozen("decoder"),
         lambda: frozen("encoder"),
-        scaled_model,
     ],
     ids=[
-        "several sites",
         "buffer",
         "overlapping blocks",
         "batch normalisation",
         "shared",
         "frozen decoder",
         "frozen encoder",
-        "scaled model",
     ],
 )
 def test_backends_agree_for_programs_of_all_sorts(make_pair, interpreted):
     data = uint8(22)  # 22 = 8 + 8 + 6
     assert_backends_agree(make_pair, data=data, validation=uint8(5))
-
-
-@pytest.mark.parametrize(
-    ("count", "size"), [(5, 1), (1, 1), (5, 50), (16, 8)], ids=["1", "one image", "all", "even"]
-)
-def test_backends_agree_for_any_size_of_minibatch(count, size, interpreted):
-    assert_backends_agree(lambda: make("vae"), data=uint8(count), batch_size=size)
-
-
-def test_batch_normalisation_is_trained_in_training_mode(interpreted):
-    for backend in ("eager", "compiled"):
-        found, _ = trained(normalised, backend, data=uint8(16), epochs=2)
-        assert int(found["guide.encoder.3.num_batches_tracked"]) == 4
-        assert not torch.equal(found["guide.encoder.3.running_mean"], torch.zeros(3).double())
 
 
 @pytest.mark.parametrize(("frozen", "mode"), [(True, False), (True, True), (False, False)])
@@ -650,18 +540,6 @@ def test_parameters_that_are_parts_of_other_tensors(how):
     assert_same(*results)
 
 
-def test_dropout_is_on_and_takes_the_eager_way(interpreted, monkeypatch, caplog):
-    with pytest.raises(UnsupportedError, match="draws random numbers by aten::"):
-        trained(lambda: normalised(0.5), "compiled")
-    expected = trained(lambda: normalised(0.5), "eager")
-    monkeypatch.setattr(training_step, "WORTH_COMPILING", 1)
-    caplog.clear()
-    assert_same(trained(lambda: normalised(0.5), "auto"), expected, tolerance=0)
-    assert len(ours(caplog)) == 1
-    without = trained(normalised, "eager")
-    assert without[1]["loss"].iloc[0] != expected[1]["loss"].iloc[0]
-
-
 def param_statements():
     model = linear_model()
 
@@ -690,11 +568,18 @@ def pyro_module():
     return linear_model(), Module().double()
 
 
-@pytest.mark.parametrize("make_pair", [param_statements, pyro_module])
-def test_guides_of_the_parameter_store_take_the_eager_way(
-    make_pair, interpreted, monkeypatch, caplog
+@pytest.mark.parametrize(
+    ("make_pair", "message"),
+    [
+        (param_statements, "belongs to no module"),
+        (pyro_module, "as PyroParam does"),
+        (lambda: normalised(dropout=0.5), "draws random numbers by aten::"),
+    ],
+)
+def test_guides_that_no_graph_can_hold_take_the_eager_way(
+    make_pair, message, interpreted, monkeypatch, caplog
 ):
-    with pytest.raises(UnsupportedError, match=r"belongs? to no module|as PyroParam does"):
+    with pytest.raises(UnsupportedError, match=message):
         trained(make_pair, "compiled")
     expected = trained(make_pair, "eager")
     monkeypatch.setattr(training_step, "WORTH_COMPILING", 1)
@@ -754,10 +639,10 @@ def test_hooks_on_parameters_are_called(register, interpreted):
     model, guide = make("vae")
     getattr(guide.head.weight, f"register_{register}")(lambda *_: calls.append(1))
     with pytest.raises(UnsupportedError, match=r"guide\.head\.weight has a hook, which"):
-        TrainingStep(model, guide, uint8()[:B], N, backend="compiled")
-    step = TrainingStep(model, guide, uint8()[:B], N)
+        TrainingStep(model, guide, uint8(N)[:B], N, backend="compiled")
+    step = TrainingStep(model, guide, uint8(N)[:B], N)
     calls.clear()
-    step(uint8()[:B].clamp(max=254))
+    step(uint8(N)[:B].clamp(max=254))
     assert calls
 
 
@@ -796,7 +681,7 @@ def test_parameters_that_would_never_be_trained():
     for make_pair in (in_a_function, of_another_model, lambda: of(InList)):
         model, guide = make_pair()
         with pytest.raises(ValueError, match=r"shape \(.*would never be trained\. Let both be"):
-            fit(model, guide, uint8(), epochs=1, progress=False)
+            fit(model, guide, uint8(N), epochs=1, progress=False)
 
     class Slope(GaussianGuide):
         """It differentiates in a leaf of its own."""
@@ -806,10 +691,10 @@ def test_parameters_that_would_never_be_trained():
             return super().posterior(x)
 
     model, guide = of(Slope)
-    fit(model, guide, uint8(), epochs=1, progress=False)
+    fit(model, guide, uint8(N), epochs=1, progress=False)
     model, guide = of(InList)
     guide.heads[0].requires_grad_(False)
-    fit(model, guide, uint8(), epochs=1, progress=False)
+    fit(model, guide, uint8(N), epochs=1, progress=False)
 
 
 @pytest.mark.parametrize("read", [lambda x: x.numpy().tolist(), lambda x: x.tolist()])
@@ -851,7 +736,7 @@ def test_building_a_step_changes_nothing(interpreted):
         states = []  # the search for parameters draws once, whatever the backend
         for backend in ("eager", "compiled"):
             torch.manual_seed(0)
-            step = TrainingStep(model, guide, uint8()[:B], N, backend=backend, on_nonfinite="skip")
+            step = TrainingStep(model, guide, uint8(N)[:B], N, backend=backend, on_nonfinite="skip")
             states.append(torch.random.get_rng_state())
         assert torch.equal(*states)
         assert all(torch.equal(tensors(model, guide)[n], v) for n, v in before.items())
@@ -871,7 +756,7 @@ def test_building_a_step_changes_nothing(interpreted):
 @pytest.mark.parametrize("spec", FAMILIES)
 def test_no_synchronisation_on_a_gpu(spec):
     model, guide = (program.cuda() for program in make(spec, torch.float32))
-    data = uint8().cuda()
+    data = uint8(N).cuda()
     step = TrainingStep(model, guide, data[:B], N, backend="eager")
     for batch in (data[:B], data[:5]):  # makes the moments
         step(batch)
@@ -890,6 +775,6 @@ def test_backends_agree_on_a_gpu(spec):
     def on_cuda():
         return [program.cuda() for program in make(spec)]
 
-    eager = trained(on_cuda, "eager", data=uint8().cuda(), epochs=3)
-    compiled = trained(on_cuda, "compiled", data=uint8().cuda(), epochs=3)
+    eager = trained(on_cuda, "eager", data=uint8(N).cuda(), epochs=3)
+    compiled = trained(on_cuda, "compiled", data=uint8(N).cuda(), epochs=3)
     assert_same(compiled, eager, tolerance=1e-8)
