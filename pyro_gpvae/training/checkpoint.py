@@ -221,9 +221,10 @@ def copy_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], so
         if name in found and found[name].dtype != tensor.dtype
     ]
     if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"the weights in {source} do not fit this model and guide: {'; '.join(problems[:3])}. "
-            "Build both with the options they were trained with."
+            f"the weights in {source} do not fit this model and guide: "
+            f"{'; '.join(problems[:3])}{more}. Build both with the options they were trained with."
         )
     for name, tensor in expected.items():
         tensor.detach().copy_(found[name])
