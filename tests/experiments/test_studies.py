@@ -200,7 +200,7 @@ def test_the_gap_table(tmp_path, capsys, monkeypatch):
     )  # fmt: skip
     gap_table.main(options)
     printed = capsys.readouterr().out
-    assert printed.count("training ") == 4
+    assert printed.count(f"training {tmp_path}") == 4
     results = tmp_path / "docs" / "results"
     text = (results / "gap.md").read_text()
     assert text in printed

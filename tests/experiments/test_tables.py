@@ -420,7 +420,6 @@ def test_evaluations_of_other_runs_and_budgets_are_refused(tmp_path):
         make(SMALL, tmp_path, tmp_path / "out")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "runs"), [("table4", "cifar10"), ("table5", "mnist")])
 def test_committed_score_tables_are_those_of_the_committed_records(
     name, runs, tmp_path, monkeypatch
