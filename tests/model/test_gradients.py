@@ -32,6 +32,7 @@ GUIDES = [
         "sa:1,legacy_sign=True,step_size=0.01",
     ),
     *("iterative:2", "iterative:2,num_samples=3", "vlae:0", "vlae:2", "vlae:2,step=damped"),
+    *("newton:1", "newton:2"),
     *("instance", "instance:full"),
 ]
 
