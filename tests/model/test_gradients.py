@@ -47,7 +47,7 @@ def model_and_guide(spec, likelihood="gaussian"):
     options = {} if spec.startswith("instance") else {"encoder": linear_encoder()}
     if spec.startswith("iaf"):
         options["hidden_dim"] = 4
-    if spec.startswith("iterative"):
+    if spec.startswith(("iterative", "newton")):
         options["hidden"] = 4
     guide = make_guide(spec, model, **options).double()
     with torch.no_grad():
