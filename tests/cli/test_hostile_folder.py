@@ -101,10 +101,12 @@ def test_nothing_of_the_folder_runs(arguments, hostile, tmp_path):
 
 @pytest.mark.slow
 def test_a_guide_that_the_folder_registers_is_not_loaded(hostile, tmp_path):
-    config = hostile / "config.json"
-    before = config.read_text()
+    config, record = hostile / "config.json", hostile / "record.json"
+    before = config.read_text(), record.read_text()
     try:
-        config.write_text(json.dumps(json.loads(before) | {"guide": "evil"}))
+        evil = json.loads(before[0]) | {"guide": "evil"}
+        config.write_text(json.dumps(evil))
+        record.write_text(json.dumps(json.loads(before[1]) | {"config": evil}))
         found = run(hostile, ["evaluate", "."], tmp_path)
         assert found.returncode == 2
         assert "'evil', which is not registered" in found.stderr
@@ -113,7 +115,8 @@ def test_a_guide_that_the_folder_registers_is_not_loaded(hostile, tmp_path):
         found = run(hostile, ["train", "--guide=evil:Guide", f"--out={tmp_path / 'own'}"], tmp_path)
         assert "HOSTILE" in found.stdout
     finally:
-        config.write_text(before)
+        config.write_text(before[0])
+        record.write_text(before[1])
 
 
 def test_a_name_that_two_distributions_register_is_refused(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 SHAPE, P = (1, 2, 3), 3
 COMMON = [
     *("vae", "gp", "gp:covariance=full", "full", "lowrank:2", "iaf:2", "hf:3", "me:2", "rme:3"),
-    *("sa:2", "iterative:2", "vlae:0", "vlae:2", "vlae:2,step=damped"),
+    *("sa:2", "iterative:2", "vlae:0", "vlae:2", "newton:1", "vlae:2,step=damped"),
 ]
 PRECISE = [
     *(*COMMON, "gp:features=own", "sa:2,natural=False,line_search=False,step_size=1e-4"),
