@@ -7,7 +7,7 @@ import torch
 from torch.autograd.functional import jacobian
 from toy import images, linear_encoder, linear_model
 
-from guides.householder import HouseholderGuide
+from guides.householder import HouseholderGuide, _nonzero
 from guides.iaf import IAFGuide
 from pyro_gpvae import log_weights
 
@@ -203,3 +203,15 @@ def test_one_dimension(cls):
 def test_more_reflections_than_dimensions_are_reported():
     with pytest.warns(UserWarning, match="num_reflections = 4 is more than latent_dim = 3"):
         HouseholderGuide(linear_model(3), 4, linear_encoder())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 1.0, 1e10, 1e25, 1e35])
+def test_the_normal_of_a_mirror_has_a_finite_norm(dtype, size):
+    v = torch.tensor([[3.0, -4.0, 0.0]], dtype=dtype) * size
+    u = _nonzero(v)
+    norm = u.norm(dim=-1, keepdim=True)
+    assert bool((norm > 0).all())
+    assert bool(norm.isfinite().all())
+    if size >= 1e-3:
+        torch.testing.assert_close(u / norm, torch.tensor([[0.6, -0.8, 0.0]], dtype=dtype))
