@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_gpvae import RunConfig, load_run, log_evidence, make_guide, train_run
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import read_json, write_json, write_text
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation.annealing import annealed_evidence, bidirectional
 from pyro_gpvae.evaluation.importance import ParetoWarning
 
@@ -83,7 +83,7 @@ def measure(options: Options) -> dict[str, Any]:
         for start, guide in guides.items():
             begin = time.perf_counter()
             if guide is not None:
-                guide.posterior(to_batch(x, model))
+                guide.posterior(to_batch(x, model)[0])
             fixed[start].append((time.perf_counter() - begin) / len(x))
         for setting in settings:
             method, start, size = setting

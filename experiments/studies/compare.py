@@ -30,7 +30,7 @@ import tyro
 from _gap_against_time import gap_against_time
 
 from pyro_gpvae.core._files import read_json, write_json, write_text
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.runs.config import RunConfig, check_same
 from pyro_gpvae.runs.evaluate import evaluate_run
 from pyro_gpvae.runs.folder import Run, load_run, warm_guide
@@ -161,7 +161,7 @@ def _posterior(run: Run, other: str | None) -> Callable[[], Any]:
     guide = run.guide if other is None else warm_guide(other, run.model, run.guide)
     device = next(run.model.parameters()).device
     guide.to(device).eval()
-    x = to_batch(run.data.test[:BATCH], run.model)
+    x = to_batch(run.data.test[:BATCH], run.model)[0]
     return lambda: guide.posterior(x).sample()
 
 

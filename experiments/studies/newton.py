@@ -35,7 +35,7 @@ from torch import Tensor
 from guides import GaussianGuide, InstanceGuide
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, log_evidence, make_guide
 from pyro_gpvae.core._files import read_json, write_json
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation.importance import ParetoWarning
 
 #: Guides that are trained on the frozen decoder, in the order of the table.
@@ -88,7 +88,7 @@ def measure(options: Options) -> dict[str, Any]:
     """Computes the cells that are missing; returns a row for each seed and guide."""
     data = load_data(options.data)
     train = data.train[: options.train_images]
-    x = to_batch(data.test[: options.test_images])
+    x = to_batch(data.test[: options.test_images])[0]
     rows = []
     for seed in range(max(options.seeds, options.end_to_end)):
         study = _Study(options, seed, train, x)

@@ -35,7 +35,8 @@ from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import read_json, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.images import ImageData, to_batch
+from pyro_gpvae.data.batch import to_batch
+from pyro_gpvae.data.images import ImageData
 from pyro_gpvae.model.networks import DecoderKind, build_decoder
 from pyro_gpvae.runs.folder import warm_guide
 
@@ -171,7 +172,7 @@ def _programs(
         vae = make_guide("vae", model).to(device)
         fit(model, vae, train, epochs=1, progress=False)
         guides = {g: vae if g == "vae" else warm_guide(g, model, vae) for g in options.guides}
-    x = to_batch(data.test[:BATCH], model)
+    x = to_batch(data.test[:BATCH], model)[0]
     if len(x) < BATCH:
         raise ValueError(f"{data.name} has {len(x)} test images, expected at least {BATCH}")
 

@@ -1,15 +1,90 @@
-r"""The data plate, which separates local sites from global ones."""
+r"""The data plate, which separates the sites of each member of a batch from global ones."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyro
+import torch
+from pyro import poutine
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
-__all__ = ["DATA_PLATE", "data_frame", "in_data_plate", "is_global"]
+__all__ = [
+    "DATA_PLATE", "data_frame", "data_plate", "find_data_plate", "in_data_plate", "in_plate",
+    "is_global", "is_sampled",
+]  # fmt: skip
 
-#: The name of the plate over images in models and guides.
+#: The name of the data plate in the programs of this library. Other programs may use another name.
 DATA_PLATE = "data"
+
+
+def is_sampled(site: Any) -> bool:
+    """Returns whether a node of a trace is a sample statement, not the subsample of a plate."""
+    return site["type"] == "sample" and not site_is_subsample(site)
+
+
+def in_plate(site: Any, plate: str) -> bool:
+    """Returns whether a site of a trace lies in a plate of this name."""
+    return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:
+    """Returns the name of the data plate in the nodes of a trace.
+
+    It is the plate at dimension -1 that has as many members as the batch, or no size. If there are
+    several, it is the one named "data".
+
+    Raises:
+        ValueError: If there is no such plate, or several of other names; if the plate subsamples,
+            because its sites would be scaled twice; if no latent site lies in it; or if an
+            observed site lies in another plate at dimension -1.
+    """
+    sites = {name: site for name, site in nodes.items() if is_sampled(site)}
+    stacks = [site["cond_indep_stack"] for site in sites.values()]
+    last = {frame.name: frame for stack in stacks for frame in stack if frame.dim == -1}
+    for frame in last.values():
+        if frame.size == batch_size != frame.full_size != -1:
+            raise ValueError(
+                f"plate({frame.name!r}, {frame.full_size}) takes {frame.size} of its members, and "
+                f"would be scaled twice: write plate({frame.name!r}, len(x))"
+            )
+    found = [name for name, frame in last.items() if frame.size in (batch_size, -1)]
+    if DATA_PLATE in found:
+        found = [DATA_PLATE]
+    if len(found) != 1:
+        what = f"the plates {found}" if found else "no plate"
+        raise ValueError(
+            f"{what} at dimension -1 can hold the {batch_size} members of the batch; the sites are "
+            f"{sorted(sites)}. Write pyro.plate({DATA_PLATE!r}, len(x)) around what belongs to one "
+            "member of the batch"
+        )
+    (plate,) = found
+    latent = [name for name, site in sites.items() if not site["is_observed"]]
+    if not any(in_plate(sites[name], plate) for name in latent):
+        raise ValueError(
+            f"no latent site lies in plate({plate!r}), and what belongs to one member of the batch "
+            f"must be there; the latent sites are {latent}"
+        )
+    for name, site in sites.items():
+        others = [frame.name for frame in site["cond_indep_stack"] if frame.dim == -1]
+        # Pyro records deterministic values as observed
+        observed = site["is_observed"] and not site["infer"].get("_deterministic")
+        if observed and others and others != [plate]:
+            raise ValueError(
+                f"the observed site {name!r} lies in plate({others[0]!r}): what belongs to one "
+                f"member of the batch must be in plate({plate!r})"
+            )
+    return plate
+
+
+def find_data_plate(program: Any, batch: Sequence[Tensor], **kwargs: Any) -> str:
+    """Runs a program once, and returns the name of its data plate, see :func:`data_plate`."""
+    # validation would refuse draws of a diverged program, which others report better
+    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
+        trace: Any = poutine.trace(program).get_trace(*batch, **kwargs)
+    return data_plate(trace.nodes, len(batch[0]))
 
 
 def in_data_plate(site: Any) -> bool:

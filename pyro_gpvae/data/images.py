@@ -1,4 +1,4 @@
-"""Image data sets: :class:`ImageData`, :func:`load_data`, and the one conversion of images."""
+"""Image data sets: :class:`ImageData` and :func:`load_data`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ __all__ = [
     "check_images",
     "load_data",
     "split_validation",
-    "to_batch",
 ]
 
 
@@ -60,37 +58,6 @@ def check_images(images: Tensor, name: str = "images") -> None:
             f"{name}: expected shape (B, C, H, W), got {shape}, which looks like (B, H, W, C); "
             f"move the channels with images.movedim(-1, 1)"
         )
-
-
-def to_batch(images: Tensor, *programs: Any) -> Tensor:
-    """Returns images as floats, on the device and in the dtype of the programs' parameters.
-
-    This is the one conversion of images in the library: uint8 values 0 to 255 are divided by 255,
-    and floats are taken as they are.
-
-    Arguments:
-        images: (B, ...), uint8 or floats.
-        programs: Models and guides; the first parameter of a module among them decides. Without
-            one, images stay on their device, in the default dtype.
-
-    Raises:
-        ValueError: If images are neither uint8 nor floats.
-
-    Example:
-        >>> to_batch(torch.tensor([[0, 51, 255]], dtype=torch.uint8))
-        tensor([[0.0000, 0.2000, 1.0000]])
-    """
-    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
-        raise ValueError(
-            f"images must be uint8 values 0 to 255 or floats, got {images.dtype}: convert values 0 "
-            "to 255 with .to(torch.uint8), values in [0, 1] with .float()"
-        )
-    modules = (program for program in programs if isinstance(program, torch.nn.Module))
-    like = next((p for module in modules for p in module.parameters()), None)
-    device = images.device if like is None else like.device
-    dtype = torch.get_default_dtype() if like is None else like.dtype
-    floats = images.to(device, non_blocking=True).to(dtype)
-    return floats / 255 if images.dtype == torch.uint8 else floats
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -18,7 +18,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import check_images, evaluator
 from pyro_gpvae.evaluation.optimum import InstanceOptimum, check_optimum_options, laplace_start
 from pyro_gpvae.model.guide import HasPosterior
@@ -60,7 +60,7 @@ def optimise_autoguide(
     make = load_autoguide(guide)
     check_optimum_options("diagonal", start, tolerance, max_steps, num_starts)
     check_images(model, x)
-    x = to_batch(x, model)
+    x = to_batch(x, model)[0]
     loc, factor, jitter = laplace_start(model, x, "diagonal", start, num_starts)
     scale = factor.diagonal(dim1=-2, dim2=-1)
     found = [

@@ -22,7 +22,7 @@ from pyro_gpvae.core._float32 import exact_float32
 from pyro_gpvae.core._plates import DATA_PLATE, in_data_plate, is_global
 from pyro_gpvae.core._programs import PyroProgram, kept_buffers, with_own_parameters
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
 from pyro_gpvae.model.image_model import ImageModel
 
@@ -80,13 +80,13 @@ def name_of(guide: Any) -> str:
 
 def device_of(x: Tensor, *programs: Any) -> torch.device:
     """Returns the device where images are evaluated: see :func:`to_batch`."""
-    return to_batch(x[:1], *programs).device
+    return to_batch(x[:1], *programs)[0].device
 
 
 def batches(x: Tensor, *programs: Any, size: int = MAX_IMAGES) -> Iterator[Tensor]:
     """Yields images as floats where the programs are, at most so many at once."""
     for part in x.split(size):
-        yield to_batch(part, *programs)
+        yield to_batch(part, *programs)[0]
 
 
 def seeded_if(seed: int | None, device: torch.device) -> AbstractContextManager[None]:

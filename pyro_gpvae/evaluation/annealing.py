@@ -14,7 +14,7 @@ from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
     batches,
@@ -214,7 +214,7 @@ def bidirectional(
         if not isinstance(model, ImageModel):
             raise ValueError("the model has no image_shape: pass an image of its shape as like=")
         like = torch.zeros(1, *model.image_shape)
-    blank = to_batch(like[:1], model, guide)
+    blank = to_batch(like[:1], model, guide)[0]
     annealing = _Annealing(model, guide, num_chains, num_steps, num_leapfrog, seed, first_image)
 
     def work(size: int) -> Sandwich:

@@ -16,7 +16,7 @@ from torch.distributions import Independent, LowRankMultivariateNormal, Multivar
 
 from pyro_gpvae.core._chunks import check_chunk_size
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import (
     batches,
     check_at_least,
@@ -204,7 +204,7 @@ def decompose(
     if not isinstance(model, ImageModel):
         raise ValueError(f"the optimum of each image needs an ImageModel, got {name_of(model)}")
     check_images(model, x)
-    first = to_batch(x[:1], model, guide)
+    first = to_batch(x[:1], model, guide)[0]
     kl_global = _kl_global(guide, num_train, first)
     family = _family(guide, first)
     _weight_information(guide, first)  # an error before the work, not after it

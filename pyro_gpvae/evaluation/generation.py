@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import (
     batches,
     check_at_least,
@@ -76,7 +76,7 @@ def sample_images(
     """
     check_at_least(1, num_images=num_images)
     shape = _image_shape(model, image_shape)
-    blank = to_batch(torch.zeros(1, *shape), model)
+    blank = to_batch(torch.zeros(1, *shape), model)[0]
     with seeded_if(seed, blank.device):
         # all z before the first image, so that they are the same with noise and in any chunks
         z = prior_and_likelihood(model, blank)[0].expand((num_images,)).sample()
@@ -103,7 +103,7 @@ def decode(
         ValueError: If the model is not as above, or what it decodes is not finite.
     """
     shape = _image_shape(model, image_shape)
-    flat = to_batch(z.reshape(-1, z.shape[-1]), model)
+    flat = to_batch(z.reshape(-1, z.shape[-1]), model)[0]
 
     def decoded(part: Tensor) -> Tensor:
         blank = flat.new_zeros(len(part), *shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import (
     check_at_least,
     check_images,
@@ -136,7 +136,7 @@ def optimise_gaussian(
     """
     check_optimum_options(covariance, start, tolerance, max_steps, num_starts)
     check_images(model, x)
-    images = to_batch(x, model)
+    images = to_batch(x, model)[0]
     loc, factor, jitter = laplace_start(model, images, covariance, start, num_starts)
 
     def work(size: int) -> InstanceOptimum:

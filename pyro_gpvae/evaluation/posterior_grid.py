@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import check_at_least, check_images, check_posterior, evaluator
 from pyro_gpvae.evaluation.uncertainty import moments_of
 from pyro_gpvae.model.guide import posterior_of
@@ -61,7 +61,7 @@ def posterior_grid(
         raise ValueError(f"a posterior on a grid needs latent_dim = 2, got {model.latent_dim}")
     check_at_least(16, num_points=num_points)
     check_images(model, x)
-    images = to_batch(x, model)
+    images = to_batch(x, model)[0]
 
     def work(size: int) -> list[PosteriorGrid]:
         wide = images.new_tensor([[-6.0, 6.0], [-6.0, 6.0]])
@@ -100,7 +100,7 @@ def posterior_record(
     """
     check_posterior(guide, "the figure shows the density q(z|x)")
     grids = posterior_grid(model, x, num_points=num_points)
-    x = to_batch(x, model, guide)
+    x = to_batch(x, model, guide)[0]
     a, v, b, r = moments_of(guide, x)
     with seeded(seed, x.device):
         noise = torch.randn(2, num_draws, *a.shape, dtype=a.dtype, device=a.device)

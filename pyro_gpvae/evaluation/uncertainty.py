@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from torch import Tensor
 
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import batches, check_images, evaluator, name_of
 from pyro_gpvae.model.guide import HasMoments, HasUncertainty
 from pyro_gpvae.model.image_model import ImageModel
@@ -49,7 +49,7 @@ def bhattacharyya_uncertainty(guide: Any, x: Tensor, *, num_nodes: int = 64) -> 
         x: Images (B, C, H, W), uint8 or floats.
         num_nodes: The number of nodes of the Gauss-Hermite quadrature over d.
     """
-    _, v, b, r = moments_of(guide, to_batch(x, guide))
+    _, v, b, r = moments_of(guide, to_batch(x, guide)[0])
     nodes, weights = _gauss_hermite(num_nodes, b)
     d = ((2 * r).sqrt() * nodes.reshape(-1, 1, 1)).abs()
     log_cosh = d + torch.log1p((-2 * d).exp()) - math.log(2)
@@ -72,7 +72,7 @@ def weight_information(guide: Any, x: Tensor, *, num_nodes: int = 32) -> Tensor:
         guide, x: See :func:`bhattacharyya_uncertainty`.
         num_nodes: The number of Gauss-Hermite nodes for z and for log h.
     """
-    _, v, b, r = moments_of(guide, to_batch(x, guide))
+    _, v, b, r = moments_of(guide, to_batch(x, guide)[0])
     nodes, weights = _gauss_hermite(num_nodes, b)
     pairs = weights[:, None, None] * weights[:, None]
     columns = []

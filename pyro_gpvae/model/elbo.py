@@ -7,8 +7,6 @@ objective, or :class:`TraceELBO` by default.
 from __future__ import annotations
 
 import copy
-import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -17,7 +15,6 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
-from pyro.infer.enum import get_importance_trace
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
 from pyro.infer.util import is_validation_enabled
@@ -27,9 +24,10 @@ from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_gpvae.core._plates import DATA_PLATE, data_frame, in_data_plate
+from pyro_gpvae.core._plates import data_plate, find_data_plate, in_plate, is_sampled
 from pyro_gpvae.core._programs import Program, PyroProgram, kept_buffers, with_own_parameters
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.core._seeds import preserve_rng
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.model._pairing import pair
 
 __all__ = [
@@ -243,33 +241,34 @@ class PerImage(Program):
             raise ValueError(f"num_images must be at least 1, got {num_images}")
         self.program = program
         self.num_images = num_images
+        self._plate: str | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        batch = len(args[0]) if args and isinstance(args[0], Tensor) and args[0].dim() else 0
-        with _PerImageScale(self.num_images, batch):
+        with _PerImageScale(self.find_plate(*args, **kwargs), len(args[0]), self.num_images):
             return self.program(*args, **kwargs)
+
+    def find_plate(self, *args: Any, **kwargs: Any) -> str:
+        """Returns the name of the data plate, for which the program is run once at the first call.
+
+        This changes neither the random state nor buffers.
+        """
+        if self._plate is None:
+            with preserve_rng(args[0].device), kept_buffers([self.program]):
+                self._plate = find_data_plate(self.program, args, **kwargs)
+        return self._plate
 
 
 class _PerImageScale(Messenger):
-    def __init__(self, num_images: int, batch: int) -> None:
+    def __init__(self, plate: str, batch_size: int, num_images: int) -> None:
         super().__init__()
+        self.plate = plate
+        self.batch_size = batch_size
         self.num_images = num_images
-        self.batch = batch
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            return
-        data = data_frame(msg)
-        alike = [f for f in msg["cond_indep_stack"] if f.dim == -1 and f.size == self.batch > 1]
-        if data is None and alike and not msg["is_observed"]:
-            plate = alike[0].name  # may be a global plate that has this size by chance
-            warnings.warn(
-                f"the site {msg['name']!r} lies in plate({plate!r}, {self.batch}), which has as "
-                "many members as images, and is scaled by 1/N: if it is local, rename the plate "
-                f"{DATA_PLATE!r}",
-                stacklevel=2,
-            )
-        msg["scale"] = msg["scale"] / (self.num_images if data is None else data.size)
+        if not site_is_subsample(msg):
+            size = self.batch_size if in_plate(msg, self.plate) else self.num_images
+            msg["scale"] = msg["scale"] / size
 
 
 @with_own_parameters
@@ -288,16 +287,22 @@ def elbo_terms(
     """
     if hasattr(model, "check_images"):
         model.check_images(x)
-    x = to_batch(x, model, guide)
-    programs = PerImage(pair(model, guide), num_images), PerImage(guide, num_images)
+    x = to_batch(x, model, guide)[0]
     with kept_buffers((model, guide)):
-        model_trace, guide_trace = get_importance_trace("flat", math.inf, *programs, (x,), {})
+        guide_trace = poutine.trace(guide).get_trace(x)
+        model_trace = poutine.trace(
+            poutine.replay(pair(model, guide), trace=guide_trace)
+        ).get_trace(x)
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
     for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
-        for site in sample_sites(trace):
-            value = sign * float(site["log_prob_sum"])
+        plate = data_plate(trace.nodes, len(x))
+        trace.compute_log_prob()
+        for site in filter(is_sampled, trace.nodes.values()):
+            log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+            is_local = in_plate(site, plate)
+            value = sign * float(log_prob.sum()) / (len(x) if is_local else num_images)
             if site["is_observed"] and trace is model_trace:
                 terms["log_likelihood"] += value
             else:
-                terms["kl_z" if in_data_plate(site) else "kl_global"] -= value
+                terms["kl_z" if is_local else "kl_global"] -= value
     return terms

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import Program
-from pyro_gpvae.data.images import to_batch
 from pyro_gpvae.model.likelihoods import GaussianPixels, bounded
 from pyro_gpvae.model.networks import ImageShape, build_decoder, call_network
 
@@ -105,7 +104,11 @@ class ImageModel(Program):
                 0 or 1.
         """
         self._check_shape(x)
-        to_batch(x[:1])  # refuses other dtypes
+        if x.dtype != torch.uint8 and not x.dtype.is_floating_point:
+            raise ValueError(
+                f"images must be uint8 values 0 to 255 or floats, got {x.dtype}: convert values 0 "
+                "to 255 with .to(torch.uint8), values in [0, 1] with .float()"
+            )
         if len(x) == 0:
             raise ValueError("x must hold at least one image, got none")
         self._check_binary(x)

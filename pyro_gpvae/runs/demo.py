@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from pyro_gpvae.core._files import new_folder, write_json, write_text
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation.uncertainty import rank_correlation
 from pyro_gpvae.plots import image_grid, loss_curves, reconstructions, uncertain_images
 from pyro_gpvae.runs._text import caption, markdown_table
@@ -192,7 +192,7 @@ def _draw(runs: dict[str, Run], folder: Path, caption: str) -> None:
     decoded, samples = {}, {}
     for name in ("vae", "gpvae"):
         model, guide = runs[name].model, runs[name].guide
-        x = to_batch(test[:12], model)
+        x = to_batch(test[:12], model)[0]
         decoded[_LABELS[name]] = model.decoder(guide.posterior(x).mean).cpu().numpy()
         samples[_LABELS[name]] = model.decoder(prior.to(x)).cpu().numpy()
     scores = pd.read_csv(folder / "gpvae" / "scores.csv")["uncertainty"]

@@ -17,7 +17,7 @@ from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import new_folder, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation import PARETO_LIMIT, WIDTHS, log_evidence, reference_evidence
 from pyro_gpvae.model.guide import HasDiagnostics, HasUncertainty
 from pyro_gpvae.model.image_model import ImageModel
@@ -178,7 +178,7 @@ def evaluate(
     table.insert(0, "image", range(len(table)))
     if isinstance(guide, HasUncertainty):
         with torch.no_grad():
-            parts = [guide.uncertainty(to_batch(x, guide)).cpu() for x in images.split(512)]
+            parts = [guide.uncertainty(to_batch(x, guide)[0]).cpu() for x in images.split(512)]
         table["uncertainty"] = torch.cat(parts).numpy()
     scores = {
         "elbo": float(evidence.elbo.mean()),
@@ -200,7 +200,7 @@ def diagnostics(guide: Any, images: Tensor, num_train: int) -> dict[str, float]:
     """Returns the guide's diagnostics on up to 512 test images, and KL(q(W, U) ‖ p)/N in nats."""
     if not isinstance(guide, HasDiagnostics):
         return {}
-    found = guide.diagnostics(to_batch(images[:512], guide))
+    found = guide.diagnostics(to_batch(images[:512], guide)[0])
     values = {name: float(value) for name, value in found.items()}
     if "kl_weights" in values:
         values["kl_weights_per_image"] = values["kl_weights"] / num_train

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.testing import _batches, _densities, _structure
 from pyro_gpvae.testing._kit import MAX_BATCH, Finding, Kit, Make
 
@@ -106,7 +106,7 @@ def check_guide(
         >>> report["normalised"].verdict
         'ok'
     """
-    x = to_batch(x[:MAX_BATCH], model, guide)
+    x = to_batch(x[:MAX_BATCH], model, guide)[0]
     if len(x) < 2 or len(x.unique(dim=0)) < 2:
         raise ValueError(f"x must have at least two different images, got {tuple(x.shape)}")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()

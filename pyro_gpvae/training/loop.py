@@ -20,7 +20,7 @@ from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._programs import PyroProgram, own_parameters
 from pyro_gpvae.core._seeds import preserve_rng, seeded
 from pyro_gpvae.core._signals import Interrupts, stopped
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.model.elbo import elbo_terms
 from pyro_gpvae.model.guide import HasDiagnostics
 from pyro_gpvae.training._batches import SAMPLE_SIZE, Batches, LoaderBatches, TensorBatches
@@ -123,7 +123,7 @@ def fit(
     on_nonfinite = step.get("on_nonfinite", "stop")
     label = progress if isinstance(progress, str) else "training"
     num_steps = epochs * len(data)
-    device = to_batch(data.sample[:1], model, guide).device
+    device = to_batch(data.sample[:1], model, guide)[0].device
     modules = [program for program in (model, guide) if isinstance(program, torch.nn.Module)]
     if device.type == "cpu":
         keep_freed_memory()
@@ -189,7 +189,7 @@ def _load(
         _check_images(data.sample, model, "images")
         return data
     _check_images(images, model, "images")
-    device = to_batch(images[:1], model, guide).device
+    device = to_batch(images[:1], model, guide)[0].device
     return TensorBatches(images.to(device), operator.index(batch_size))
 
 
@@ -199,7 +199,6 @@ def _check_images(images: Tensor, model: PyroProgram, name: str) -> None:
         raise TypeError(f"{name} must be {kinds}, got {type(images).__name__}")
     if images.numel() == 0:
         raise ValueError(f"{name} must hold at least one image, got shape {tuple(images.shape)}")
-    to_batch(images[:1], model)  # refuses other dtypes
     if hasattr(model, "check_images"):
         model.check_images(images)
 
@@ -221,7 +220,7 @@ def _check_updates(state: TrainingState, checkpoints: Checkpoints | None, action
         late, block = later // len(step.blocks), len(step.blocks) - 1 - later % len(step.blocks)
     if action == "stop" or skipped > MAX_SKIPPED:
         batch = recent[-1 - late]
-        x = to_batch(batch.images, step.model, step.guide)
+        x = to_batch(batch.images, step.model, step.guide)[0]
         with preserve_rng(step.device, list(step.buffers.values())):
             error = explain(step, block, state.step - late, x, batch.numbers)
         raise _with_advice(error, skipped, checkpoints)
@@ -264,7 +263,7 @@ def _terms(state: TrainingState, validation: Tensor | None) -> dict[str, float]:
     """The terms of eq. (2), σ, and the guide's diagnostics, on some training images."""
     model, guide = state.training_step.model, state.training_step.guide
     num_images = state.data.num_images
-    x = to_batch(state.data.sample[:SAMPLE_SIZE], model, guide)
+    x = to_batch(state.data.sample[:SAMPLE_SIZE], model, guide)[0]
     row = elbo_terms(model, guide, x, num_images)
     sigma = getattr(model, "sigma", None)
     if sigma is not None:
@@ -276,7 +275,7 @@ def _terms(state: TrainingState, validation: Tensor | None) -> dict[str, float]:
     if validation is not None:
         row["validation_elbo"] = 0.0
         for part in validation.split(SAMPLE_SIZE):
-            terms = elbo_terms(model, guide, to_batch(part, model, guide), num_images)
+            terms = elbo_terms(model, guide, to_batch(part, model, guide)[0], num_images)
             bound = terms["log_likelihood"] - terms["kl_z"]
             row["validation_elbo"] += len(part) / len(validation) * bound
     return row

@@ -2,6 +2,7 @@ r"""One step of Adam on eq. (2) for a minibatch."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pyro_gpvae.core._errors import (
 )
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import preserve_rng
-from pyro_gpvae.data.images import to_batch
+from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model.elbo import Block, Objective, PerImage, without_host_sync
 from pyro_gpvae.model.guide import HasBlocks, HasElbo
@@ -140,7 +141,7 @@ class TrainingStep:
         own = [each for module in self.modules.values() for each in module.modules()]
         frozen = [m for m in own if not any(p.requires_grad for p in m.parameters())]
         self._frozen = [m for m in frozen if not m.training and any(True for _ in m.parameters())]
-        x = to_batch(batch, model, guide)
+        x = to_batch(batch, model, guide)[0]
         self.device = x.device
         self.train(False)  # finding the parameters must not change running statistics
         self.parameters = _named_parameters(model, guide, x)
@@ -165,6 +166,9 @@ class TrainingStep:
         self.programs = [
             (PerImage(pair(*p), num_images), PerImage(p[1], num_images)) for p in pairs
         ]
+        for program in itertools.chain(*self.programs):
+            with suppress(NonFiniteError):  # the first step reports it
+                program.find_plate(x)
         self.counters = StepCounters(self.device, halt=on_nonfinite == "stop")
         on_cuda = self.device.type == "cuda"
         self.optimizers = [
@@ -184,7 +188,7 @@ class TrainingStep:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Makes one step on images (B, ...), and returns the loss of the last block."""
-        x = to_batch(images, self.model, self.guide)
+        x = to_batch(images, self.model, self.guide)[0]
         if not self.counters.halt:  # otherwise the reason of the first refused update counts
             self.reason = ""
         for number, optimizer in enumerate(self.optimizers):

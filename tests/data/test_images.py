@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_gpvae.data.images import ImageData, check_images, load_data, split_validation, to_batch
+from pyro_gpvae.data.batch import to_batch
+from pyro_gpvae.data.images import ImageData, check_images, load_data, split_validation
 
 
 def pixels(*shape, seed=0):
@@ -58,13 +59,17 @@ def test_image_data_refuses(change, message):
 def test_to_batch_divides_pixels_and_takes_floats_as_they_are():
     every = torch.arange(256).to(torch.uint8).view(1, 1, 16, 16)
     module = torch.nn.Linear(1, 1).double()
-    assert torch.equal(to_batch(every).flatten(), torch.arange(256).float() / 255)
-    assert torch.equal(to_batch(every, print, module).flatten(), torch.arange(256).double() / 255)
-    assert to_batch(100 * torch.ones(2, 3), module).dtype == torch.float64
-    assert to_batch(100 * torch.ones(2, 3)).max() == 100
-    for dtype in (torch.int64, torch.bool):
-        with pytest.raises(ValueError, match=r"uint8 values 0 to 255 or floats"):
-            to_batch(every.to(dtype))
+    assert torch.equal(to_batch(every)[0].flatten(), torch.arange(256).float() / 255)
+    assert torch.equal(
+        to_batch(every, print, module)[0].flatten(), torch.arange(256).double() / 255
+    )
+    assert to_batch(100 * torch.ones(2, 3), module)[0].dtype == torch.float64
+    assert to_batch(100 * torch.ones(2, 3))[0].max() == 100
+    for dtype in (torch.int64, torch.bool):  # counts, labels and masks
+        labels = torch.arange(256).to(dtype)
+        pair = to_batch((every, labels), module)
+        assert pair[0].dtype == torch.float64
+        assert torch.equal(pair[1], labels)
     check_images(every)
 
 
