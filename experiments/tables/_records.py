@@ -132,7 +132,8 @@ def collect(
     if epochs is None and len(runs):
         methods = runs[runs["guide"] != "vae"]
         epochs = int(Counter((methods if len(methods) else runs)["epochs"]).most_common(1)[0][0])
-    _check_same(runs, "batch_size", "learning_rate", "likelihood", "num_samples")
+    rates = ("learning_rate", "sigma_learning_rate")
+    _check_same(runs, "batch_size", *rates, "likelihood", "num_samples")
     for _, group in runs.groupby("data"):
         _check_same(group, "train_sha256", "test_sha256", "validation", "num_test")
     totals = [_totals(run, starts) for run in runs.to_dict("records")]

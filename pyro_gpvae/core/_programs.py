@@ -2,6 +2,7 @@ r"""Modules whose parameters Pyro finds without its global parameter store."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -20,6 +21,7 @@ __all__ = [
     "PyroProgram",
     "kept_buffers",
     "own_parameters",
+    "pyro_lock",
     "with_own_parameters",
 ]
 
@@ -28,6 +30,9 @@ _Result = TypeVar("_Result")
 
 #: A Pyro model or guide: any callable of the images that has sample statements.
 PyroProgram = Callable[..., Any]
+#: Pyro's handlers, its parameter store and torch's global random state belong to all threads of a
+#: process. What relies on them holds this lock, so that threads take turns.
+pyro_lock = threading.RLock()
 
 
 class Program(nn.Module):
@@ -86,22 +91,23 @@ def own_parameters(*programs: Any) -> Iterator[None]:
     A PyroModule takes the values that Pyro's global store holds under the names of its attributes,
     even if another module put them there. The block runs in a scope of the store without the
     parameters of other modules. Parameters of ``pyro.param`` and ``pyro.module`` statements stay
-    visible, and those made inside the block are kept.
+    visible, and those made inside the block are kept. Other threads that use Pyro wait.
     """
     modules = _modules_of(programs)
-    if not any(isinstance(module, PyroModule) for module in modules):
-        yield
-        return
-    store = pyro.get_param_store()
-    after: Any = _visible_state(modules)
-    try:
-        with store.scope(after):
-            try:
-                yield
-            finally:
-                after = store.get_state()
-    finally:
-        store.set_state(after)  # adds to what the scope has restored
+    with pyro_lock:
+        if not any(isinstance(module, PyroModule) for module in modules):
+            yield
+            return
+        store = pyro.get_param_store()
+        after: Any = _visible_state(modules)
+        try:
+            with store.scope(after):
+                try:
+                    yield
+                finally:
+                    after = store.get_state()
+        finally:
+            store.set_state(after)  # adds to what the scope has restored
 
 
 def with_own_parameters(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
@@ -110,7 +116,7 @@ def with_own_parameters(function: Callable[_Arguments, _Result]) -> Callable[_Ar
     @wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         modules = _modules_of((*args, *kwargs.values()))
-        with pyro.get_param_store().scope(_visible_state(modules)):
+        with pyro_lock, pyro.get_param_store().scope(_visible_state(modules)):
             return function(*args, **kwargs)
 
     return wrapped

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_gpvae.core._programs import pyro_lock
+
 __all__ = [
     "image_seed",
     "preserve_rng",
@@ -67,11 +69,15 @@ def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def preserve_rng(device: torch.device, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Restores the global random states and the values of the given tensors on exit."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    # numpy and Python too, because a user's guide may draw from them
-    others = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
+    """Restores the global random states and the values of the given tensors on exit.
+
+    Other threads that use Pyro wait until the block ends.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with pyro_lock, torch.random.fork_rng(devices, device_type="cuda"):
+        kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        # numpy and Python too, because a user's guide may draw from them
+        others = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
             yield
         finally:

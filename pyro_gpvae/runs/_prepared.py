@@ -88,6 +88,9 @@ class PreparedRun:
                 checkpoints=checkpoints,
                 progress=config.guide if progress is True else progress,
                 learning_rate=config.learning_rate,
+                learning_rates=None
+                if config.sigma_learning_rate is None
+                else {"model.log_sigma": config.sigma_learning_rate},
                 backend=config.backend,
                 on_nonfinite=config.on_nonfinite,
             )

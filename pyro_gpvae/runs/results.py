@@ -45,8 +45,9 @@ KEYS = ("method", "guide", "data", "latent_dim", "decoder", "seed")
 
 #: A cell of a table is a method and these; the runs of a cell are averaged,
 _CELL = ["data", "latent_dim", "decoder", "likelihood"]
+_RATES = ("learning_rate", "sigma_learning_rate")
 #: and may not differ in these.
-_OF_CELL = ("guide", "learning_rate", "freeze_decoder", "epochs_factor", "warm_start")
+_OF_CELL = ("guide", *_RATES, "freeze_decoder", "epochs_factor", "warm_start")
 
 _OPTIONS = ("guide", "data", "latent_dim", "decoder", "likelihood", "seed", *BUDGET)
 _SCORES = ("log_evidence", "elbo", "monte_carlo_error", "sampling_error")
@@ -55,7 +56,7 @@ _FIELDS = {
     "method": "plan.method",
     **{name: f"config.{name}" for name in _OPTIONS},
     "epochs_factor": "plan.epochs_factor",
-    **{name: f"config.{name}" for name in ("learning_rate", "warm_start", "freeze_decoder")},
+    **{name: f"config.{name}" for name in (*_RATES, "warm_start", "freeze_decoder")},
     **{name: f"scores.{name}" for name in _SCORES},
     "train_seconds": "seconds.training",
     "test_seconds": "seconds.evaluation",
@@ -124,6 +125,8 @@ def _row(record: dict[str, Any], source: Path) -> dict[str, Any]:
             raise ValueError(f"not the record of a run: {_FIELDS[name]} is {values[name]!r}")
     if type(values["epochs_factor"]) is not int or values["epochs_factor"] < 1:
         values["epochs_factor"] = 1
+    if values["sigma_learning_rate"] is None:
+        values["sigma_learning_rate"] = values["learning_rate"]
     if not isinstance(values["method"], str):
         warm = " after " + Path(values["warm_start"]).name if values["warm_start"] else ""
         values["method"] = values["guide"] + warm

@@ -94,7 +94,7 @@ class TrainingState:
         name = f"the checkpoint of step {checkpoint.step}"
         try:
             for option, wanted in self.options.items():
-                found = checkpoint.state["options"][option]
+                found = checkpoint.state["options"].get(option)
                 if found != wanted:
                     raise ValueError(
                         f"{name} is of another training: its {option} is {found}, not {wanted}"
@@ -118,7 +118,7 @@ class TrainingState:
     def _restore_optimizers(self, saved: list[dict[int, dict[str, Tensor]]]) -> None:
         _require(len(saved) == len(self.training_step.optimizers), "moments of each optimiser")
         for optimizer, state in zip(self.training_step.optimizers, saved, strict=True):
-            parameters = optimizer.param_groups[0]["params"]
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for index, moments in state.items():
                 shapes = {moment: value.shape for moment, value in moments.items()}
                 shape = parameters[index].shape

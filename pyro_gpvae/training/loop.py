@@ -145,6 +145,7 @@ def fit(
             stack.callback(optimizer.zero_grad)
         options = {
             "learning_rate": float(step.get("learning_rate", 5e-4)),
+            "learning_rates": make_step.learning_rates,
             "images": sha256(images if isinstance(images, Tensor) else data.sample),
         }
         state = TrainingState(make_step, data, seed, options)

@@ -1,13 +1,16 @@
 """PyroModules use their own parameters, and Pyro's store is left as it was."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from families import make
 from pyro.nn import PyroModule, PyroParam
 from toy import images, linear_model
 
-from pyro_gpvae import elbo_terms, log_evidence
+from pyro_gpvae import elbo_terms, fit, log_evidence
 from pyro_gpvae.core._programs import own_parameters
 
 
@@ -68,3 +71,16 @@ def test_parameters_of_statements_inside_the_block_are_kept(fails):
     except KeyboardInterrupt:
         pass
     assert set(store()) == {"width", "loc", "new"}
+
+
+def test_threads_take_turns():
+    def train(pair, seed):
+        options = {"epochs": 2, "batch_size": 5, "seed": seed, "progress": False}
+        rows = fit(*pair, images(20), **options).rows
+        scores = log_evidence(*pair, images(6), 20, seed=seed).log_evidence
+        return [row["log_likelihood"] for row in rows], scores.tolist()
+
+    pairs = [make("vae") for _ in range(16)]
+    expected = [train(pair, seed) for seed, pair in enumerate(pairs[:8])]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(train, pairs[8:], range(8))) == expected

@@ -91,6 +91,19 @@ def test_the_precision_of_training_is_an_option(vae, tiny, tmp_path):
     assert lowered["scores"]["elbo"] == pytest.approx(record["scores"]["elbo"], rel=0.01)
 
 
+def test_sigma_may_have_a_learning_rate_of_its_own(vae, tiny, tmp_path):
+    calibrated = tiny(guide="vae", sigma_learning_rate=1e-2)
+    record = train_run(calibrated, tmp_path / "calibrated", progress=False)
+    assert record["config"]["sigma_learning_rate"] == 1e-2
+    assert record["sigma"] != pytest.approx(vae[1]["sigma"], rel=0.01)
+    for name, value in (("freeze_decoder", True), ("likelihood", "bernoulli")):
+        options = {"sigma_learning_rate": 1e-2, "warm_start": str(vae[0]), name: value}
+        with pytest.raises(ValueError, match="sigma_learning_rate needs a learned σ"):
+            tiny(**options).check()
+    with pytest.raises(ValueError, match="sigma_learning_rate must be positive, got 0"):
+        tiny(sigma_learning_rate=0).check()
+
+
 def test_a_warm_start_takes_over_model_and_encoder(vae, tiny, tmp_path):
     # with a learning rate of 1e-12 the weights stay where they started
     config = tiny(guide="gp", warm_start=str(vae[0]), learning_rate=1e-12, seed=7)

@@ -177,6 +177,51 @@ def test_a_backend_that_is_unknown_or_cannot_be_is_refused():
         trained(branching, "compiled")
 
 
+# --- learning rates
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("spec", ["vae", "me:3", "rme:3"])
+def test_a_parameter_may_have_a_learning_rate_of_its_own(spec, backend, interpreted):
+    model, guide = make(spec)
+    before = tensors(model, guide)
+    step = TrainingStep(
+        model, guide, uint8(B), N, learning_rates={"model.log_sigma": 1e-2}, backend=backend
+    )
+    step(uint8(B))
+    for name, tensor in tensors(model, guide).items():
+        # the first step of Adam has the length of its learning rate in every coordinate
+        length = float((tensor - before[name]).abs().max())
+        assert length == pytest.approx(1e-2 if name == "model.log_sigma" else 5e-4, rel=0.2), name
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_learning_rates_resume_bit_for_bit_and_belong_to_the_training(
+    backend, interpreted, tmp_path
+):
+    options = {"learning_rates": {"model.log_sigma": 0.1, "guide.head.bias": 1e-4}}
+    expected = trained(lambda: make("vae"), backend, **options)
+    with pytest.raises(Kill):
+        trained(lambda: make("vae"), backend, checkpoints=Dying(tmp_path), **options)
+    with pytest.raises(ValueError, match=r"its learning_rates is \{'model.log_sigma'.*, not \{\}"):
+        trained(lambda: make("vae"), backend, checkpoints=Checkpoints(tmp_path, resume=True))
+    resumed = {"checkpoints": Checkpoints(tmp_path, resume=True), **options}
+    assert_same(trained(lambda: make("vae"), backend, **resumed), expected, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"log_sigma": 1e-2}, "names 'log_sigma', which is not trained; .* model.log_sigma, "),
+        ({"model.decoder.0.weight": 1e-2}, "names 'model.decoder.0.weight', which is not trained"),
+        ({"model.log_sigma": -1}, "learning_rate must be positive, got -1"),
+    ],
+)
+def test_learning_rates_that_cannot_be_used(rates, message):
+    with pytest.raises(ValueError, match=message):
+        stepper(lambda: frozen("decoder"), learning_rates=rates)
+
+
 # --- no reading of the device
 
 
