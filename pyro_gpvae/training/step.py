@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, TypedDict
 
 import torch
-from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -30,6 +28,7 @@ from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model.elbo import Block, Objective, PerImage, without_host_sync
 from pyro_gpvae.model.guide import HasBlocks, HasElbo
 from pyro_gpvae.training._compiled import Evaluate, compile_blocks
+from pyro_gpvae.training._parameters import leaves_of, named_parameters, parameter_groups
 
 __all__ = ["Backend", "OnNonFinite", "StepOptions", "TrainingStep"]
 
@@ -155,7 +154,7 @@ class TrainingStep:
         x = to_batch(batch, model, guide)[0]
         self.device = x.device
         self.train(False)  # finding the parameters must not change running statistics
-        self.parameters = _named_parameters(model, guide, x)
+        self.parameters = named_parameters(model, guide, x)
         self.train(True)
         trained = list({id(p): p for p in self.parameters.values() if p.requires_grad}.values())
         if not trained:
@@ -184,7 +183,7 @@ class TrainingStep:
         on_cuda = self.device.type == "cuda"
         self.optimizers = [
             torch.optim.Adam(groups, float(learning_rate), fused=True, capturable=on_cuda)
-            for groups in self._parameter_groups()
+            for groups in parameter_groups(self.blocks, self.parameters, self.learning_rates)
         ]
         for optimizer in self.optimizers:
             optimizer.found_inf = self.counters.refused  # type: ignore[attr-defined]
@@ -246,27 +245,6 @@ class TrainingStep:
         modules = self.modules.items()
         return {f"{role}.{n}": b for role, module in modules for n, b in module.named_buffers()}
 
-    def _parameter_groups(self) -> list[list[dict[str, Any]]]:
-        """Returns for each block the groups of its parameters, one for each learning rate."""
-        trained = {id(p) for block in self.blocks for p in block.parameters}
-        rates = {}
-        for name, rate in self.learning_rates.items():
-            parameter = self.parameters.get(name)
-            if parameter is None or id(parameter) not in trained:
-                known = ", ".join(n for n, p in self.parameters.items() if id(p) in trained)
-                raise ValueError(
-                    f"learning_rates names {name!r}, which is not trained; the parameters are "
-                    f"{known}"
-                )
-            rates[id(parameter)] = rate
-        groups = []
-        for block in self.blocks:
-            usual: dict[str, Any] = {"params": [p for p in block.parameters if id(p) not in rates]}
-            own = [p for p in block.parameters if id(p) in rates]
-            others = [{"params": [p], "lr": rates[id(p)]} for p in own]
-            groups.append([usual, *others] if usual["params"] else others)
-        return groups
-
     def _set_up(self, x: Tensor) -> None:
         """Runs every objective once; finds written buffers and parameters nobody trains."""
         leaves: list[Tensor] = []
@@ -276,7 +254,7 @@ class TrainingStep:
             before = [(buffer, buffer.clone()) for buffer in buffers]
             for block in range(len(self.blocks)):
                 with suppress(NonFiniteError), nonfinite_as_error():
-                    leaves += _leaves(self.loss(block, x))
+                    leaves += leaves_of(self.loss(block, x))
             self._written = [b for b, old in before if not torch.equal(b, old)]
         known = {id(p) for block in self.blocks for p in block.parameters}
         known |= {id(p) for p in self.parameters.values()}
@@ -311,47 +289,6 @@ class TrainingStep:
         except NonFiniteError as error:
             self.reason = str(error)
         return bool(self.reason)
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors to which ``loss.backward()`` would give gradients."""
-    found, seen, left = [], set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        left += [inner for inner, _ in node.next_functions]
-    return found
-
-
-def _named_parameters(model: PyroProgram, guide: PyroProgram, x: Tensor) -> dict[str, Tensor]:
-    """The parameters of modules and of ``pyro.param`` statements, by name."""
-    # Pyro's autoguides create their parameters when they are first run
-    capture = poutine.trace(param_only=True)
-    # the first step says where something is not finite
-    with suppress(NonFiniteError), torch.no_grad(), nonfinite_as_error(), capture:
-        guide_trace = poutine.trace(guide).get_trace(x)
-        poutine.replay(pair(model, guide), trace=guide_trace)(x)
-    named: dict[str, Tensor] = {}
-    for role, program in (("model", model), ("guide", guide)):
-        if isinstance(program, torch.nn.Module):
-            named |= {f"{role}.{name}": p for name, p in program.named_parameters()}
-    known = {id(p) for p in named.values()}
-    programs: dict[str, int] = {}
-    for site in capture.trace.nodes.values():
-        value: Any = site["value"]
-        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        if id(leaf) not in known:
-            known.add(id(leaf))
-            # a Program that is called inside a function has a name of this process only
-            owner, dot, attribute = str(site["name"]).partition(".")
-            if re.fullmatch(r"\w+-[0-9a-f]+", owner) and dot:
-                owner = f"program-{programs.setdefault(owner, len(programs))}"
-            named[f"param.{owner}{dot}{attribute}"] = leaf
-    return named
 
 
 def _finite(loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,86 @@
+r"""The parameters that a training changes: their names and their learning rates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
+from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.model._pairing import pair
+from pyro_gpvae.model.elbo import Block
+
+__all__ = ["leaves_of", "named_parameters", "parameter_groups"]
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The tensors to which ``loss.backward()`` would give gradients."""
+    found, seen, left = [], set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        left += [inner for inner, _ in node.next_functions]
+    return found
+
+
+def named_parameters(model: PyroProgram, guide: PyroProgram, x: Tensor) -> dict[str, Tensor]:
+    """The parameters of modules and of ``pyro.param`` statements, by name."""
+    # Pyro's autoguides create their parameters when they are first run
+    capture = poutine.trace(param_only=True)
+    # the first step says where something is not finite
+    with suppress(NonFiniteError), torch.no_grad(), nonfinite_as_error(), capture:
+        guide_trace = poutine.trace(guide).get_trace(x)
+        poutine.replay(pair(model, guide), trace=guide_trace)(x)
+    named: dict[str, Tensor] = {}
+    for role, program in (("model", model), ("guide", guide)):
+        if isinstance(program, torch.nn.Module):
+            named |= {f"{role}.{name}": p for name, p in program.named_parameters()}
+    known = {id(p) for p in named.values()}
+    programs: dict[str, int] = {}
+    for site in capture.trace.nodes.values():
+        value: Any = site["value"]
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+        if id(leaf) not in known:
+            known.add(id(leaf))
+            # a Program that is called inside a function has a name of this process only
+            owner, dot, attribute = str(site["name"]).partition(".")
+            if re.fullmatch(r"\w+-[0-9a-f]+", owner) and dot:
+                owner = f"program-{programs.setdefault(owner, len(programs))}"
+            named[f"param.{owner}{dot}{attribute}"] = leaf
+    return named
+
+
+def parameter_groups(
+    blocks: Sequence[Block], parameters: Mapping[str, Tensor], learning_rates: Mapping[str, float]
+) -> list[list[dict[str, Any]]]:
+    """Returns for each block the groups of its parameters, one for each learning rate.
+
+    Raises:
+        ValueError: If a learning rate is of a parameter that no block trains.
+    """
+    trained = {id(p) for block in blocks for p in block.parameters}
+    rates = {}
+    for name, rate in learning_rates.items():
+        if name not in parameters or id(parameters[name]) not in trained:
+            known = ", ".join(n for n, p in parameters.items() if id(p) in trained)
+            raise ValueError(
+                f"learning_rates names {name!r}, which is not trained; the parameters are {known}"
+            )
+        rates[id(parameters[name])] = rate
+    groups = []
+    for block in blocks:
+        usual: dict[str, Any] = {"params": [p for p in block.parameters if id(p) not in rates]}
+        own = [p for p in block.parameters if id(p) in rates]
+        others = [{"params": [p], "lr": rates[id(p)]} for p in own]
+        groups.append([usual, *others] if usual["params"] else others)
+    return groups
