@@ -29,8 +29,13 @@ from pyro_gpvae.evaluation.importance import ParetoWarning
 from pyro_gpvae.plots.gap import gap_ladder
 from pyro_gpvae.runs.config import PLACE, RunConfig, check_same
 from pyro_gpvae.runs.folder import load_run
-from pyro_gpvae.runs.gap_chunks import measure_gaps, read_table
-from pyro_gpvae.runs.gap_report import gap_caption, gap_markdown, write_gaps
+from pyro_gpvae.runs.gap_report import (
+    gap_caption,
+    gap_markdown,
+    measure_gaps,
+    read_table,
+    write_gaps,
+)
 from pyro_gpvae.runs.train import train_run
 from pyro_gpvae.runs.uncertainty_report import add_uncertainty, correlate, correlation_markdown
 
@@ -115,11 +120,11 @@ def collect(options: Options) -> None:
     table, runs = measure_gaps(
         folders,
         options.runs,
+        budget,
         num_images=options.images,
         labels=labels,
         root=options.root,
         device=options.device,
-        **budget,
     )
     correlations = []
     for folder in folders:

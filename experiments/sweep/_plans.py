@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pyro_gpvae.runs.config import PLACE, RunConfig
-from pyro_gpvae.runs.results import FULL, matches
+from pyro_gpvae.runs.results import FULL
+
+#: The keys of conditions, see :func:`parse_where`.
+KEYS = ("method", "guide", "data", "latent_dim", "decoder", "seed")
 
 
 @dataclass(frozen=True)
@@ -126,3 +129,38 @@ class Plan:
             if cell.name in wanted and cell.config.warm_start is not None:
                 wanted.add(cell.config.warm_start)
         return replace(self, cells=tuple(cell for cell in self.cells if cell.name in wanted))
+
+
+def matches(found: Any, wanted: str, key: str) -> bool:
+    """Whether a value is the wanted one; the name of a guide matches it with all options.
+
+    Example:
+        >>> matches("sa:4", "sa", "guide"), matches("sa:4", "sa:8", "guide"), matches(10, "10", "p")
+        (True, False, True)
+    """
+    return str(found) == wanted or (key == "guide" and str(found).partition(":")[0] == wanted)
+
+
+def parse_where(conditions: Sequence[str]) -> dict[str, list[str]]:
+    """Reads conditions such as ``guide=gp,vae``.
+
+    Raises:
+        ValueError: If one is not KEY=VALUE,..., or a key is unknown or given twice.
+
+    Example:
+        >>> parse_where(["guide=gp,vae", "data=mnist"])
+        {'guide': ['gp', 'vae'], 'data': ['mnist']}
+    """
+    where: dict[str, list[str]] = {}
+    for condition in conditions:
+        key, _, values = condition.partition("=")
+        if not values or key not in KEYS:
+            raise ValueError(
+                f"cannot read the condition {condition!r}: expected KEY=VALUE,VALUE with a key of "
+                f"{', '.join(KEYS)}"
+            )
+        if key in where:
+            raise ValueError(f"{key} is given twice: separate its values by commas")
+        # a comma within a guide's options is followed by KEY=
+        where[key] = re.split(r",(?!\w+=)", values)
+    return where

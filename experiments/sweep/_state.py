@@ -16,9 +16,10 @@ from _plans import Plan
 from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._files import partial_folder, read_json
 from pyro_gpvae.data.images import ImageData, load_data
+from pyro_gpvae.runs._report import markdown_table
 from pyro_gpvae.runs.config import PLACE, RunConfig
 from pyro_gpvae.runs.folder import load_images
-from pyro_gpvae.runs.results import COLUMNS, read_results
+from pyro_gpvae.runs.results import COLUMNS, differences, over_seeds, read_results
 
 
 def load_images_once(
@@ -109,3 +110,25 @@ def describe(plan: Plan, out: Path, done: set[str], costs: Mapping[str, float | 
     ]
     lines.append(f"CUT BUDGET: {', '.join(cut)}" if cut else "The paper's budget.")
     return "\n".join(lines)
+
+
+def score_table(plan: Plan, frame: pd.DataFrame) -> str:
+    """Returns a Markdown table of means ± standard deviations over seeds, with its caption."""
+    table = over_seeds(frame)
+    table["log p(x)"] = [
+        f"{row.log_evidence:.1f}" + (f" ± {row.sd:.1f}" if row.seeds > 1 else "")
+        for row in table.itertuples()
+    ]
+    table = table.drop(columns=["log_evidence", "sd"]).astype(str)
+    text = f"{plan.title}. log p(x), nats per image, by importance sampling, ± over seeds."
+    if plan.budget_overrides:
+        cut = [
+            f"{name} {both['used']} (the paper: {both['full'] or 'all'})"
+            for name, both in plan.budget_overrides.items()
+        ]
+        text += (
+            f" CUT BUDGET: {', '.join(cut)}. Compare these numbers with each other, not with "
+            "published ones."
+        )
+    notes = [f"Note: {line}." for line in differences(frame)]
+    return "\n".join([markdown_table([*table], table.to_numpy().tolist()), "", text, *notes, ""])

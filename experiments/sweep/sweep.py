@@ -31,14 +31,13 @@ from typing import Any
 import pandas as pd
 import tyro
 from _costs import seconds, step_times
-from _plans import Cell, Plan
+from _plans import Cell, Plan, parse_where
 from _ray import cluster, tune_cells
 from _read_plan import read_plan
-from _state import describe, finished_runs, load_images_once
+from _state import describe, finished_runs, load_images_once, score_table
 
 from pyro_gpvae.core._files import InUseError, locked, write_text
 from pyro_gpvae.data.images import ImageData
-from pyro_gpvae.runs.results import parse_where, score_table
 from pyro_gpvae.runs.train import train_run
 
 STEP_TIMES = Path(__file__).parents[1] / "plans" / "step_times.csv"
@@ -115,7 +114,7 @@ def main(options: Options) -> int:
         failed = run(plan, out, frame, options)
     frame = finished_runs(plan, out)
     if not frame.empty:
-        text = score_table(frame, plan.title)
+        text = score_table(plan, frame)
         write_text(out / f"{plan.source.stem}.md", text)
         write_text(out / f"{plan.source.stem}.csv", frame.to_csv(index=False))
         print(text)

@@ -3,19 +3,32 @@ r"""Options that several commands share, their way into functions of the library
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["RunFolder", "Where", "keywords", "one_line", "print_scores"]
+__all__ = ["Command", "Quiet", "RunFolder", "Where", "keywords", "one_line", "print_scores"]
 
 RunFolder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+Quiet = Annotated[bool, tyro.conf.arg(aliases=["-q"])]
 
 
 @dataclass(kw_only=True)
-class Where:
+class Command:
+    """What all commands share.
+
+    Attributes:
+        verbose: Show every warning, all files that are skipped, and the traceback of an error.
+    """
+
+    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
+
+
+@dataclass(kw_only=True)
+class Where(Command):
     """Where the data and the device of a run are now, and whether its code is trusted.
 
     Attributes:
@@ -31,11 +44,15 @@ class Where:
     trust_guide: bool = False
 
 
-def keywords(command: Any) -> dict[str, Any]:
-    """Returns the options of a command as keyword arguments; ``quiet`` becomes ``progress``."""
+def keywords(command: Command) -> dict[str, Any]:
+    """Returns the options of a command as keyword arguments; ``quiet`` becomes ``progress``.
+
+    There is no progress bar in a file.
+    """
     options = dict(vars(command))
+    del options["verbose"]
     if "quiet" in options:
-        options["progress"] = not options.pop("quiet")
+        options["progress"] = not options.pop("quiet") and sys.stderr.isatty()
     return options
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_gpvae.cli._shared import keywords
+from pyro_gpvae.cli._shared import Command, Quiet, keywords
 
 __all__ = ["Demo"]
 
 
 @dataclass(kw_only=True)
-class Demo:
+class Demo(Command):
     """Train VAE and GPVAE on 5,000 digits and write a report; under 3 minutes on 2 CPU cores.
 
     Attributes:
@@ -19,16 +19,16 @@ class Demo:
         quick: Cut the budget to under 30 seconds; every caption says so.
         seed: Seed of the whole demo.
         device: "cpu", "cuda" or "cuda:INDEX"; None is CUDA if it is available, else the CPU.
-        quiet: Show no progress bars.
+        quiet: Show no progress on standard error.
     """
 
     out: Path = Path("demo")
     quick: bool = False
     seed: int = 0
     device: str | None = None
-    quiet: bool = False
+    quiet: Quiet = False
 
     def run(self) -> None:
         from pyro_gpvae.runs.demo import run_demo
 
-        run_demo(**keywords(self))
+        run_demo(**keywords(self) | {"progress": not self.quiet})

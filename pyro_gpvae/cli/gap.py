@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from pyro_gpvae.cli._shared import Where, keywords
+from pyro_gpvae.cli._shared import Quiet, Where, keywords
 
 __all__ = ["Gap"]
 
@@ -30,7 +30,7 @@ class Gap(Where):
         seed: Seed of the samples.
         out: Folder for gap.csv (one row per run and image), gap.json, gap.md and gap.png.
         overwrite: Replace these four files of an earlier measurement.
-        quiet: Show no progress bar.
+        quiet: Show no progress on standard error.
     """
 
     runs: tyro.conf.Positional[tuple[Annotated[Path, tyro.conf.arg(metavar="RUN")], ...]]
@@ -42,7 +42,7 @@ class Gap(Where):
     seed: int = 0
     out: Path = Path("gap")
     overwrite: bool = False
-    quiet: bool = False
+    quiet: Quiet = False
 
     def run(self) -> None:
         if not self.runs:

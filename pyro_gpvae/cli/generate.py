@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pyro_gpvae.cli._shared import RunFolder, Where, keywords
+from pyro_gpvae.cli._shared import Quiet, RunFolder, Where, keywords
 
 __all__ = ["Generate"]
 
@@ -19,17 +19,15 @@ class Generate(Where):
         run_folder: The run folder.
         out: Folder for samples.png, reconstructions.png, interpolations.png, traversals.png,
             active_units.png, all their numbers in arrays.npz, and latent.json with the active
-            units.
+            units of the first 500 test images.
         samples: Number of samples from the prior.
         images: Indices of the test images to reconstruct, in order; paths lead from each to the
             next, and the latent dimensions vary around the first. None is the first 8.
         steps: Images along a path or a latent dimension, both ends included.
-        span: Latent dimensions vary from minus to plus so many standard deviations of the prior.
         path: "spherical" paths keep the norm of z, as the prior does; "linear" ones do not.
-        latent_images: Number of test images, from the first on, for the active units.
         seed: Seed of all draws; None is that of the run.
         overwrite: Replace what this command wrote to that folder before.
-        quiet: Show no progress bars.
+        quiet: Show no progress on standard error.
     """
 
     run_folder: RunFolder
@@ -37,12 +35,10 @@ class Generate(Where):
     samples: int = 64
     images: tuple[int, ...] | None = None
     steps: int = 9
-    span: float = 3.0
     path: Literal["spherical", "linear"] = "spherical"
-    latent_images: int = 500
     seed: int | None = None
     overwrite: bool = False
-    quiet: bool = False
+    quiet: Quiet = False
 
     def run(self) -> None:
         from pyro_gpvae.runs.generation_report import report_generation

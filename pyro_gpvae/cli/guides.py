@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from pyro_gpvae.cli._shared import Command
 from pyro_gpvae.core._registry import distribution_name, registered_guides
 
 __all__ = ["Guides"]
 
 
-@dataclass
-class Guides:
+@dataclass(kw_only=True)
+class Guides(Command):
     """List the registered guides."""
 
     def run(self) -> None:

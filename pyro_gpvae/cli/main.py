@@ -2,11 +2,13 @@ r"""The entry point of the command ``pyro-gpvae``."""
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 
@@ -38,16 +40,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, which prints its help if it has no arguments.
 
     Returns:
-        The exit code: 0 for success, 2 for an error of the user, 130 after SIGINT (Ctrl-C), and
-        143 after SIGTERM.
+        The exit code: 0 for success, 2 for an error of the user, 130 after SIGINT (Ctrl-C), 143
+        after SIGTERM, and 141 if nobody reads the output any more.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may know no Greek letters
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # as after "| head"; what is left in the buffer must not fail again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"pyro-gpvae {__version__}")
         return 0
-    if not sys.stderr.isatty():  # a log file gets a line a minute of each progress bar
-        os.environ.setdefault("TQDM_MININTERVAL", "60")
-        os.environ.setdefault("TQDM_MAXINTERVAL", "60")
+    names = [command.__name__.lower() for command in get_args(_Command)]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        near = difflib.get_close_matches(arguments[0], names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        print(
+            f"pyro-gpvae: error: unknown command {arguments[0]!r}: {hint}Expected one of "
+            f"{', '.join(names)}",
+            file=sys.stderr,
+        )
+        return 2
+    verbose = False
+    logger, log = logging.getLogger("pyro_gpvae"), logging.StreamHandler()
     try:
         with ending_on_signals(), warnings.catch_warnings():
             command: Any = tyro.cli(
@@ -57,7 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args=arguments or ["--help"],
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
-            warnings.showwarning = _show_warning
+            verbose = command.verbose
+            if verbose:
+                warnings.simplefilter("always")
+            warnings.showwarning = _Warnings(verbose)
+            logger.addHandler(log)
+            if not (getattr(command, "quiet", False) or sys.stderr.isatty()):
+                logger.setLevel(logging.INFO)  # a line for each epoch instead of a bar
             keep_freed_memory()
             command.run()
     except KeyboardInterrupt as error:
@@ -66,11 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Terminated as error:
         print(f"\npyro-gpvae: terminated: {one_line(error)}", file=sys.stderr)
         return 143
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        if os.environ.get(_TRACEBACK) or not _is_expected(error):
+        if verbose or os.environ.get(_TRACEBACK) or not _is_expected(error):
             raise
         print(f"pyro-gpvae: error: {one_line(error)}", file=sys.stderr)
         return 2
+    finally:
+        logger.removeHandler(log)
+        logger.setLevel(logging.NOTSET)
     return 0
 
 
@@ -85,8 +121,18 @@ def _is_expected(error: Exception) -> bool:
     return isinstance(error, NonFiniteError | LinAlgError)
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"pyro-gpvae: warning: {message}", file=sys.stderr)
+class _Warnings:
+    """Prints warnings as one line, and one of each kind of our own, which differ in numbers."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        self.seen: set[type[Warning]] = set()
+
+    def __call__(self, message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        again = category is not UserWarning and category in self.seen
+        self.seen.add(category)
+        if self.verbose or not again:
+            print(f"pyro-gpvae: warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pyro_gpvae.cli._shared import print_scores
+from pyro_gpvae.cli._shared import Command, Quiet, print_scores
 from pyro_gpvae.core._files import finished_folder, partial_folder
 from pyro_gpvae.core._registry import registered_guides
 from pyro_gpvae.runs.config import RunConfig
@@ -16,15 +16,15 @@ __all__ = ["Train"]
 
 
 @dataclass(kw_only=True)
-class Train(RunConfig):
+class Train(RunConfig, Command):
     """Train a guide and a model, evaluate them on the test images, write a run folder.
 
     Attributes:
         seeds: Train so many runs in turn, with the seeds SEED, SEED + 1, ...: OUT/seed-N are
             their run folders. The same command again continues where it was stopped.
         out: The run folder. It appears when the run is finished; until then it is OUT.partial.
-        resume: Continue this run folder with its own options; a finished one is left as it is.
-            None starts a new run.
+        resume: Continue this run folder with its own options, on another device if one is given;
+            a finished one is left as it is. None starts a new run.
         from_record: Repeat the run of this record.json in OUT, with its options, images and
             threads; on the same device the score is the same. The options data, root and device
             may say where things are now.
@@ -34,7 +34,7 @@ class Train(RunConfig):
             "stop".
         download: Download the data set if it is missing.
         trust_guide: Import the guide MODULE:CLASS that the run or the warm start names.
-        quiet: Show no progress bar.
+        quiet: Show no progress on standard error.
     """
 
     seeds: int | None = None
@@ -46,7 +46,7 @@ class Train(RunConfig):
     on_checkpoint_error: Literal["continue", "stop"] = "continue"
     download: bool = False
     trust_guide: bool = False
-    quiet: bool = False
+    quiet: Quiet = False
 
     def run(self) -> None:
         self._check_options()
@@ -69,7 +69,7 @@ class Train(RunConfig):
         train_kwargs["progress"] = not self.quiet
         try:
             if self.resume is not None:
-                record = resume_run(out, **train_kwargs)
+                record = resume_run(out, device=self.device, **train_kwargs)
             elif self.from_record is not None:
                 data = self.data if self.data != RunConfig.data else None
                 train_kwargs |= {"data": data, "root": self.root, "device": self.device}
@@ -92,16 +92,15 @@ class Train(RunConfig):
         """Refuses options that a run which is continued or repeated has already."""
         if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-        options = [field.name for field in fields(RunConfig)]
+        options = {field.name for field in fields(RunConfig)} | {"seeds"}
         if self.resume is not None:
             source = f"--resume continues {self.resume}"
-            options += ["out", "overwrite", "seeds", "from_record"]
+            options = options - {"device"} | {"out", "overwrite", "from_record"}
         elif self.from_record is not None:
             source = f"--from-record repeats {self.from_record}"
-            options = [name for name in options if name not in ("data", "root", "device")]
-            options.append("seeds")
+            options -= {"data", "root", "device"}
         else:
             return
-        for name in options:
+        for name in sorted(options):
             if getattr(self, name) != getattr(Train, name):
                 raise ValueError(f"{source} with its own options: drop --{name.replace('_', '-')}")

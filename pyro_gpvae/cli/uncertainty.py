@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_gpvae.cli._shared import RunFolder, Where, keywords
+from pyro_gpvae.cli._shared import Quiet, RunFolder, Where, keywords
 
 __all__ = ["Uncertainty"]
 
@@ -22,10 +22,9 @@ class Uncertainty(Where):
         num_samples: Samples K per image for each ELBO.
         reference_samples: Samples K per image from the best full Gaussian, for log p(x).
         bootstrap: Resamples of the images for the intervals.
-        show: How many of the least and of the most uncertain images the picture shows.
         seed: Seed of samples and resamples.
         out: Folder for uncertainty.csv (one row per image), uncertainty.json and the pictures.
-        quiet: Show no progress bar.
+        quiet: Show no progress on standard error.
     """
 
     run_folder: RunFolder
@@ -33,14 +32,11 @@ class Uncertainty(Where):
     num_samples: int = 500
     reference_samples: int = 1000
     bootstrap: int = 2000
-    show: int = 16
     seed: int = 0
     out: Path = Path("uncertainty")
-    quiet: bool = False
+    quiet: Quiet = False
 
     def run(self) -> None:
-        from pyro_gpvae.runs.uncertainty_report import measure_uncertainty, render_uncertainty
+        from pyro_gpvae.runs.uncertainty_report import report_uncertainty
 
-        text = measure_uncertainty(**keywords(self))
-        render_uncertainty(self.out)
-        print(f"{text}\nwritten to {self.out}")
+        print(f"{report_uncertainty(**keywords(self))}\nwritten to {self.out}")

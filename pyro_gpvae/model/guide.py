@@ -127,7 +127,7 @@ def load_guide(name: str) -> Callable[..., Any]:
         )
     module, _, attribute = name.partition(":")
     near = difflib.get_close_matches(module, registered, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f"did you mean {near[0]!r}? " if near and not attribute.isidentifier() else ""
     if not (points or attribute):
         raise ValueError(
             f"unknown guide {name!r}: {hint}Registered guides are {', '.join(registered)}; "

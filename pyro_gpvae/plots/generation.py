@@ -2,84 +2,37 @@ r"""Generated images: samples, reconstructions, interpolations and traversals.""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from pyro_gpvae.plots._style import COLOURS, finish, panels, tidy
-from pyro_gpvae.plots.images import image_grid, reconstructions, show_pixels, tile, to_pixels
+from pyro_gpvae.plots.images import show_pixels, tile, to_pixels
 
-__all__ = ["active_units_chart", "generated_figures", "image_table", "traversals"]
+__all__ = ["active_units_chart", "image_table", "traversals"]
 
 #: The largest number of dimensions in a figure of traversals.
 _MAX_ROWS = 20
 
 
-def generated_figures(
-    arrays: Mapping[str, ArrayLike], record: Mapping[str, Any]
-) -> dict[str, Figure]:
-    """Returns the figures of ``pyro-gpvae generate`` by file name, from its two other files."""
-    caption, shown = record["caption"], np.asarray(arrays["image_index"])
-    gaussian = record["run"]["config"]["likelihood"] == "gaussian"
-    mean = "means of p(x|z)" if gaussian else "probabilities of p(x|z)"
-    images = np.asarray(arrays["images"])
-    paths, ends = np.asarray(arrays["interpolations"]), to_pixels(images)[:, None]
-    t = np.linspace(0, 1, paths.shape[1])
-    variances = np.asarray(arrays["active_variances"])
-    return {
-        "samples.png": image_grid(
-            {mean: arrays["samples"], "draws from p(x|z), same z": arrays["samples_noise"]},
-            caption=f"z from the prior N(0, I). {caption}",
-            title="samples",
-        ),
-        "reconstructions.png": reconstructions(
-            images,
-            {"its mean": arrays["reconstructions"], "a draw": arrays["reconstructions_draw"]},
-            f"Test images, and the {mean} with z the mean of q(z|x), or one draw from it. "
-            f"{caption}",
-        ),
-        "interpolations.png": image_table(
-            np.concatenate([ends[:-1], _table(paths), ends[1:]], axis=1),
-            [f"{a} → {b}" for a, b in pairwise(shown)],
-            ["image", *(f"{value:.3g}" for value in t), "image"],
-            ("test images", "position t on the path"),
-            f"The {mean} on {record['path']} paths between posterior means; t = 0 and t = 1 are "
-            f"the reconstructions. {caption}",
-        ),
-        "traversals.png": traversals(
-            arrays["traversals"],
-            arrays["traversal_values"],
-            variances,
-            f"The {mean} where one dimension varies and the others stay at the posterior mean of "
-            f"test image {shown[0]}. {caption}",
-        ),
-        "active_units.png": active_units_chart(
-            variances,
-            record["active_units"]["threshold"],
-            f"N = {record['active_units']['num_images']} test images. {caption}",
-        ),
-    }
-
-
 def image_table(
     images: ArrayLike, rows: list[str], columns: list[str], names: tuple[str, str], caption: str
 ) -> Figure:
-    """Draws images (R, S, H, W, C) with labels of rows and columns, and names of both axes."""
+    """Draws images (R, S, C, H, W) with labels of rows and columns, and names of both axes.
+
+    The images are uint8 or floats, which are clipped to [0, 1].
+    """
     table = np.asarray(images)
     if table.ndim != 5 or table.shape[:2] != (len(rows), len(columns)):
         raise ValueError(
-            f"expected images of shape ({len(rows)}, {len(columns)}, H, W, C), one for each label, "
+            f"expected images of shape ({len(rows)}, {len(columns)}, C, H, W), one for each label, "
             f"got {table.shape}"
         )
-    height, width = table.shape[2:4]
+    height, width = table.shape[3:]
     figure, ((axes,),) = panels(
         max(0.55 * len(columns) + 1.1, 5), max(0.55 * height / width * len(rows), 1.0) + 1.1
     )
-    show_pixels(axes, tile(table.reshape(-1, *table.shape[2:]), len(columns)))
+    show_pixels(axes, tile(to_pixels(table.reshape(-1, *table.shape[2:])), len(columns)))
     # at the centre of each row and column
     axes.set_yticks(np.arange(len(rows)) * (height + 2) + (height - 1) / 2, rows, fontsize=8)
     axes.set_xticks(np.arange(len(columns)) * (width + 2) + (width - 1) / 2, columns, fontsize=8)
@@ -105,7 +58,7 @@ def traversals(
     if len(order) < len(variance):
         caption = f"The {len(order)} most active of {len(variance)} dimensions. {caption}"
     return image_table(
-        _table(np.asarray(images)[order]),
+        np.asarray(images)[order],
         [f"$z_{{{j}}}$  ({variance[j]:.2f})" for j in order],
         [f"{value:.3g}" for value in np.asarray(values)],
         (
@@ -148,10 +101,3 @@ def active_units_chart(variances: ArrayLike, threshold: float, caption: str = ""
     tidy(axes, "latent dimension, the most active first", height, grid="y")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return finish(figure, caption)
-
-
-def _table(images: ArrayLike) -> NDArray[np.floating[Any]]:
-    """Returns images (R, S, C, H, W) as floats (R, S, H, W, C) in [0, 1]."""
-    array = np.asarray(images)
-    flat = to_pixels(array.reshape(-1, *array.shape[2:]))
-    return flat.reshape(*array.shape[:2], *flat.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,14 +127,19 @@ class RunConfig:
                 "freeze_decoder"
             )
 
-    def moved(self, data: str | None, root: str | None, device: str | None) -> RunConfig:
-        """Returns the options with another place of the data or another device; None keeps it."""
-        return dataclasses.replace(
-            self,
-            data=data or self.data,
-            root=root or self.root,
-            device=device or self.device,
-        )
+    def moved(
+        self, data: str | None = None, root: str | None = None, device: str | None = None
+    ) -> RunConfig:
+        """Returns the options with other places, and paths that hold in any working directory.
+
+        None keeps a place; paths of the data become absolute.
+        """
+        data, root = data or self.data, root or self.root
+        if data.endswith(".npz") or Path(data).name != data:  # a path, as load_data sees it
+            data = os.path.abspath(os.path.expanduser(data))
+        if root is not None:
+            root = os.path.abspath(os.path.expanduser(root))
+        return dataclasses.replace(self, data=data, root=root, device=device or self.device)
 
     @staticmethod
     def from_json(values: Mapping[str, Any], source: str | Path) -> RunConfig:
@@ -175,7 +181,8 @@ def check_same(found: RunConfig, wanted: RunConfig, ignore: tuple[str, ...], sou
     Raises:
         ValueError: If an option differs; names it.
     """
-    for option, value in vars(wanted).items():
+    found = found.moved()  # older versions recorded relative paths
+    for option, value in vars(wanted.moved()).items():
         if option not in ignore and getattr(found, option) != value:
             raise ValueError(
                 f"{source} was trained with {option} = {getattr(found, option)!r}, not {value!r}: "

@@ -10,15 +10,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pyro_gpvae.core._files import new_folder, write_json, write_text
+from pyro_gpvae.core._files import check_replaceable, write_json, write_text
 from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation.uncertainty import rank_correlation
 from pyro_gpvae.plots import image_grid, loss_curves, reconstructions, uncertain_images
-from pyro_gpvae.runs._text import caption, markdown_table
+from pyro_gpvae.runs._report import caption, describe, markdown_table
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.folder import Run, load_run
-from pyro_gpvae.runs.gap_chunks import describe
-from pyro_gpvae.runs.train import train_into
+from pyro_gpvae.runs.train import train_run
 
 __all__ = ["DEMO_FILES", "run_demo"]
 
@@ -51,33 +50,28 @@ def run_demo(
         raise ValueError(f"epochs must be even and at least 2, got {epochs}")
     if quick and test_images is None:
         test_images = 200
-    out = Path(out)
+    out = Path(out).expanduser()
+    runs_and_rests = (f"{name}{end}" for name in _LABELS for end in ("", ".partial"))
+    check_replaceable(out, True, (*DEMO_FILES, *runs_and_rests))
     config = RunConfig(guide="vae", epochs=epochs // 2, test_images=test_images, **options)
+    (out / "README.md").unlink(missing_ok=True)  # of other runs
     begin = time.monotonic()
-    with new_folder(out, overwrite=True, files=DEMO_FILES) as folder:
-        runs = _train(config, out, folder, progress)
-        metrics = _compare(runs, quick)
-        _draw(runs, folder, metrics["caption"])
-        metrics["seconds"] = time.monotonic() - begin
-        write_json(folder / "metrics.json", metrics)
-        write_text(folder / "metrics.csv", pd.DataFrame(metrics["methods"]).to_csv(index=False))
-        write_text(folder / "README.md", _report(metrics, out))
-    print(f"{_table(metrics)}\n\n{metrics['seconds']:.0f} seconds; report in {out}")
-    return metrics
-
-
-def _train(config: RunConfig, out: Path, folder: Path, progress: bool) -> dict[str, Run]:
-    """Trains the runs of the demo, which will be moved from ``folder`` to ``out``."""
     runs: dict[str, Run] = {}
     for name, label in _LABELS.items():
-        (folder / name).mkdir()
+        bar = "VAE, first half"
         if runs:
-            guide = "gp" if name == "gpvae" else "vae"
+            guide, bar = "gp" if name == "gpvae" else "vae", f"{label}, second half"
             config = replace(config, guide=guide, warm_start=str(out / "start"))
-        bar = f"{label}, second half" if runs else "VAE, first half"
-        train_into(folder / name, config, runs.get("start"), progress=progress and bar)
-        runs[name] = load_run(folder / name)
-    return runs
+        train_run(config, out / name, overwrite=True, progress=progress and bar)
+        runs[name] = load_run(out / name)
+    metrics = _compare(runs, quick)
+    _draw(runs, out, metrics["caption"])
+    metrics["seconds"] = time.monotonic() - begin
+    write_json(out / "metrics.json", metrics)
+    write_text(out / "metrics.csv", pd.DataFrame(metrics["methods"]).to_csv(index=False))
+    write_text(out / "README.md", _report(metrics, out))
+    print(f"{_table(metrics)}\n\n{metrics['seconds']:.0f} seconds; report in {out}")
+    return metrics
 
 
 def _compare(runs: dict[str, Run], quick: bool) -> dict[str, Any]:
@@ -85,14 +79,12 @@ def _compare(runs: dict[str, Run], quick: bool) -> dict[str, Any]:
     config, test = runs["gpvae"].config, runs["gpvae"].data.test
     gp, vae = (pd.read_csv(runs[name].folder / "scores.csv") for name in ("gpvae", "vae"))
     difference = gp[["elbo", "log_evidence"]] - vae[["elbo", "log_evidence"]]
-    both = describe(runs["gpvae"])
-    both["config"]["epochs"] *= 2
     budget = f"Batch {config.batch_size}, Adam {config.learning_rate:g}, K = {config.num_samples}."
     uncertainty, gap = gp["uncertainty"].to_numpy(), (gp["log_evidence"] - gp["elbo"]).to_numpy()
     note = "QUICK DEMO, budget cut: " if quick else ""
     differences = {"mean": difference.mean(), "standard_error": difference.sem()}
     return {
-        "caption": note + caption([both], len(test), budget),
+        "caption": note + caption([describe(runs["gpvae"])], len(test), budget),
         "quick": quick,
         "num_samples": config.num_samples,
         "methods": [_scores(name, runs) for name in runs],
@@ -103,14 +95,15 @@ def _compare(runs: dict[str, Run], quick: bool) -> dict[str, Any]:
 
 
 def _scores(name: str, runs: dict[str, Run]) -> dict[str, Any]:
-    record = runs[name].record
-    # the time and the epochs of a method include the half that it shares
-    halves = [record] if name == "start" else [runs["start"].record, record]
+    record, start = runs[name].record, runs["start"].record
+    seconds = record["seconds"]["training"]
+    if name != "start":  # the time of a method includes the half that it shares
+        seconds += start["seconds"]["training"]
     return {
         "method": _LABELS[name],
-        "epochs": len(halves) * record["config"]["epochs"],
+        "epochs": runs[name].total_epochs,
         **record["scores"],
-        "training_seconds": sum(half["seconds"]["training"] for half in halves),
+        "training_seconds": seconds,
         "evaluation_seconds": record["seconds"]["evaluation"],
         "sigma": record["sigma"],
         **{name: record["diagnostics"].get(name) for name in _DIAGNOSTICS},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +21,7 @@ from pyro_gpvae.evaluation import PARETO_LIMIT, WIDTHS, log_evidence, reference_
 from pyro_gpvae.model.guide import HasDiagnostics, HasUncertainty
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.runs.config import RunConfig
-from pyro_gpvae.runs.folder import Place, Run, load_run, named_device, warm_guide
+from pyro_gpvae.runs.folder import Place, load_run, named_device, warm_guide
 
 __all__ = ["diagnostics", "evaluate", "evaluate_run"]
 
@@ -65,12 +64,10 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: As :func:`pyro_gpvae.load_run`.
-        ValueError: As :func:`pyro_gpvae.load_run`; if an option is wrong, or the training of the
-            run diverged.
+        ValueError: As :func:`pyro_gpvae.load_run`, or if an option is wrong.
         FileExistsError: If ``out`` is not empty.
     """
     run = load_run(folder, **place)
-    _check_converged(run)
     own = run.config
     config = dataclasses.replace(
         own,
@@ -122,18 +119,6 @@ def evaluate_run(
             write_text(target / "scores.csv", table.to_csv(index=False))
             write_json(target / "record.json", result)
     return result
-
-
-def _check_converged(run: Run) -> None:
-    """Refuses a run whose training diverged: its weights give numbers that are no scores."""
-    scores = run.record["scores"]
-    last = pd.read_csv(run.folder / "history.csv")["loss"].iloc[-1]
-    found = (last, scores.get("elbo"), scores["log_evidence"])  # JSON has null for NaN
-    if not all(isinstance(value, float | int) and math.isfinite(value) for value in found):
-        raise ValueError(
-            f"the training of {run.folder} diverged: its last loss is {found[0]}, its ELBO "
-            f"{found[1]}, log p(x) {found[2]}. Train again, with a smaller learning rate"
-        )
 
 
 def _reference(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
 
@@ -90,6 +91,15 @@ class Run:
         """The SHA-256 of the file of the weights."""
         return hashlib.sha256((self.folder / "weights.safetensors").read_bytes()).hexdigest()
 
+    @property
+    def total_epochs(self) -> int:
+        """The epochs of the run and of those that it started from."""
+        count, record = 0, dict(self.record)
+        while record:
+            count += record["config"]["epochs"]
+            record = record.get("warm_start") or {}
+        return count
+
     @cached_property
     def data(self) -> ImageData:
         """The images that the run was trained and evaluated on, read at first use.
@@ -108,14 +118,7 @@ class Run:
         return data
 
 
-def load_run(
-    folder: str | Path,
-    *,
-    data: str | None = None,
-    root: str | None = None,
-    device: str | None = None,
-    trust_guide: bool = False,
-) -> Run:
+def load_run(folder: str | Path, **place: Unpack[Place]) -> Run:
     """Reads a run folder back: configuration, record, trained model and guide.
 
     No file of a run can run code: weights are safetensors, the rest is JSON and CSV. A guide that
@@ -123,12 +126,12 @@ def load_run(
 
     Arguments:
         folder: The run folder.
-        data, root, device, trust_guide: See :class:`Place`.
+        place: See :class:`Place`.
 
     Raises:
         FileNotFoundError: If the folder or one of its files is missing, or the run not finished.
-        ValueError: If a file is damaged or of a newer format, the files do not fit each other, or
-            the guide is neither registered nor trusted.
+        ValueError: If a file is damaged or of a newer format, the files do not fit each other, the
+            training diverged, or the guide is neither registered nor trusted.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -150,8 +153,8 @@ def load_run(
                 f"{folder / 'record.json'} and config.json differ: {name} is {value!r} and "
                 f"{getattr(config, name)!r}"
             )
-    check_trust(config.guide, source, trust_guide)
-    config = config.moved(data, root, device)
+    check_trust(config.guide, source, place.get("trust_guide", False))
+    config = config.moved(place.get("data"), place.get("root"), place.get("device"))
     target = named_device(config.device)
     channels, height, width = record["data"]["image_shape"]
     with seeded(config.seed, torch.device("cpu")), memory_as_error(config), torch.no_grad():
@@ -169,7 +172,8 @@ def check_record(record: dict[str, Any], source: Path) -> RunConfig:
     """Checks that the content of a file is the record of a run, and returns its configuration.
 
     Raises:
-        ValueError: If it is anything else, or of a newer format. Names the file.
+        ValueError: If it is anything else, of a newer format, or of a training that diverged.
+            Names the file.
     """
     if isinstance(record.get("format"), int) and record["format"] > FORMAT:
         raise ValueError(
@@ -179,10 +183,15 @@ def check_record(record: dict[str, Any], source: Path) -> RunConfig:
     try:
         [int(size) for size in record["data"]["image_shape"]]
         [record["data"][name] for name in ("train_sha256", "test_sha256", "train_images")]
-        record["scores"]["log_evidence"]
+        scores = [record["scores"][name] for name in ("elbo", "log_evidence")]
         config = dict(record["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is not the record of a run: {error!r}") from error
+    if not all(isinstance(x, float | int) and math.isfinite(x) for x in scores):
+        raise ValueError(
+            f"{source}: the training diverged: the ELBO is {scores[0]}, log p(x) {scores[1]}. "
+            "Train again, with a smaller learning rate"
+        )
     return RunConfig.from_json(config, f"{source}: config")
 
 
@@ -196,12 +205,14 @@ def check_trust(guide: str, source: Path, trust_guide: bool) -> None:
         )
 
 
-def load_images(config: RunConfig, data: ImageData | None = None) -> ImageData:
+def load_images(
+    config: RunConfig, data: ImageData | None = None, download: bool = False
+) -> ImageData:
     """Returns the images of a configuration, cut down and binarised as it says.
 
-    The data set is read and never downloaded, unless it is given as ``data``.
+    The data set is read unless it is given as ``data``.
     """
-    data = data or load_data(config.data, root=config.root)
+    data = data or load_data(config.data, config.root, download)
     data = data.take(config.train_images, config.test_images)
     return data.binarized() if config.likelihood == "bernoulli" else data
 

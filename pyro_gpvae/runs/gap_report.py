@@ -1,22 +1,31 @@
-r"""Reports of the inference gaps of runs: averages over images and seeds, tables, a picture."""
+r"""The inference gaps of runs: measured in chunks, averaged over images and seeds, reported."""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
-from pyro_gpvae.core._environment import environment
+import pyro_gpvae
+from pyro_gpvae.core._environment import environment, sha256
 from pyro_gpvae.core._files import write_json, write_text
-from pyro_gpvae.evaluation.gap import LADDER
+from pyro_gpvae.evaluation.gap import BATCH, LADDER, decompose
 from pyro_gpvae.evaluation.importance import PARETO_LIMIT
-from pyro_gpvae.runs._text import caption, markdown_table, number
-from pyro_gpvae.runs.gap_chunks import measure_gaps
+from pyro_gpvae.runs._report import caption, describe, markdown_table, number
+from pyro_gpvae.runs.folder import Place, Run, load_run
 
-__all__ = ["gap_caption", "gap_markdown", "report_gaps", "summarise", "write_gaps"]
+__all__ = [
+    "gap_caption", "gap_markdown", "measure_gaps", "read_table", "report_gaps", "summarise",
+    "write_gaps",
+]  # fmt: skip
 
 GAP_FILES = ("gap.csv", "gap.json", "gap.md", "gap.png")
 
@@ -27,6 +36,93 @@ QUANTITIES = (
 
 #: The costs of a random encoder, which its guide may leave unknown.
 _COSTS = ["weight_information", "kl_global"]
+
+
+def measure_gaps(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    budget: dict[str, Any],
+    *,
+    num_images: int = 100,
+    labels: Sequence[str] | None = None,
+    progress: bool = True,
+    **place: Unpack[Place],
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Decomposes the gaps of the first test images of each run; returns a table and descriptions.
+
+    Each chunk of 25 finished images is written to ``out/chunks``, under a name that is a hash of
+    the weights, the images and the budget, and is not measured again: after an interrupt, with
+    further runs, or with more images. A damaged chunk is measured again, with a warning.
+
+    Arguments:
+        folders: Run folders.
+        out: The folder of the chunks.
+        budget: Further arguments of :func:`pyro_gpvae.decompose`.
+        num_images: The number of images of each run.
+        labels: A name for each run; by default its guide, or its folder where guides are not
+            unique. Runs with the same label are seeds.
+        progress: Whether to show a progress bar.
+        place: See :class:`pyro_gpvae.runs.folder.Place`.
+    """
+    if not folders or len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"expected one or more different run folders, got {len(folders)}")
+    if num_images < 1:
+        raise ValueError(f"images must be at least 1, got {num_images}")
+    runs = [load_run(folder, **place) for folder in folders]
+    if labels is None:
+        guides = [run.config.guide for run in runs]
+        unique = len(set(guides)) == len(guides)
+        labels = guides if unique else [str(run.folder) for run in runs]
+    counts = [min(num_images, len(run.data.test)) for run in runs]
+    tables = []
+    with tqdm(total=sum(counts), desc="inference gap", unit="image", disable=not progress) as bar:
+        for run, count, label in zip(runs, counts, labels, strict=True):
+            own: dict[str, Any] = {"run": str(run.folder), "label": label}
+            own |= {"guide": run.config.guide, "seed": run.config.seed}
+            for start in range(0, count, BATCH):
+                chunk = _measure(run, slice(start, min(start + BATCH, count)), Path(out), budget)
+                tables.append(chunk.assign(**own)[[*own, *chunk.columns]])
+                bar.update(len(chunk))
+    return pd.concat(tables, ignore_index=True), [describe(run) for run in runs]
+
+
+def _measure(run: Run, chosen: slice, out: Path, budget: dict[str, Any]) -> pd.DataFrame:
+    """Reads the chunk of some images, or measures and writes it."""
+    images, num_train = run.data.test[chosen], run.record["data"]["train_images"]
+    key = {  # everything that the numbers depend on
+        "format": 2,  # 1 had no checksum, and trusted any annealing
+        "version": pyro_gpvae.__version__,
+        "weights": run.weights_sha256,
+        "guide": run.config.guide,
+        "likelihood": run.config.likelihood,
+        "train_images": num_train,
+        "images": sha256(images),
+        "first_image": chosen.start,
+        "budget": budget,
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = out / "chunks" / f"{name}.csv"
+    head, _, content = path.read_bytes().partition(b"\n") if path.is_file() else (b"", b"", b"")
+    if head != b"# sha256 " + hashlib.sha256(content).hexdigest().encode():
+        if path.is_file():
+            warnings.warn(
+                f"{path} is damaged (its checksum is wrong): its images are measured again",
+                stacklevel=3,
+            )
+        gap = decompose(
+            run.model, run.guide, images, num_train=num_train, first_image=chosen.start, **budget
+        )
+        content = gap.table().to_csv(index=False).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"# sha256 {hashlib.sha256(content).hexdigest()}\n{content.decode()}")
+    table = pd.read_csv(io.BytesIO(content))
+    return table.assign(image=table["image"] + chosen.start)
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Reads a table of images, such as ``gap.csv``."""
+    # the former name of the column
+    return pd.read_csv(path).rename(columns={"spread": "weight_information"})
 
 
 def report_gaps(
@@ -40,7 +136,7 @@ def report_gaps(
     """Decomposes the gaps of runs, writes table, record, text and picture, and returns the text.
 
     The budget holds the arguments num_samples, reference_samples, num_chains, num_steps and seed of
-    :func:`pyro_gpvae.decompose`; ``options`` are arguments of :func:`measure_gaps`.
+    :func:`pyro_gpvae.decompose`; ``options`` are further arguments of :func:`measure_gaps`.
     """
     from pyro_gpvae.plots.gap import gap_ladder  # imports matplotlib
 
@@ -51,7 +147,7 @@ def report_gaps(
                 f"{out / name} belongs to an earlier measurement: choose another --out, or replace "
                 "it (--overwrite)"
             )
-    table, runs = measure_gaps(folders, out, **budget, **options)
+    table, runs = measure_gaps(folders, out, budget, **options)
     text = gap_caption(write_gaps(out, table, runs, budget))
     unknown = table.loc[table[_COSTS].isna().any(axis=1), "label"].unique()
     if len(unknown):
@@ -197,21 +293,20 @@ def _left_out(label: str, rows: pd.DataFrame) -> str:
 
 def _doubts(table: pd.DataFrame) -> list[str]:
     """Counts the images of each guide whose log p(x) may be wrong."""
-    pareto = (
+    doubts = {
         f"The weights behind log p(x) have a Pareto k̂ above {PARETO_LIMIT}, so that it may be too "
-        "low: "
-    )
-    untrusted = (
-        "No estimate of log p(x) is reliable, so that the largest one is given that no other "
-        "estimate contradicts: "
-    )
-    doubts = {pareto: table["pareto_k"] > PARETO_LIMIT}
+        "low: ": table["pareto_k"] > PARETO_LIMIT
+    }
     if "trusted" in table:  # absent from older tables
-        doubts[untrusted] = ~table["trusted"].astype(bool)
-    notes = []
-    for text, doubtful in doubts.items():
-        counts = table[doubtful].groupby("label", sort=False).size()
-        if len(counts):
-            listed = ", ".join(f"{n} images of `{label}`" for label, n in counts.items())
-            notes.append(f"{text}{listed}.")
-    return notes
+        doubts[
+            "No estimate of log p(x) is reliable, so that the largest one is given that no other "
+            "estimate contradicts: "
+        ] = ~table["trusted"].astype(bool)
+    counts = {
+        text: table[which].groupby("label", sort=False).size() for text, which in doubts.items()
+    }
+    return [
+        text + ", ".join(f"{n} images of `{label}`" for label, n in count.items()) + "."
+        for text, count in counts.items()
+        if len(count)
+    ]

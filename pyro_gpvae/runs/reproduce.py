@@ -12,7 +12,7 @@ import torch
 from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._files import read_json
 from pyro_gpvae.data.images import load_data
-from pyro_gpvae.runs.folder import Place, check_record, check_trust, load_images
+from pyro_gpvae.runs.folder import check_record, check_trust, load_images
 from pyro_gpvae.runs.train import train_run
 
 __all__ = ["reproduce_run"]
@@ -25,23 +25,19 @@ def reproduce_run(
     data: str | None = None,
     root: str | None = None,
     device: str | None = None,
-    trust_guide: bool = False,
-    download: bool = False,
     **train_kwargs: Any,
 ) -> dict[str, Any]:
     """Trains and evaluates a run again, with the options, images and threads of its record.
 
     On the same device, with the same versions, the scores are the same bit for bit (on CUDA: in
     torch's deterministic mode). If the run started from another one, that run is used if it is
-    where the record says or beside the record's own run. Otherwise it is trained again first, in
-    ``out-warm-start``.
+    where the record says. Otherwise it is trained again first, in ``out-warm-start``.
 
     Arguments:
         source: A ``record.json``, or the run folder that has it.
         out: The new run folder.
-        data, root, device, trust_guide: See :class:`pyro_gpvae.runs.folder.Place`. On another
-            device the scores differ by rounding, which training amplifies.
-        download: Whether to download the data set if it is missing.
+        data, root, device: See :class:`pyro_gpvae.runs.folder.Place`. On another device the scores
+            differ by rounding, which training amplifies.
         train_kwargs: Further arguments of :func:`pyro_gpvae.train_run`.
 
     Returns:
@@ -57,20 +53,18 @@ def reproduce_run(
     """
     source, out = Path(source), Path(out)
     source = source / "record.json" if source.is_dir() else source
-    place: Place = {"data": data, "root": root, "device": device, "trust_guide": trust_guide}
-    return _repeat(read_json(source), source, out, place, download, train_kwargs)
+    place = {"data": data, "root": root, "device": device}
+    return _repeat(read_json(source), source, out, place, train_kwargs)
 
 
 def _repeat(
     recorded: dict[str, Any],
     source: Path,
     out: Path,
-    place: Place,
-    download: bool,
+    place: dict[str, str | None],
     train_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    config = check_record(recorded, source)
-    threads = recorded.get("threads")
+    config, threads = check_record(recorded, source), recorded.get("threads")
     if type(threads) is not int or threads < 1:
         raise ValueError(f"{source}: threads must be a positive number, got {threads!r}")
     if config.warm_start is not None and not isinstance(recorded.get("warm_start"), dict):
@@ -78,9 +72,9 @@ def _repeat(
             f"{source}: config.warm_start names a run, whose record is not in this one: it was "
             "written by an earlier version"
         )
-    check_trust(config.guide, source, place["trust_guide"])
-    config = config.moved(place["data"], place["root"], place["device"])
-    images = load_data(config.data, root=config.root, download=download)
+    check_trust(config.guide, source, train_kwargs.get("trust_guide", False))
+    config = config.moved(**place)
+    images = load_data(config.data, config.root, train_kwargs.get("download", False))
     used = load_images(config, images)
     for part, found in (("train", used.train), ("test", used.test)):
         if sha256(found) != recorded["data"][f"{part}_sha256"]:
@@ -91,36 +85,29 @@ def _repeat(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        if config.warm_start is not None:
-            start = _find_start(recorded, source, config.warm_start)
-            if start is None:
-                start = out.with_name(f"{out.name}-warm-start")
-                _repeat(recorded["warm_start"], source, start, place, download, train_kwargs)
+        if config.warm_start is not None and not _is_there(recorded, config.warm_start):
+            start = out.with_name(f"{out.name}-warm-start")
+            _repeat(recorded["warm_start"], source, start, place, train_kwargs)
             config = dataclasses.replace(config, warm_start=str(start))
-        options = train_kwargs | {"data": images, "trust_guide": place["trust_guide"]}
-        record = train_run(config, out, **options)
+        record = train_run(config, out, **train_kwargs | {"data": images})
     finally:
         torch.set_num_threads(before)
-    now = {name: record.get(name) for name in ("commit", "versions", "device", "threads")}
+    now: dict[str, Any] = {"the score": record["scores"]["log_evidence"]}
+    now |= {name: record.get(name) for name in ("commit", "versions", "device", "threads")}
+    then = recorded | {"the score": recorded["scores"]["log_evidence"]}
     differ = [
-        f"{name} (recorded {recorded.get(name)}, now {value})"
+        f"{name} (recorded {then.get(name)}, now {value})"
         for name, value in now.items()
-        if recorded.get(name) != value
+        if then.get(name) != value
     ]
-    scores = [each["scores"]["log_evidence"] for each in (recorded, record)]
-    if scores[0] != scores[1]:
-        differ.insert(0, f"the score (recorded {scores[0]}, now {scores[1]})")
     if differ:
         warnings.warn(f"{source}: not as recorded: {'; '.join(differ)}", stacklevel=3)
     return record
 
 
-def _find_start(recorded: dict[str, Any], source: Path, folder: str) -> Path | None:
-    """Returns the folder of the very run that the recorded one started from, if it is there."""
-    for path in (Path(folder), source.absolute().parent.parent / folder):
-        try:
-            if read_json(path / "record.json") == recorded["warm_start"]:
-                return path
-        except (FileNotFoundError, ValueError):
-            continue
-    return None
+def _is_there(recorded: dict[str, Any], folder: str) -> bool:
+    """Whether a folder holds the very run that the recorded one started from."""
+    try:
+        return read_json(Path(folder) / "record.json") == recorded["warm_start"]
+    except (FileNotFoundError, ValueError):
+        return False

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,17 @@ from pyro_gpvae.core._files import read_json
 from pyro_gpvae.runs.config import RunConfig
 
 __all__ = [
+    "BUDGET",
     "COLUMNS",
     "FULL",
     "differences",
-    "matches",
-    "parse_where",
+    "over_seeds",
     "read_results",
-    "score_table",
     "seeds_text",
-    "select",
 ]
 
 #: The budget of the paper's supplement, sections 2 and 4; its number of seeds is not known.
-#: None is all images. A run with less says so in its record, and in the caption of every table.
+#: None is all images.
 FULL: dict[str, int | None] = {
     "epochs": 2000,
     "seeds": 5,
@@ -38,25 +35,19 @@ FULL: dict[str, int | None] = {
     "validation": 0,
 }
 
-#: The options of a budget, which one table may not mix.
+#: The options of a budget.
 BUDGET = tuple(name for name in FULL if name != "seeds")
-#: The keys of conditions, see :func:`parse_where`.
-KEYS = ("method", "guide", "data", "latent_dim", "decoder", "seed")
-
-#: A cell of a table is a method and these; the runs of a cell are averaged,
-_CELL = ["data", "latent_dim", "decoder", "likelihood"]
+_CELL = ("data", "latent_dim", "decoder", "likelihood")
 _RATES = ("learning_rate", "sigma_learning_rate")
-#: and may not differ in these.
-_OF_CELL = ("guide", *_RATES, "freeze_decoder", "epochs_factor", "warm_start")
-
-_OPTIONS = ("guide", "data", "latent_dim", "decoder", "likelihood", "seed", *BUDGET)
+_TRAINING = ("guide", *_RATES, "freeze_decoder", "warm_start")
+#: Runs that agree in these are repetitions.
+_ROW = ("method", *_CELL, *BUDGET, *_TRAINING)
 _SCORES = ("log_evidence", "elbo", "monte_carlo_error", "sampling_error")
 #: Where the columns of the table are in a record.
 _FIELDS = {
     "method": "plan.method",
-    **{name: f"config.{name}" for name in _OPTIONS},
+    **{name: f"config.{name}" for name in (*_CELL, "seed", *BUDGET, *_TRAINING)},
     "epochs_factor": "plan.epochs_factor",
-    **{name: f"config.{name}" for name in (*_RATES, "warm_start", "freeze_decoder")},
     **{name: f"scores.{name}" for name in _SCORES},
     "train_seconds": "seconds.training",
     "test_seconds": "seconds.evaluation",
@@ -74,6 +65,7 @@ _FIELDS = {
 
 #: The columns of the table.
 COLUMNS = ["run", *_FIELDS]
+_NUMBERS = ("log_evidence", "elbo", "steps", "train_seconds", "test_seconds", "num_test")
 
 
 def read_results(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
@@ -116,13 +108,10 @@ def _row(record: dict[str, Any], source: Path) -> dict[str, Any]:
     # with the defaults of options that an older version did not have
     record = record | {"config": asdict(RunConfig.from_json(record["config"], "config"))}
     values = {name: _look_up(record, field) for name, field in _FIELDS.items()}
-    for name in ("log_evidence", "elbo", "steps", "train_seconds", "test_seconds", "num_test"):
-        value = values[name]
-        if type(value) not in (int, float) or not math.isfinite(value):
+    for name in (*_NUMBERS, "train_sha256", "test_sha256"):
+        value, kinds = values[name], (int, float) if name in _NUMBERS else (str,)
+        if type(value) not in kinds or (name in _NUMBERS and not math.isfinite(value)):
             raise ValueError(f"not the record of a run: {_FIELDS[name]} is {value!r}")
-    for name in ("train_sha256", "test_sha256"):
-        if not isinstance(values[name], str):
-            raise ValueError(f"not the record of a run: {_FIELDS[name]} is {values[name]!r}")
     if type(values["epochs_factor"]) is not int or values["epochs_factor"] < 1:
         values["epochs_factor"] = 1
     if values["sigma_learning_rate"] is None:
@@ -130,12 +119,6 @@ def _row(record: dict[str, Any], source: Path) -> dict[str, Any]:
     if not isinstance(values["method"], str):
         warm = " after " + Path(values["warm_start"]).name if values["warm_start"] else ""
         values["method"] = values["guide"] + warm
-    if not isinstance(values["cut"], dict):  # a run without a plan: compared with the paper
-        values["cut"] = {
-            name: {"used": values[name], "full": FULL[name]}
-            for name in BUDGET
-            if values[name] != FULL[name]
-        }
     return values
 
 
@@ -146,103 +129,43 @@ def _look_up(record: Any, field: str) -> Any:
     return record
 
 
-def matches(found: Any, wanted: str, key: str) -> bool:
-    """Whether a value is the wanted one; the name of a guide matches it with all options.
-
-    Example:
-        >>> matches("sa:4", "sa", "guide"), matches("sa:4", "sa:8", "guide"), matches(10, "10", "p")
-        (True, False, True)
-    """
-    return str(found) == wanted or (key == "guide" and str(found).partition(":")[0] == wanted)
-
-
-def parse_where(conditions: Sequence[str]) -> dict[str, list[str]]:
-    """Reads conditions such as ``guide=gp,vae``.
-
-    Raises:
-        ValueError: If one is not KEY=VALUE,..., or a key is unknown or given twice.
-
-    Example:
-        >>> parse_where(["guide=gp,vae", "data=mnist"])
-        {'guide': ['gp', 'vae'], 'data': ['mnist']}
-    """
-    where: dict[str, list[str]] = {}
-    for condition in conditions:
-        key, _, values = condition.partition("=")
-        if not values or key not in KEYS:
-            raise ValueError(
-                f"cannot read the condition {condition!r}: expected KEY=VALUE,VALUE with a key of "
-                f"{', '.join(KEYS)}"
-            )
-        if key in where:
-            raise ValueError(f"{key} is given twice: separate its values by commas")
-        # a comma within a guide's options is followed by KEY=
-        where[key] = re.split(r",(?!\w+=)", values)
-    return where
-
-
-def select(frame: pd.DataFrame, where: Mapping[str, Collection[str]]) -> pd.DataFrame:
-    """Returns the rows that fit the conditions of :func:`parse_where`."""
-    for key, values in where.items():
-        fits = [any(matches(found, value, key) for value in values) for found in frame[key]]
-        frame = frame[fits]
-    return frame
-
-
 def differences(frame: pd.DataFrame) -> list[str]:
-    """Returns what may make the scores of a table incomparable, as lines of text.
+    """Returns what may make the scores of a table incomparable, one line for each field.
 
-    All runs should have the same commit, torch and device, and the same budget; all runs on one
-    data set the same images; and the runs of one cell must be repetitions that differ in the seed.
-    The lines name file and field.
+    All runs should have the same commit, torch, device and budget, and all runs on one data set the
+    same images. No two repetitions should have the same seed.
     """
+    shared = frame.assign(epochs=frame["epochs"] // frame["epochs_factor"])  # controls have more
     lines = []
-    for name in ("commit", "torch", "device", "threads"):
-        lines += _differences(frame, name, "")
+    for name in ("commit", "torch", "device", "threads", *BUDGET):
+        lines += _differs(shared, name)
     for (data, _), group in frame.groupby(["data", "likelihood"]):  # one of them binarises
         for name in ("train_sha256", "test_sha256"):
-            lines += _differences(group, name, f" on {data}")
-    return lines + _mixed_budgets(frame) + _mixed_cells(frame)
-
-
-def _mixed_budgets(frame: pd.DataFrame) -> list[str]:
-    shared = frame.assign(epochs=frame["epochs"] // frame["epochs_factor"])
-    return [line for name in BUDGET for line in _differences(shared, name, "")]
-
-
-def _mixed_cells(frame: pd.DataFrame) -> list[str]:
-    """Returns in what the runs of one cell differ, and which seeds are there twice."""
-    # each seed has a start of its own
-    start = frame["warm_start"].map(lambda folder: None if pd.isna(folder) else "a folder")
-    lines = []
-    for key, cell in frame.assign(warm_start=start).groupby(["method", *_CELL], sort=False):
-        where = f" of {', '.join(map(str, key))}"
-        for name in _OF_CELL:
-            lines += _differences(cell, name, where)
-        for seed, runs in cell.groupby("seed")["run"]:
-            if len(runs) > 1:
-                first, *others = (f"{run}/record.json" for run in runs)
-                lines.append(f"{', '.join(others)}: config.seed is {seed}, as in {first}{where}")
+            lines += _differs(group, name, f" on {data}")
+    for _, runs in _shown(frame).groupby([*_ROW, "seed"], sort=False)["run"]:
+        if len(runs) > 1:
+            lines.append(f"the same options and seed are those of {', '.join(runs)}")
     return lines
 
 
-def _differences(frame: pd.DataFrame, name: str, where: str) -> list[str]:
-    shown = frame[name].map(_show)
-    counts = shown.value_counts()
-    lines = []
-    for value, count in counts.iloc[1:].items():
-        first = frame.loc[shown == value, "run"].iloc[0]
-        others = f" and {count - 1} more" if count > 1 else ""
-        lines.append(
-            f"{first}/record.json{others}: {_FIELDS[name]} is {value}; {counts.iloc[0]} runs"
-            f"{where} have {counts.index[0]}"
-        )
-    return lines
+def _differs(frame: pd.DataFrame, name: str, where: str = "") -> list[str]:
+    values = [
+        f"{value} in {runs.iloc[0]}" + (f" and {len(runs) - 1} more" if len(runs) > 1 else "")
+        for value, runs in frame.groupby(frame[name].map(_show), sort=False)["run"]
+    ]
+    return [f"{_FIELDS[name]}{where} is {'; '.join(values)}"] if len(values) > 1 else []
+
+
+def _shown(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns the options as texts; each seed has a warm start of its own."""
+    texts = {name: frame[name].map(_show) for name in _ROW}
+    texts["warm_start"] = frame["warm_start"].map(lambda folder: "no" if pd.isna(folder) else "yes")
+    return frame.assign(**texts)
 
 
 def _show(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "all" if value is not None else "None"
+    if value is None or value != value:
+        return "None"
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -258,59 +181,23 @@ def seeds_text(counts: Iterable[int]) -> str:
     return f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
 
 
-def score_table(frame: pd.DataFrame, title: str = "") -> str:
-    """Returns a Markdown table of means ± standard deviations over seeds, with its caption.
+def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns the number of seeds, and the mean and standard deviation of log p(x) over them.
 
-    It has one row per method, and one column per data set, p, decoder and likelihood. The caption
-    says the budget, where it is smaller than the paper's, and the :func:`differences`.
+    Runs of one row differ in the seed alone. The columns are the method, the data, and every
+    option in which rows differ.
 
     Raises:
-        ValueError: If there is no run, the budgets are mixed, or the runs of a cell differ in more
-            than the seed.
+        ValueError: If a seed is there twice in one row.
     """
-    text = _caption(frame, title)
-    likelihood = frame["likelihood"].map(lambda name: "" if name == "gaussian" else f", {name}")
-    column = frame["data"] + ", p = " + frame["latent_dim"].map(str) + ", " + frame["decoder"]
-    groups = frame.assign(column=column + likelihood).groupby(["method", "column"], sort=False)
-    cells = {
-        key: f"{runs.mean():.1f}" + (f" ± {runs.std():.1f}" if len(runs) > 1 else "")
-        for key, runs in groups["log_evidence"]
-    }
-    columns = [*dict.fromkeys(column for _, column in cells)]
-    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
-    for method in dict.fromkeys(method for method, _ in cells):
-        row = [cells.get((method, column), "–") for column in columns]
-        lines.append(f"| {method} | {' | '.join(row)} |")
-    return "\n".join([*lines, "", text, ""])
-
-
-def _caption(frame: pd.DataFrame, title: str) -> str:
-    if frame.empty:
-        raise ValueError("there is no run to make a table of")
-    if lines := _mixed_budgets(frame):
-        raise ValueError("mixed budgets in one table: " + "; ".join(lines))
-    if lines := _mixed_cells(frame):
-        raise ValueError(
-            "the runs of a cell of a table differ in more than the seed: "
-            + "; ".join(lines)
-            + ". Keep the runs of each table in a folder of their own"
-        )
-    first = frame.iloc[0]
-    epochs, num_samples = first["epochs"] // first["epochs_factor"], first["num_samples"]
-    paper = f" (the paper: {FULL['epochs']})" if epochs != FULL["epochs"] else ""
-    parts = [f"{epochs:,} epochs{paper}"]
-    paper = f" ({FULL['num_samples']})" if num_samples != FULL["num_samples"] else ""
-    parts.append(f"K = {num_samples}{paper}")
-    for name, what in (("train_images", "training"), ("test_images", "test")):
-        if pd.notna(first[name]):
-            parts.append(f"only the first {int(first[name]):,} {what} images")
-    if first["validation"]:
-        parts.append(f"{first['validation']:,} training images held out")
-    if first["batch_size"] != FULL["batch_size"]:
-        parts.append(f"batches of {first['batch_size']} ({FULL['batch_size']})")
-    parts.append(seeds_text(frame.groupby(["method", *_CELL])["seed"].nunique()))
-    text = f"log p(x), nats per image, by importance sampling: {', '.join(parts)}."
-    if any(frame["cut"].map(bool)):
-        text += " CUT BUDGET: compare these numbers with each other, not with published ones."
-    lines = [f"Note: {line}." for line in differences(frame)]
-    return "\n".join([f"{title}. {text}" if title else text, *lines])
+    shown = _shown(frame)
+    differ = [name for name in _ROW if shown[name].nunique() > 1]
+    groups = shown.groupby([*dict.fromkeys(["method", *_CELL[:3], *differ])], sort=False)
+    for _, runs in groups:
+        if runs["seed"].duplicated().any():
+            raise ValueError(
+                f"a seed is there twice among {', '.join(runs['run'])}: keep the runs of each "
+                "table in a folder of their own"
+            )
+    columns = {"seeds": "size", "log_evidence": "mean", "sd": "std"}
+    return groups["log_evidence"].agg(**columns).reset_index()

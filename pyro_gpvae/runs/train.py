@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import torch
+
+from pyro_gpvae.core._environment import environment, sha256
+from pyro_gpvae.core._errors import NonFiniteError
 from pyro_gpvae.core._files import (
     check_replaceable,
     finished_folder,
@@ -14,14 +21,32 @@ from pyro_gpvae.core._files import (
     read_json,
     work_folder,
     write_json,
+    write_text,
 )
-from pyro_gpvae.data.images import ImageData, load_data
-from pyro_gpvae.runs._prepared import prepare
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.data.images import ImageData, split_validation
+from pyro_gpvae.model.guide import make_guide
+from pyro_gpvae.model.image_model import ImageModel, initial_sigma
+from pyro_gpvae.model.networks import autocast_networks
 from pyro_gpvae.runs.config import PLACE, RunConfig, check_same
-from pyro_gpvae.runs.folder import RUN_FILES, Run, check_trust, load_run
+from pyro_gpvae.runs.evaluate import diagnostics, evaluate
+from pyro_gpvae.runs.folder import (
+    FORMAT,
+    RUN_FILES,
+    Run,
+    build_model,
+    check_trust,
+    load_images,
+    load_run,
+    memory_as_error,
+    named_device,
+    warm_guide,
+)
+from pyro_gpvae.runs.weights import save_weights
 from pyro_gpvae.training.checkpoint import Checkpoints, OnError
+from pyro_gpvae.training.loop import History, fit
 
-__all__ = ["TrainOptions", "resume_run", "train_into", "train_run"]
+__all__ = ["TrainOptions", "resume_run", "train_run"]
 
 #: The files from which an unfinished run is continued.
 _UNFINISHED = ("checkpoint.pt", "checkpoint.previous.pt")
@@ -69,7 +94,7 @@ def train_run(
     moment is continued by :func:`resume_run`, or by this function with ``resume=True``.
 
     Arguments:
-        config: The options of the run.
+        config: The options of the run; relative paths of the data are recorded as absolute ones.
         out: The run folder. It appears when the run is finished; until then the work is in
             ``out.partial``, and what was in ``out`` stays.
         overwrite: Whether to replace an earlier run in that folder, finished or not.
@@ -90,16 +115,20 @@ def train_run(
     """
     config.check()
     out = Path(out).expanduser().resolve()
+    if options.get("data") is None:  # images at hand may have any name
+        config = config.moved()
     if resume:
         for folder in (partial_folder(out), out):
             if (folder / "config.json").is_file():
                 check_same(_read_config(folder)[0], config, PLACE, out)
-                return resume_run(out, **options)
+                return resume_run(out, device=config.device, **options)
     check_replaceable(out, overwrite, (*_FILES, *_UNFINISHED, "lock"))
     return _train(config, out, None, options, overwrite)
 
 
-def resume_run(out: str | Path, **options: Unpack[TrainOptions]) -> dict[str, Any]:
+def resume_run(
+    out: str | Path, *, device: str | None = None, **options: Unpack[TrainOptions]
+) -> dict[str, Any]:
     """Continues a run of :func:`train_run` that was stopped or killed, with its own options.
 
     It ends with the numbers of a run that was never stopped, bit for bit, on the same device with
@@ -108,6 +137,7 @@ def resume_run(out: str | Path, **options: Unpack[TrainOptions]) -> dict[str, An
 
     Arguments:
         out: The run folder, as it was given to :func:`train_run`, or ``out.partial``.
+        device: The device to continue on; None is that of the run.
         options: See :class:`TrainOptions`; ``trust_guide`` applies to the run's own guide as well.
 
     Returns:
@@ -130,7 +160,7 @@ def resume_run(out: str | Path, **options: Unpack[TrainOptions]) -> dict[str, An
         )
     config, begun_with = _read_config(partial)
     check_trust(config.guide, partial / "config.json", options.get("trust_guide", False))
-    return _train(config, out, begun_with, options)
+    return _train(config.moved(device=device), out, begun_with, options)
 
 
 def _read_config(folder: Path) -> tuple[RunConfig, dict[str, str]]:
@@ -150,45 +180,149 @@ def _train(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Trains in ``out.partial`` and renames it; ``begun_with`` is None for a new run."""
+    config = config.moved(device=str(named_device(config.device)))
+    data = load_images(config, options.get("data"), options.get("download", False))
+    hashes = {"train images": sha256(data.train), "test images": sha256(data.test)}
     start = None
     if config.warm_start is not None:
-        start = load_run(config.warm_start, trust_guide=options.get("trust_guide", False))
-    download = options.get("download", False)
-    data = options.get("data") or load_data(config.data, config.root, download)
-    run = prepare(config, start, data)
-    for name, found in run.begun_with().items():
+        trust = options.get("trust_guide", False)
+        start = load_run(config.warm_start, device=config.device, trust_guide=trust)
+        hashes["warm start"] = start.weights_sha256
+    for name, found in hashes.items():
         if begun_with and begun_with.get(name) != found:
             raise ValueError(
                 f"since the run {out} was begun, its {name} changed: put back what was there, or "
                 "start again (--overwrite)"
             )
-    resume = begun_with is not None
+    images, validation = data.train, None
+    if config.validation:
+        images, validation = split_validation(images, config.validation)
+    model, guide = _build(config, data.image_shape, initial_sigma(images), start)
+    resume, progress = begun_with is not None, options.get("progress", True)
     with work_folder(
         out, files=_FILES, unfinished=_UNFINISHED, overwrite=overwrite, resume=resume
     ) as folder:
         if not resume:
-            content = dataclasses.asdict(run.config) | {_BEGUN_WITH: run.begun_with()}
-            write_json(folder / "config.json", content)
+            write_json(folder / "config.json", dataclasses.asdict(config) | {_BEGUN_WITH: hashes})
         checkpoints = Checkpoints(
             folder,
             every=options.get("checkpoint_every", "5m"),
             resume=True,
             on_error=options.get("on_checkpoint_error", "continue"),
         )
-        history = run.train(options.get("progress", True), checkpoints)
-        return run.finish(folder, history, options.get("plan"))
+        low, rate = config.precision == "bf16", config.sigma_learning_rate
+        with autocast_networks(torch.bfloat16) if low else nullcontext():
+            history = fit(
+                model,
+                guide,
+                images,
+                epochs=config.epochs,
+                batch_size=config.batch_size,
+                validation=validation,
+                seed=config.seed,
+                checkpoints=checkpoints,
+                progress=config.guide if progress is True else progress,
+                learning_rate=config.learning_rate,
+                learning_rates=None if rate is None else {"model.log_sigma": rate},
+                backend=config.backend,
+                on_nonfinite=config.on_nonfinite,
+            )
+        facts: dict[str, Any] = {"train_images": len(images)}
+        facts |= {f"{part}_sha256": hashes[f"{part} images"] for part in ("train", "test")}
+        extra: dict[str, Any] = {}
+        if start is not None:  # so that the record alone tells how to repeat the run
+            extra["warm_start"] = start.record
+        if (plan := options.get("plan")) is not None:
+            extra["plan"] = dict(plan)
+        return _finish(folder, config, data, model, guide, history, facts, extra)
 
 
-def train_into(
-    folder: Path, config: RunConfig, start: Run | None = None, progress: bool | str = True
+def _build(
+    config: RunConfig, shape: tuple[int, int, int], sigma: float, start: Run | None
+) -> tuple[ImageModel, torch.nn.Module]:
+    """Builds model and guide of a run, with random weights or those of its warm start."""
+    if start is not None:
+        for name in ("latent_dim", "decoder", "likelihood"):
+            ours, theirs = getattr(config, name), getattr(start.config, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"{name} is {ours!r}, but the warm start {start.folder} has {theirs!r}: "
+                    "the model starts from its weights, so they must agree"
+                )
+        if shape != start.model.image_shape:
+            raise ValueError(
+                f"the images of {config.data!r} have shape {shape}, but the warm start "
+                f"{start.folder} was trained on {start.model.image_shape}"
+            )
+    with seeded(config.seed, torch.device(config.device or "cpu")), memory_as_error(config):
+        model = build_model(config, shape, sigma)
+        if start is None:
+            guide = make_guide(config.guide, model)
+        else:
+            model.load_state_dict(start.model.state_dict())
+            guide = warm_guide(config.guide, model, start.guide)
+    model.requires_grad_(not config.freeze_decoder)
+    if not isinstance(guide, torch.nn.Module):
+        raise ValueError(
+            f"the guide {config.guide!r} is a {type(guide).__name__}, expected a "
+            "torch.nn.Module or PyroModule: only a module's weights can be saved"
+        )
+    return model.to(config.device), guide.to(config.device)
+
+
+def _finish(
+    folder: Path,
+    config: RunConfig,
+    data: ImageData,
+    model: ImageModel,
+    guide: torch.nn.Module,
+    trained: History,
+    facts: dict[str, Any],
+    extra: dict[str, Any],
 ) -> dict[str, Any]:
-    """Trains and evaluates a run in an existing folder, without checkpoints.
+    """Evaluates the trained guide, writes the files of the run, and returns the record."""
+    history = trained.frame()
+    write_text(folder / "history.csv", history.to_csv(index=False))
+    _check_finite(config, folder, loss=history["loss"].iloc[-1])
+    begin = time.monotonic()
+    scores, table = evaluate(model, guide, data.test, config)
+    _check_finite(config, folder, elbo=scores["elbo"], log_evidence=scores["log_evidence"])
+    config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(config),
+        "data": {
+            "name": data.name,
+            "note": data.note,
+            "image_shape": list(data.image_shape),
+            "validation_images": config.validation,
+            "test_images": len(data.test),
+            **facts,
+        },
+        **environment(named_device(config.device)),
+        "backend": trained.backend,
+        "steps": int(history["step"].iloc[-1]),
+        "seconds": {
+            "training": float(history["seconds"].iloc[-1]),
+            "evaluation": time.monotonic() - begin,
+        },
+        "scores": scores,
+        "sigma": None if model.sigma is None else float(model.sigma.detach()),
+        "diagnostics": diagnostics(guide, data.test, facts["train_images"]),
+        **extra,
+    }
+    record["weights_sha256"] = save_weights(folder / "weights.safetensors", model, guide)
+    write_text(folder / "scores.csv", table.to_csv(index=False))
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    write_json(folder / "record.json", record)
+    return record
 
-    Arguments:
-        folder: The folder, to which the files of the run are written.
-        config: The options.
-        start: The run that it starts from.
-        progress: As of :class:`TrainOptions`.
-    """
-    run = prepare(config, start, load_data(config.data, root=config.root))
-    return run.finish(folder, run.train(progress))
+
+def _check_finite(config: RunConfig, folder: Path, **values: float) -> None:
+    """Refuses to record numbers that are not finite: with "skip", a training may diverge."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the training of {config.guide!r} diverged: its {name} is {value}, see "
+                f"{folder / 'history.csv'}. Train again (--overwrite), with a smaller learning rate"
+            )

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import pandas as pd
 
 from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import read_json, write_json, write_text
+from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.evaluation import uncertainty
 from pyro_gpvae.evaluation.posterior_grid import posterior_record
-from pyro_gpvae.runs._text import caption, markdown_table
-from pyro_gpvae.runs.folder import Run, load_run
-from pyro_gpvae.runs.gap_chunks import describe, measure_gaps, read_table
+from pyro_gpvae.runs._report import caption, markdown_table
+from pyro_gpvae.runs.folder import Place, Run, load_run
+from pyro_gpvae.runs.gap_report import measure_gaps
 
 __all__ = [
-    "SCORES", "add_uncertainty", "correlate", "correlation_markdown", "measure_uncertainty",
-    "render_uncertainty",
+    "SCORES", "add_uncertainty", "correlate", "correlation_markdown", "report_uncertainty",
 ]  # fmt: skip
 
 #: Scores that may predict the gap: two of a random encoder, then some that any encoder has.
@@ -74,7 +73,7 @@ def correlation_markdown(correlations: pd.DataFrame) -> str:
     return markdown_table(head, rows)
 
 
-def measure_uncertainty(
+def report_uncertainty(
     run_folder: str | Path,
     out: str | Path,
     *,
@@ -82,99 +81,84 @@ def measure_uncertainty(
     num_samples: int = 500,
     reference_samples: int = 1000,
     bootstrap: int = 2000,
-    show: int = 16,
     seed: int = 0,
     progress: bool = True,
-    **where: Any,
+    **place: Unpack[Place],
 ) -> str:
-    """Measures gap and uncertainty of a run's test images; returns a report in Markdown.
+    """Measures gap and uncertainty of a run's test images, writes both, and returns a report.
 
-    For the arguments see ``pyro-gpvae uncertainty --help``, and for ``where``
+    For the arguments see ``pyro-gpvae uncertainty --help``, and for ``place``
     :func:`pyro_gpvae.load_run`. A guide without uncertainty, or fewer than 8 images that
     converge, are a ValueError.
     """
-    out, run = Path(out), load_run(run_folder, **where)
+    out, run = Path(out), load_run(run_folder, **place)
     test = run.data.test[:images]
     if len(test) < uncertainty.MIN_IMAGES:
         raise ValueError(
             f"a rank correlation needs at least {uncertainty.MIN_IMAGES} images, got {len(test)} "
             f"(images = {images}, of {len(run.data.test)} test images)"
         )
-    uncertainty.uncertainty_scores(
-        run.model, run.guide, test[:1]
-    )  # its errors come before the work
+    uncertainty.uncertainty_scores(run.model, run.guide, test[:1])  # fails before the work
     budget = {"num_samples": num_samples, "reference_samples": reference_samples}
     budget |= {"num_chains": 0, "num_steps": 1, "seed": seed}
-    options: dict[str, Any] = {"num_images": images, "progress": progress, **where, **budget}
-    table = add_uncertainty(measure_gaps([run_folder], out, **options)[0], run)
+    table, runs = measure_gaps(
+        [run_folder], out, budget, num_images=images, progress=progress, **place
+    )
+    table = add_uncertainty(table, run)
     correlations = correlate(table, bootstrap, seed)
-    chosen: list[int] = []
-    if run.model.latent_dim == 2:  # the posteriors of the least and the most uncertain images
-        order, count = table["uncertainty"].argsort(kind="stable").tolist(), min(3, len(test) // 2)
-        chosen = [*order[:count], *order[::-1][:count]]
-        posteriors = posterior_record(run.model, run.guide, test[chosen], seed=seed)
-        np.savez_compressed(out / "posterior.npz", **posteriors)  # type: ignore[arg-type]
+    left = len(table) - int(table["converged"].sum())
+    note = f"ELBO: K = {num_samples}, log p(x): K = {reference_samples}."
+    if left:
+        note += f" {left} images are left out (optimum not converged)."
+    note = f"Guide {run.config.guide}, {caption(runs, len(table), note)}"
+    text = "\n\n".join([note, correlation_markdown(correlations), _READING]) + "\n"
     record: dict[str, Any] = {
         "format": 1,
-        "run": describe(run),
+        "run": runs[0],
         "images": len(table),
-        "converged": int(table["converged"].sum()),
+        "converged": len(table) - left,
         "budget": budget | {"bootstrap": bootstrap},
-        "show": show,
         **environment(next(run.model.parameters()).device),
         "correlations": correlations.to_dict("records"),
-        "posterior_images": chosen,
     }
-    np.savez_compressed(out / "images.npz", images=test.numpy())
     write_text(out / "uncertainty.csv", table.to_csv(index=False))
     write_json(out / "uncertainty.json", record)
-    text = "\n\n".join([_caption(record), correlation_markdown(correlations), _READING]) + "\n"
     write_text(out / "uncertainty.md", text)
+    _draw(run, table, correlations, out, note, seed)
     return text
 
 
-def render_uncertainty(out: str | Path) -> None:
-    """Draws ``uncertain.png``, ``scatter.png`` and for p = 2 ``posterior.png`` from the record."""
+def _draw(
+    run: Run, table: pd.DataFrame, correlations: pd.DataFrame, out: Path, note: str, seed: int
+) -> None:
+    """Draws ``uncertain.png``, ``scatter.png`` and for p = 2 ``posterior.png``."""
     from pyro_gpvae.plots import posterior_panels, uncertain_images, uncertainty_scatter
 
-    out = Path(out)
-    record, table = read_json(out / "uncertainty.json"), read_table(out / "uncertainty.csv")
-    with np.load(out / "images.npz") as file:
-        images = file["images"]
-    text, scores = _caption(record), table["uncertainty"]
-    note = f"{SCORES['uncertainty']} over dimensions. {text}"
-    uncertain_images(images, scores, record["show"], note).savefig(out / "uncertain.png")
-    rows = [row for row in record["correlations"] if row["against"] == "gap"]
+    test, scores = run.data.test[: len(table)], table["uncertainty"]
+    text = f"{SCORES['uncertainty']} over dimensions. {note}"
+    uncertain_images(test.numpy(), scores, caption=text).savefig(out / "uncertain.png")
+    rows = correlations[correlations["against"] == "gap"].to_dict("records")
     titles = {row["score"]: f"ρ = {_interval(row)}" for row in rows}
     labels = {name: SCORES[name] for name in _DRAWN}
-    figure = uncertainty_scatter(table[table["converged"]], labels, titles, text)
+    figure = uncertainty_scatter(table[table["converged"]], labels, titles, note)
     figure.savefig(out / "scatter.png")
-    chosen = record["posterior_images"]
-    if chosen:
-        with np.load(out / "posterior.npz") as file:
-            arrays = dict(file)
+    if run.model.latent_dim == 2:
+        order, count = scores.argsort(kind="stable").tolist(), min(3, len(table) // 2)
+        chosen = [*order[:count], *order[::-1][:count]]
         panels = [
             f"uncertainty {row.uncertainty:.3g}, gap {row.gap:.3g} nats"
             for row in table.iloc[chosen].itertuples()
         ]
-        note = (
+        text = (
             "The least (above) and the most uncertain images (below). Contours contain 50 % and "
-            f"90 % of the probability, those of the draws 90 %. {text}"
+            f"90 % of the probability, those of the draws 90 %. {note}"
         )
-        figure = posterior_panels(images[chosen], arrays, panels, len(chosen) // 2, note)
+        posteriors = posterior_record(run.model, run.guide, test[chosen], seed=seed)
+        figure = posterior_panels(test[chosen].numpy(), posteriors, panels, count, text)
         figure.savefig(out / "posterior.png")
 
 
-def _caption(record: dict[str, Any]) -> str:
-    run, budget = record["run"], record["budget"]
-    left = record["images"] - record["converged"]
-    text = f"ELBO: K = {budget['num_samples']}, log p(x): K = {budget['reference_samples']}."
-    if left:
-        text += f" {left} images are left out (optimum not converged)."
-    return f"Guide {run['config']['guide']}, {caption([run], record['images'], text)}"
-
-
 def _interval(row: dict[str, Any]) -> str:
-    if row["rho"] is None or math.isnan(row["rho"]):
+    if pd.isna(row["rho"]):  # null in JSON
         return "–"  # a constant has no ranks
     return f"{row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"

@@ -2,6 +2,7 @@ r"""The training loop: epochs, minibatches, checkpoints and the history."""
 
 from __future__ import annotations
 
+import logging
 import operator
 import warnings
 from contextlib import ExitStack, nullcontext
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["History", "fit"]
+
+logger = logging.getLogger(__name__)
 
 #: The number of steps between readings of a GPU, each of which makes it wait for the host.
 READ_EVERY = 100
@@ -94,7 +97,8 @@ def fit(
         seed: The seed of the permutations and of the samples.
         checkpoints: Where and how often to write checkpoints; a folder alone means every 5
             minutes. One is written before the first step and one at the end.
-        progress: Whether to show a progress bar on a terminal; a text is its label.
+        progress: Whether to show a progress bar on a terminal, or else log each epoch at the level
+            INFO; a text is the label.
         step: Options of :class:`pyro_gpvae.training.TrainingStep`, such as ``learning_rate=5e-4``.
 
     Returns:
@@ -175,7 +179,10 @@ def fit(
             _check_updates(state, checkpoints, on_nonfinite)
             make_step.train(False)  # evaluation must not change running statistics
             state.rows.append(_end_epoch(state, validation, checkpoints, on_nonfinite))
-            bar.set_postfix(epoch=state.epoch, loss=f"{state.rows[-1]['loss']:.1f}")
+            loss = f"{state.rows[-1]['loss']:.1f}"
+            bar.set_postfix(epoch=state.epoch, loss=loss)
+            if progress and bar.disable:  # standard error is no terminal
+                logger.info("%s: epoch %d of %d, loss %s", label, state.epoch, epochs, loss)
             if checkpoints and state.epoch == epochs:
                 checkpoints.save(state.capture())
     return History(state.rows, make_step.backend)

@@ -24,6 +24,7 @@ from pyro_gpvae.cli.train import Train
 from pyro_gpvae.cli.uncertainty import Uncertainty
 from pyro_gpvae.core import _registry
 from pyro_gpvae.core._files import read_json
+from pyro_gpvae.evaluation.importance import ParetoWarning
 
 TINY = [
     "--latent-dim=2", "--epochs=1", "--train-images=64", "--test-images=6", "--num-samples=5",
@@ -93,7 +94,7 @@ def test_a_guide_of_your_own_from_the_working_directory(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["train", "--guide=gpp"], "unknown guide 'gpp': did you mean 'gp'?"),
-        (["train", "--guide=nowhere:Guide"], "cannot load the guide 'nowhere:Guide'"),
+        (["train", "--guide=me_too:Guide"], "No module named 'me_too'. Expected 'module:Class'"),
         (["train", "--data=absent.npz"], "absent.npz"),
         (["train", "--warm-start=absent"], "there is no run folder absent"),
         (["train", "--out=full"], "exists and is not empty"),
@@ -131,9 +132,35 @@ def test_which_errors_need_no_traceback(capsys, monkeypatch):
     fail(RuntimeError("a mistake of ours"))
     with pytest.raises(RuntimeError):
         main(["train"])
+    with pytest.raises(FileNotFoundError, match="there is no run folder"):
+        main(["evaluate", "absent", "-v"])
     monkeypatch.setenv("PYRO_GPVAE_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError, match="there is no run folder"):
         main(["evaluate", "absent"])
+
+
+def test_a_kind_of_warning_stands_once(capsys, monkeypatch):
+    def train_run(*args, **kwargs):
+        for heavy in (3, 4):
+            warnings.warn(f"{heavy} images", ParetoWarning, stacklevel=1)
+        raise ValueError("done")
+
+    monkeypatch.setattr("pyro_gpvae.runs.train.train_run", train_run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["train"]) == 2
+    assert capsys.readouterr().err.count("pyro-gpvae: warning: ") == 1
+
+
+def test_progress_in_a_file_is_a_line_for_each_epoch(capsys):
+    assert main(["train", "--guide=vae", *TINY[:-1], "--epochs=2"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(", loss ")[0] for line in lines if "epoch" in line] == [
+        "vae: epoch 1 of 2",
+        "vae: epoch 2 of 2",
+    ]
+    assert main(["train", "--guide=vae", *TINY, "--overwrite"]) == 0
+    assert "epoch" not in capsys.readouterr().err
 
 
 def test_resume_takes_no_other_options(capsys):
@@ -166,6 +193,8 @@ def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
 def test_the_version_and_the_help(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pyro-gpvae {__version__}\n"
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian': did you mean 'train'?" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 0
@@ -193,15 +222,28 @@ def test_help_explains_every_option(command, capsys):
         assert len(explanation.split()) > 3, f"--{field.name} is not explained"
 
 
-def start(*arguments, code=""):
+def start(*arguments, code="", **environment):
     code = f"import sys\nfrom pyro_gpvae.cli.main import main\n{textwrap.dedent(code)}\n"
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", f"{code}sys.exit(main(sys.argv[1:]))", *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_a_terminal_without_greek_letters_and_a_reader_that_has_gone():
+    process = start("train", "--help", PYTHONIOENCODING="ascii")
+    text, error = process.communicate()
+    assert (process.returncode, error) == (0, "")
+    assert "one learned ?, or" in " ".join(text.split())
+    process = start("train", "--help")
+    process.stdout.close()
+    assert process.wait() == 141
+    assert process.stderr.read() == "", "as after | head"
+    process.stderr.close()
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ GAP = ["--images=3", "--num-samples=4", "--reference-samples=4", "--ais-chains=0
         pytest.param(["results", "."], marks=pytest.mark.slow),
         pytest.param(["evaluate", "."], marks=pytest.mark.slow),
         pytest.param(
-            ["generate", ".", "--samples=2", "--latent-images=3", "--out={out}"],
+            ["generate", ".", "--samples=2", "--out={out}"],
             marks=pytest.mark.slow,
         ),
         pytest.param(["gap", ".", *GAP, "--out={out}"], marks=pytest.mark.slow),

@@ -20,7 +20,7 @@ from _gap_against_time import gap_against_time
 
 from pyro_gpvae import load_data
 from pyro_gpvae.core._files import read_json
-from pyro_gpvae.runs import gap_chunks
+from pyro_gpvae.runs import gap_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -210,7 +210,7 @@ def test_the_gap_table(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "docs" / "images" / "gap.png").exists()
     # again: nothing is trained or measured, the same table comes out
     monkeypatch.setattr(gap_table, "train_run", None)
-    monkeypatch.setattr(gap_chunks, "decompose", None)
+    monkeypatch.setattr(gap_report, "decompose", None)
     gap_table.main(options)
     assert (results / "gap.md").read_text() == text
     options.epochs = 2

@@ -14,7 +14,7 @@ from pyro_gpvae.cli.train import Train
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.runs.evaluate import evaluate_run
 from pyro_gpvae.runs.reproduce import reproduce_run
-from pyro_gpvae.runs.results import differences, read_results, score_table, select
+from pyro_gpvae.runs.results import differences, over_seeds, read_results
 
 TINY = RunConfig(
     latent_dim=2,
@@ -59,15 +59,6 @@ def test_every_run_is_a_row(results):
     assert row["method"] == "VAE x2"
     assert frame.iloc[0]["method"].startswith("gp:num_nodes=8 after ")
     assert row["cut"] == {"epochs": {}}, "the plan's"
-    by_hand = frame.iloc[1]["cut"]
-    assert by_hand["epochs"] == {"used": 1, "full": 2000}, "a run by hand says it as well"
-
-
-def test_rows_are_selected_as_cells_are(results):
-    frame, _ = read_results(results)
-    assert list(select(frame, {"guide": ["gp"]})["run"]) == ["deeper/gp"]
-    assert list(select(frame, {"guide": ["vae"], "seed": ["1", "2"]})["run"]) == ["vae-1"]
-    assert list(select(frame, {})["run"]) == list(frame["run"])
 
 
 def test_damaged_and_foreign_files_are_skipped(copy, capsys):
@@ -104,57 +95,36 @@ def test_damaged_and_foreign_files_are_skipped(copy, capsys):
     assert reasons["score"] == "not the record of a run: scores.log_evidence is 'high'"
     assert reasons["hash"] == "not the record of a run: data.train_sha256 is None"
 
-    Results(folder=copy, csv=copy / "all.csv", where=("data=mnist5k",)).run()
+    Results(folder=copy, csv=copy / "all.csv", verbose=True).run()
+    assert capsys.readouterr().err.count("skipped: ") == 10
+    Results(folder=copy, seeds=True).run()
     printed = capsys.readouterr()
-    assert printed.err.count("skipped: ") == 10
-    assert "3 runs, 10 files skipped" in printed.out
+    assert printed.err == "", "a mixed folder is not an error"
+    assert "3 runs, 10 other records" in printed.out
+    assert "seeds" in printed.out
     table = pd.read_csv(copy / "all.csv")
     assert np.array_equal(table["log_evidence"], frame["log_evidence"])
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         read_results(copy / "none")
 
 
-def test_what_makes_scores_incomparable_is_named(results):
+def test_what_makes_scores_incomparable_is_named_once_for_each_field(results):
     frame, _ = read_results(results)
     assert differences(frame) == [], "half of two epochs, by epochs_factor, is one"
-    for name, field in {
-        "commit": "commit",
-        "device": "device",
-        "test_sha256": "data.test_sha256",
-        "epochs": "config.epochs",
-        "train_images": "config.train_images",
-    }.items():
+    for name, value, line in (
+        ("commit", "x", "commit is {} in deeper/gp and 1 more; x in vae-0"),
+        (
+            "test_sha256",
+            "x",
+            "data.test_sha256 on mnist5k is {} in deeper/gp and 1 more; x in vae-0",
+        ),
+        ("epochs", 4, "config.epochs is 1 in deeper/gp and 1 more; 4 in vae-0"),
+        ("train_images", None, "config.train_images is 64 in deeper/gp and 1 more; None in vae-0"),
+    ):
         other = frame.copy()
-        other.loc[1, name] = None if name == "train_images" else 4 if name == "epochs" else "x"
-        lines = differences(other)
-        assert len(lines) == 1
-        assert lines[0].startswith(f"vae-0/record.json: {field} is ")
-        if name in ("epochs", "train_images"):
-            with pytest.raises(ValueError, match=rf"mixed budgets .*vae-0/record.json: {field}"):
-                score_table(other)
-        else:
-            assert lines[0] in score_table(other), "a caption says it"
-
-
-def test_a_cut_budget_is_in_the_caption(results):
-    frame, _ = read_results(results)
-    text = score_table(frame, "Tiny")
-    assert "| VAE x2 |" in text
-    for part in ("1 epochs (the paper: 2000)", "K = 5 (100)", "first 64 training", "CUT BUDGET"):
-        assert part in text
-    full = frame.assign(
-        epochs=2000 * frame["epochs_factor"],
-        num_samples=100,
-        batch_size=128,
-        train_images=None,
-        test_images=None,
-        cut=[{}] * len(frame),
-    )
-    assert "2,000 epochs, K = 100, 1 seed." in score_table(full)
-    assert "CUT" not in score_table(full)
-    with pytest.raises(ValueError, match="there is no run"):
-        score_table(frame.iloc[:0])
-    assert "| vae | 3.0 ± 2.6 |" in score_table(three_seeds(frame))
+        other.loc[1, name] = value
+        expected = line.format(frame.loc[0, name])
+        assert differences(other) == [expected]
 
 
 def three_seeds(frame):
@@ -163,58 +133,43 @@ def three_seeds(frame):
     return rows.assign(run=["a", "b", "c"], seed=range(3), log_evidence=[1.0, 2.0, 6.0])
 
 
+def test_scores_are_averaged_over_seeds_alone(results):
+    table = over_seeds(three_seeds(read_results(results)[0]))
+    expected = ["vae", "mnist5k", "2", "conv", 3, 3.0, pytest.approx(7**0.5)]
+    assert table.to_numpy().tolist() == [expected]
+
+
 @pytest.mark.parametrize(
-    ("change", "field"),
+    ("name", "value", "shown"),
     [
-        ({"learning_rate": 1e-3}, "config.learning_rate is 0.001; 2 runs"),
-        ({"freeze_decoder": True}, "config.freeze_decoder is True; 2 runs"),
-        ({"warm_start": "vae-0"}, "config.warm_start is a folder; 2 runs"),
-        ({"guide": "gp"}, "config.guide is gp; 2 runs"),
-        ({"epochs": 2, "epochs_factor": 2}, "plan.epochs_factor is 2; 2 runs"),
-        ({"seed": 0}, "config.seed is 0, as in a/record.json"),
+        ("learning_rate", 1e-3, "0.001"),
+        ("freeze_decoder", True, "True"),
+        ("warm_start", "vae-0", "yes"),
+        ("epochs", 2, "2"),
+        ("likelihood", "bernoulli", "bernoulli"),
     ],
 )
-def test_what_is_averaged_differs_by_the_seed_alone(results, change, field):
+def test_other_options_are_another_row(results, name, value, shown):
     frame = three_seeds(read_results(results)[0])
-    score_table(frame)
-    for name, value in change.items():
-        frame.at[2, name] = value
-    where = "of vae, mnist5k, 2, conv, gaussian"
-    assert [line for line in differences(frame) if field in line and where in line], "it is listed"
-    with pytest.raises(ValueError, match=f"differ in more than the seed.*c/record.json: {field}"):
-        score_table(frame)
-    # in another cell it is what it is
-    assert "| other | 6.0 |" in score_table(frame.assign(method=["vae", "vae", "other"]))
+    frame.at[2, name] = value
+    table = over_seeds(frame)
+    assert table["seeds"].tolist() == [2, 1]
+    assert table["log_evidence"].tolist() == [1.5, 6.0]
+    assert table[name].tolist()[1] == shown
 
 
-def test_likelihoods_have_columns_of_their_own(results):
-    frame = three_seeds(read_results(results)[0])
-    frame.loc[2, ["likelihood", "train_sha256", "seed"]] = ["bernoulli", "binarised", 0]
-    text = score_table(frame)
-    assert "| method | mnist5k, p = 2, conv | mnist5k, p = 2, conv, bernoulli |" in text
-    assert "| vae | 1.5 ± 0.7 | 6.0 |" in text
-    assert "1 to 2 seeds" in text
-    assert "Note:" not in text, "binarised images are others"
+def test_a_seed_that_is_there_twice_is_named(results):
+    frame = three_seeds(read_results(results)[0]).assign(seed=[0, 1, 0])
+    assert differences(frame) == ["the same options and seed are those of a, c"]
+    with pytest.raises(ValueError, match="a seed is there twice among a, b, c"):
+        over_seeds(frame)
 
 
-def test_a_mixed_folder_is_listed(copy, capsys):
-    """Runs that no table may average are listed all the same, with what differs."""
-    shutil.copytree(copy / "vae-0", copy / "again")
+def test_a_record_of_an_older_version_has_the_defaults_of_newer_options(copy):
     record = read_json(copy / "vae-0" / "record.json")
-    record["config"]["learning_rate"] = 1e-3
-    del record["config"]["freeze_decoder"]  # as a version without that option wrote it
-    (copy / "faster").mkdir()
-    write_json(copy / "faster" / "record.json", record)
-    Results(folder=copy).run()
-    printed = capsys.readouterr().out
-    assert "5 runs, 0 files skipped" in printed
-    assert "differs: faster/record.json: config.learning_rate is 0.001; 2 runs of vae" in printed
-    assert "freeze_decoder" not in printed
-    assert (
-        "differs: faster/record.json, vae-0/record.json: config.seed is 0, as in again" in printed
-    )
-    with pytest.raises(ValueError, match="differ in more than the seed"):
-        Results(folder=copy, table=True).run()
+    del record["config"]["freeze_decoder"]
+    write_json(copy / "vae-0" / "record.json", record)
+    assert read_results(copy)[0]["freeze_decoder"].tolist() == [False, False, False]
 
 
 def test_a_record_alone_repeats_its_run(results, tmp_path, monkeypatch):
@@ -234,17 +189,15 @@ def test_a_record_alone_repeats_its_run(results, tmp_path, monkeypatch):
 
 
 def test_a_warm_start_that_is_there_is_used(copy, tmp_path):
-    """By its recorded path, or beside the record; only if it is the very same run."""
+    """Only if it is the very same run."""
     record = copy / "deeper" / "gp" / "record.json"
     content = read_json(record)
-    content["config"]["warm_start"] = "vae-0"
+    content["config"]["warm_start"] = str(copy / "vae-0")
     write_json(record, content)
-    shutil.move(copy / "vae-0", copy / "deeper" / "vae-0")
     again = reproduce_run(record, tmp_path / "again", progress=False)
     assert again["scores"] == content["scores"]
     assert not (tmp_path / "again-warm-start").exists()
-    other = read_json(copy / "deeper" / "vae-0" / "record.json") | {"steps": 99}
-    write_json(copy / "deeper" / "vae-0" / "record.json", other)
+    write_json(copy / "vae-0" / "record.json", content["warm_start"] | {"steps": 99})
     reproduce_run(record, tmp_path / "once more", progress=False)
     assert (tmp_path / "once more-warm-start").exists()
 

@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from pyro_gpvae import Checkpoints, load_run, resume_run, train_run
-from pyro_gpvae.core._files import InUseError, new_folder, read_json, write_json
+from pyro_gpvae.cli.main import main
+from pyro_gpvae.core._files import InUseError, new_folder, partial_folder, read_json, write_json
+from pyro_gpvae.core._signals import Terminated
 from pyro_gpvae.runs.folder import RUN_FILES
 
 
@@ -134,6 +136,25 @@ def test_a_run_killed_in_its_last_moment(vae, tiny, tmp_path):
     assert resume_run(folder) == vae[1]
     train_run(tiny(guide="vae"), folder, overwrite=True, progress=False)
     assert sorted(path.name for path in folder.iterdir()) == sorted(RUN_FILES)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_before_the_first_step_says_how_to_resume(
+    begun, tiny, tmp_path, monkeypatch, capsys
+):
+    """Where nothing was begun, no folder is left."""
+    out = tmp_path / "run"
+    if begun:
+        train_and_die(tiny(guide="vae"), out, 1, monkeypatch)
+
+    def fit(*args, **kwargs):
+        raise Terminated
+
+    monkeypatch.setattr("pyro_gpvae.runs.train.fit", fit)
+    options = ["--resume", str(out)] if begun else ["--guide=vae", "--out", str(out)]
+    assert main(["train", *options]) == 143
+    assert partial_folder(out).exists() == begun
+    assert (f"continue with: pyro-gpvae train --resume {out}" in capsys.readouterr().err) == begun
 
 
 def test_unfinished_work_is_overwritten_when_told(tiny, tmp_path, monkeypatch):
