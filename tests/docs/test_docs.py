@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
+from pyro import infer
 
 import guides
 import pyro_gpvae
@@ -27,6 +29,7 @@ TUTORIALS = sorted((DOCS / "tutorials").glob("[0-9]_*.md"))
 CUTS = [
     (r"epochs=\d+", "epochs=1"),
     (r"num_samples=100", "num_samples=5"),
+    (r"\[:50\]", "[:3]"),
     (r'load_data\("mnist5k"\)', 'load_data("mnist5k").take(train=256, test=32)'),
 ]
 
@@ -35,9 +38,14 @@ def test_the_code_of_the_readme_runs(capsys, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_guides", raising=False)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert blocks
-    (tmp_path / "my_guides.py").write_text(blocks[0])  # as the reader is told to save it
-    namespace: dict = {"__name__": "__page__"}
+    (saved,) = (block for block in blocks if "class MyGuide" in block)
+    (tmp_path / "my_guides.py").write_text(saved)  # as the reader is told to save it
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 20))
+    namespace: dict = {
+        "__name__": "__page__",
+        "encoder": lambda x: encoder(x).chunk(2, dim=-1),  # of the reader
+        "decoder": torch.nn.Linear(10, 784),
+    }
     for number, block in enumerate(blocks):
         for pattern, replacement in CUTS:
             block = re.sub(pattern, replacement, block)
@@ -71,6 +79,20 @@ def test_every_python_name_on_a_page_exists(page):
     for module, names in re.findall(r"^from ((?:pyro_gpvae|guides)\S*) import (.*)$", text, re.M):
         for name in names.split(", "):
             resolve(f"{module}.{name}")
+
+
+@pytest.mark.parametrize("page", ["paper.md", "gpvae.md"])
+def test_every_class_and_method_on_the_pages_of_the_paper_exists(page):
+    sources = [p for folder in ("pyro_gpvae", "guides") for p in (ROOT / folder).rglob("*.py")]
+    defined = {
+        node.name
+        for source in sources
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    } | set(dir(infer))
+    text = re.sub(r"^```.*?^```", "", (DOCS / page).read_text(), flags=re.M | re.S)
+    for name in re.findall(r"`([A-Z]\w+(?:\.\w+)?)`", text):
+        assert set(name.split(".")) <= defined, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
