@@ -54,7 +54,11 @@ class Sites(Small):
             return pyro.sample("z", q)
         size = 60_000 if self.bug == "plate of N" else len(x)
         name = "images" if self.bug == "plate name" else "data"
-        with pyro.plate(name, size, subsample=torch.arange(len(x)), dim=-1):
+        with (
+            pyro.plate(name, size, subsample=torch.arange(len(x)), dim=-1),
+            pyro.poutine.scale(scale=0.5 if self.bug == "scale" else 1.0),
+            pyro.poutine.mask(mask=self.bug != "mask"),
+        ):
             if self.bug == "unknown site":
                 pyro.sample("w", q)
             return pyro.sample("latent" if self.bug == "site name" else "z", q)
@@ -69,6 +73,17 @@ class Random(Small):
         if self.bug == "numpy":
             noise = torch.as_tensor(GENERATOR.normal(size=loc.shape), dtype=loc.dtype)
         return dist.Normal(loc + 0.5 * noise, scale).to_event(1)
+
+
+class Traced(Encoder):
+    """Without posterior(x): noise must be in sample sites."""
+
+    def forward(self, x):
+        _, loc, scale = self.encode(x)
+        if self.bug == "noise of all particles":
+            loc = loc + torch.randn_like(loc)
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("z", dist.Normal(loc, scale).to_event(1))
 
 
 class Cached(Small):
@@ -134,6 +149,8 @@ class Encoded(Small):
             scale = scale * 1e30 * 1e30
         if self.bug == "centred":
             loc = loc - loc.mean(0)
+        if self.bug == "half detached":
+            scale = torch.cat([scale[:, :1], scale[:, 1:].detach()], -1)
         if self.bug == "no image":
             loc, scale = 0 * loc + self.loc.bias, 0 * scale + self.log_scale.bias.exp()
         return features, loc, scale
@@ -295,26 +312,36 @@ class Blocks(Small):
         return blocks[:1] if self.bug == "model left out" else blocks
 
 
-SOUND = [Small, Random, ByHand, Refined, Flow, Mixture, Apart, Auxiliary, Global, Permuted, Blocks]
+SOUND = [Small, Sites, Traced, Random, ByHand, Refined, Flow, Mixture, Apart, Auxiliary, Global]
+SOUND += [Permuted, Blocks]
 
 # fmt: off
 _BUGS = {  # the promise that a bug breaks
     Sites: {"site name": "sites", "no plate": "sites", "plate name": "sites",
-            "plate of N": "sites", "unknown site": "sites"},
+            "plate of N": "sites", "unknown site": "sites", "scale": "sites", "mask": "sites"},
+    Traced: {"noise of all particles": "noise"},
     Encoded: {"dtype": "copy", "overflow": "finite", "no image": "image",
-              "centred": "batch", "order": "batch"},
+              "centred": "batch", "order": "batch", "half detached": "gradient"},
     Random: {"numpy": "seed"},
     Cached: {"cache by shape": "memory", "cache by tensor": "memory"},
     ByHand: {"stale sample": "memory", "shared noise": "noise", "one draw": "noise",
              "tile": "batch", "detached": "pathwise", "density of all samples": "chunks"},
     Refined: {"batch mean": "chunks"},
-    Flow: {"no context": "gradient", "log-determinant": "normalised"},
+    Flow: {"no context": "gradient", "log-determinant": "evidence"},
     Blocks: {"model left out": "gradient"},
-    Mixture: {"weights that sum to three": "normalised",
-              "exchanged weights in the density": "density"},
+    Mixture: {"weights that sum to three": "evidence",
+              "exchanged weights in the density": "evidence"},
     Apart: {"variance": "trace"},
     Auxiliary: {"spread left out": "trace"},
     Global: {"missing 1/N": "scale", "sum over the batch": "scale"},
     Permuted: {"not saved": "save"},
 }
 BUGS = [(kind, bug, promise) for kind, bugs in _BUGS.items() for bug, promise in bugs.items()]
+#: What the error says about some of them.
+WORDS = {
+    "scale": "'z' has the scale 0.5 in the guide and 1 in the model",
+    "mask": "'z' is masked in the guide",
+    "noise of all particles": "torch.randn outside pyro.sample",
+    "half detached": r"guide.log_scale.weight \(8 of 16 elements\)",
+    "plate of N": "takes 4 of its members",
+}

@@ -112,7 +112,9 @@ def _main(arguments: list[str]) -> int:
 
 def _is_expected(error: Exception) -> bool:
     """Whether the message of an error tells the user enough, without a traceback."""
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and "memory" in str(error):  # torch's allocators
         return True
     from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 

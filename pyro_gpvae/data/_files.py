@@ -83,21 +83,20 @@ def to_parts(arrays: Mapping[str, Array]) -> Parts:
     """
     images, labels = [], []
     for key in ("train", "test"):
-        if key not in arrays:
+        pixels, classes = arrays.get(key), arrays.get(f"{key}_labels")
+        if pixels is None:
             raise ValueError(f"it has no array {key!r}")
-        pixels = arrays[key]
         if pixels.dtype != np.uint8:
             raise ValueError(f"{key} has dtype {pixels.dtype} instead of uint8 (values 0 to 255)")
         if pixels.ndim == 3:
             pixels = pixels[..., None]
         if pixels.ndim != 4 or not 1 <= pixels.shape[3] <= 4:
             raise ValueError(f"{key} has shape {pixels.shape} instead of (N, H, W) or (N, H, W, C)")
-        images.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, 3, 1))))
-        classes = arrays.get(f"{key}_labels")
         if classes is not None and (classes.dtype.kind not in "iu" or classes.ndim != 1):
             raise ValueError(
                 f"{key}_labels has dtype {classes.dtype} and shape {classes.shape} instead of (N,)"
             )
+        images.append(torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, 3, 1))))
         labels.append(None if classes is None else torch.from_numpy(classes.astype(np.int64)))
     return images[0], images[1], labels[0], labels[1]
 
@@ -181,14 +180,7 @@ def split_note(name: str, parts: Parts, file: str | None = None) -> str:
     _, sizes, note = PUBLISHED[name]
     found = len(parts[0]), len(parts[1])
     if found != sizes:
-        return (
-            f"{found[0]:,} training and {found[1]:,} test images, published are "
-            f"{sizes[0]:,} and {sizes[1]:,}: not the published split, so scores "
-            f"compare among methods run on these images, and with published ones at most roughly."
-        )
+        return f"{found} training and test images instead of {sizes}: not the published split."
     if file is not None:
-        return (
-            f"Images from {file}, as many as published: scores compare with published ones if the "
-            f"file holds the published images in the published split."
-        )
+        return f"Images from {file}, as many as published, if it holds the published split."
     return note

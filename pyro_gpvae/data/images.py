@@ -47,16 +47,14 @@ def check_images(images: Tensor, name: str = "images") -> None:
             f"{name}: expected uint8 values 0 to 255, got {images.dtype}. If they are floats in "
             f"[0, 1], multiply by 255 and convert: (255 * images).round().to(torch.uint8)."
         )
-    shape = tuple(images.shape)
-    if images.ndim != 4:
-        hint = "; add the channel with images.unsqueeze(1)" if images.ndim == 3 else ""
-        raise ValueError(f"{name}: expected shape (B, C, H, W), got {shape}{hint}")
-    if images.numel() == 0:
-        raise ValueError(f"{name}: expected at least one image, got shape {shape}")
-    if shape[1] > 4 >= shape[3]:
+    shape, hint = tuple(images.shape), ""
+    if images.ndim == 3:
+        hint = "; add the channel with images.unsqueeze(1)"
+    elif images.ndim == 4 and shape[1] > 4 >= shape[3]:
+        hint = "; move the channels with images.movedim(-1, 1)"
+    if images.ndim != 4 or images.numel() == 0 or hint:
         raise ValueError(
-            f"{name}: expected shape (B, C, H, W), got {shape}, which looks like (B, H, W, C); "
-            f"move the channels with images.movedim(-1, 1)"
+            f"{name}: expected at least one image, shape (B, C, H, W), got {shape}{hint}"
         )
 
 
@@ -139,30 +137,28 @@ class ImageData:
         Raises:
             ValueError: If a number is less than 1, or greater than the number of images.
         """
-        n, m = len(self.train), len(self.test)
-        for part, count, size in (("train", train, n), ("test", test, m)):
+        sizes = len(self.train), len(self.test)
+        for part, count, size in zip(("train", "test"), (train, test), sizes, strict=True):
             if count is not None and not 1 <= count <= size:
                 raise ValueError(f"{part}: expected 1 to {size} images, got {count}")
-        n, m = train or n, test or m
-        if (n, m) == (len(self.train), len(self.test)):
+        n, m = train or sizes[0], test or sizes[1]
+        if (n, m) == sizes:
             return self
-        return replace(
-            self,
-            train=self.train[:n],
-            test=self.test[:m],
-            train_labels=None if self.train_labels is None else self.train_labels[:n],
-            test_labels=None if self.test_labels is None else self.test_labels[:m],
-            note=f"{self.note} Only the first {n:,} of {len(self.train):,} training and "
-            f"{m:,} of {len(self.test):,} test images.".lstrip(),
+        return ImageData(
+            self.name,
+            self.train[:n],
+            self.test[:m],
+            None if self.train_labels is None else self.train_labels[:n],
+            None if self.test_labels is None else self.test_labels[:m],
+            f"{self.note} Only the first {n:,} of {sizes[0]:,} training and {m:,} of "
+            f"{sizes[1]:,} test images.".lstrip(),
         )
 
 
 def _check_labels(labels: Tensor | None, count: int, name: str) -> None:
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor):
+    if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(labels).__name__}")
-    if labels.dtype != torch.int64 or tuple(labels.shape) != (count,):
+    if labels is not None and (labels.dtype, *labels.shape) != (torch.int64, count):
         raise ValueError(
             f"{name}: expected one int64 label for each image, shape ({count},), "
             f"got {labels.dtype} of shape {tuple(labels.shape)}"
@@ -218,14 +214,13 @@ def load_data(
 
     ``mnist5k`` ships with the package. Any other name is looked up below ``root``: first as
     ``<name>.npz``, which is read fastest, then as the published files in the folders where
-    torchvision keeps them (``chardata.mat`` of Burda et al. for ``omniglot``).
+    torchvision keeps them (``chardata.mat`` of Burda et al. for ``omniglot``). Reading all faces of
+    ``celeba`` takes minutes; ``numpy.savez(root / "celeba.npz", train=data.train.movedim(1, -1),
+    test=data.test.movedim(1, -1))`` keeps them for the next time.
 
     An ``.npz`` file holds uint8 arrays ``train`` and ``test`` of shape (N, H, W) or (N, H, W, C)
     and, if they are known, integer arrays ``train_labels`` and ``test_labels``. Nothing in it is
-    unpickled. The batches of CIFAR-10 are pickles: torchvision unpickles them after it has compared
-    them with their MD5 sums. Reading all faces of ``celeba`` takes minutes;
-    ``numpy.savez(root / "celeba.npz", train=data.train.movedim(1, -1),
-    test=data.test.movedim(1, -1))`` keeps them for the next time.
+    unpickled. Torchvision unpickles the batches of CIFAR-10 after it has compared their MD5 sums.
 
     Arguments:
         name_or_path: One of :func:`available_data`, or the path of an ``.npz`` file.

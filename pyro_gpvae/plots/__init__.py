@@ -7,8 +7,8 @@ experiments use it.
 
 from pyro_gpvae.plots.curves import loss_curves
 from pyro_gpvae.plots.gap import gap_ladder, uncertainty_scatter
-from pyro_gpvae.plots.generation import active_units_chart, image_table, traversals
-from pyro_gpvae.plots.images import image_grid, reconstructions, uncertain_images
+from pyro_gpvae.plots.generation import active_units_chart, traversals
+from pyro_gpvae.plots.images import image_grid, image_table, reconstructions, uncertain_images
 from pyro_gpvae.plots.posterior import posterior_panels
 
 __all__ = [

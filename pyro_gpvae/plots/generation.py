@@ -1,4 +1,4 @@
-r"""Generated images: samples, reconstructions, interpolations and traversals."""
+r"""Latent dimensions: what each of them changes, and how many are used."""
 
 from __future__ import annotations
 
@@ -7,39 +7,12 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from pyro_gpvae.plots._style import COLOURS, finish, panels, tidy
-from pyro_gpvae.plots.images import show_pixels, tile, to_pixels
+from pyro_gpvae.plots.images import image_table
 
-__all__ = ["active_units_chart", "image_table", "traversals"]
+__all__ = ["active_units_chart", "traversals"]
 
 #: The largest number of dimensions in a figure of traversals.
 _MAX_ROWS = 20
-
-
-def image_table(
-    images: ArrayLike, rows: list[str], columns: list[str], names: tuple[str, str], caption: str
-) -> Figure:
-    """Draws images (R, S, C, H, W) with labels of rows and columns, and names of both axes.
-
-    The images are uint8 or floats, which are clipped to [0, 1].
-    """
-    table = np.asarray(images)
-    if table.ndim != 5 or table.shape[:2] != (len(rows), len(columns)):
-        raise ValueError(
-            f"expected images of shape ({len(rows)}, {len(columns)}, C, H, W), one for each label, "
-            f"got {table.shape}"
-        )
-    height, width = table.shape[3:]
-    figure, ((axes,),) = panels(
-        max(0.55 * len(columns) + 1.1, 5), max(0.55 * height / width * len(rows), 1.0) + 1.1
-    )
-    show_pixels(axes, tile(to_pixels(table.reshape(-1, *table.shape[2:])), len(columns)))
-    # at the centre of each row and column
-    axes.set_yticks(np.arange(len(rows)) * (height + 2) + (height - 1) / 2, rows, fontsize=8)
-    axes.set_xticks(np.arange(len(columns)) * (width + 2) + (width - 1) / 2, columns, fontsize=8)
-    axes.tick_params(length=0)
-    axes.set_ylabel(names[0], fontsize=9)
-    axes.set_xlabel(names[1], fontsize=9)
-    return finish(figure, caption)
 
 
 def traversals(

@@ -3,7 +3,7 @@ r"""Images: mosaics, reconstructions, and the least and most uncertain ones."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyro_gpvae.plots import _style
 
-__all__ = ["image_grid", "reconstructions", "uncertain_images"]
+__all__ = ["image_grid", "image_table", "reconstructions", "uncertain_images"]
 
 
 def image_grid(
@@ -48,11 +48,38 @@ def reconstructions(
     for name, row in rows.items():
         if row.shape != rows["image"].shape:
             raise ValueError(f"{name!r} has shape {row.shape}, the images {rows['image'].shape}")
-    count = len(rows["image"])
-    figure, column = _style.panels(0.75 * count + 1.2, 0.8 * len(rows) + 0.6, rows=len(rows))
-    for axes, (name, row) in zip(column[:, 0], rows.items(), strict=True):
-        show_pixels(axes, tile(row, count))
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+    table = np.stack([*rows.values()]).transpose(0, 1, 4, 2, 3)
+    return image_table(table, [*rows], [""] * table.shape[1], caption=caption)
+
+
+def image_table(
+    images: ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    names: tuple[str, str] = ("", ""),
+    caption: str = "",
+) -> Figure:
+    """Draws images (R, S, C, H, W) with labels of rows and columns, and names of both axes.
+
+    The images are uint8 or floats, which are clipped to [0, 1].
+    """
+    table = np.asarray(images)
+    if table.ndim != 5 or table.shape[:2] != (len(rows), len(columns)):
+        raise ValueError(
+            f"expected images of shape ({len(rows)}, {len(columns)}, C, H, W), one for each label, "
+            f"got {table.shape}"
+        )
+    height, width = table.shape[3:]
+    figure, ((axes,),) = _style.panels(
+        max(0.55 * len(columns) + 1.1, 5), max(0.55 * height / width * len(rows), 1.0) + 1.1
+    )
+    show_pixels(axes, tile(to_pixels(table.reshape(-1, *table.shape[2:])), len(columns)))
+    # at the centre of each row and column
+    axes.set_yticks(np.arange(len(rows)) * (height + 2) + (height - 1) / 2, rows, fontsize=8)
+    axes.set_xticks(np.arange(len(columns)) * (width + 2) + (width - 1) / 2, columns, fontsize=8)
+    axes.tick_params(length=0)
+    axes.set_ylabel(names[0], fontsize=9)
+    axes.set_xlabel(names[1], fontsize=9)
     return _style.finish(figure, caption)
 
 

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import new_folder, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
@@ -69,14 +68,10 @@ def evaluate_run(
     """
     run = load_run(folder, **place)
     own = run.config
-    config = dataclasses.replace(
-        own,
-        guide=guide or own.guide,
-        num_samples=own.num_samples if num_samples is None else num_samples,
-        seed=own.seed if seed is None else seed,
-        test_images=own.test_images if test_images is None else test_images,
-        chunk_size=own.chunk_size if chunk_size is None else chunk_size,
-    )
+    given = {"guide": guide, "num_samples": num_samples, "seed": seed, "chunk_size": chunk_size}
+    given["test_images"] = test_images
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(own, **given)  # type: ignore[arg-type]
     config.check()
     config = dataclasses.replace(config, test_images=own.test_images)  # the options of the run
     device = named_device(config.device)
@@ -93,8 +88,6 @@ def evaluate_run(
     files = ("record.json", "scores.csv")
     with new_folder(out, overwrite=overwrite, files=files) if out else nullcontext() as target:
         begin = time.monotonic()
-        if device.type == "cpu":
-            keep_freed_memory()
         scores, table = evaluate(run.model, program, images, config)
         config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
         result = {
@@ -137,16 +130,17 @@ def _reference(
         }
         for name, (value, error, k) in found.estimates.items()
     }
-    has_width = f"IWAE({config.num_samples}), width c" in rows
     record = {
         "num_images": len(images),
         "num_samples": config.num_samples,
         "seed": config.seed,
         "log_evidence": float(found.log_evidence.mean()),
         "not_trusted": int((~found.trusted).sum()),
-        "mean_width": float(found.width.mean()) if has_width else None,
+        "mean_width": None,
         "estimates": rows,
     }
+    if any(name.endswith("width c") for name in rows):
+        record["mean_width"] = float(found.width.mean())
     columns = {name: value.cpu().numpy() for name, (value, _, _) in found.estimates.items()}
     return record, pd.DataFrame(columns)
 

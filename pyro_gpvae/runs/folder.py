@@ -12,8 +12,6 @@ import hashlib
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,11 +35,11 @@ __all__ = [
     "Place",
     "Run",
     "build_model",
+    "check_images",
     "check_record",
     "check_trust",
     "load_images",
     "load_run",
-    "memory_as_error",
     "named_device",
     "warm_guide",
 ]
@@ -108,13 +106,7 @@ class Run:
             ValueError: If they are not the images of the run.
         """
         data = load_images(self.config)
-        for part, images in (("train", data.train), ("test", data.test)):
-            if sha256(images) != self.record["data"][f"{part}_sha256"]:
-                raise ValueError(
-                    f"the {part} images of {self.config.data!r} are not those of the run "
-                    f"{self.folder}: its scores cannot be reproduced. Point --data or --root to "
-                    "the files it was trained on."
-                )
+        check_images(data, self.record, self.folder / "record.json")
         return data
 
 
@@ -157,7 +149,7 @@ def load_run(folder: str | Path, **place: Unpack[Place]) -> Run:
     config = config.moved(place.get("data"), place.get("root"), place.get("device"))
     target = named_device(config.device)
     channels, height, width = record["data"]["image_shape"]
-    with seeded(config.seed, torch.device("cpu")), memory_as_error(config), torch.no_grad():
+    with seeded(config.seed, torch.device("cpu")), torch.no_grad():
         model = build_model(config, (channels, height, width), sigma=1.0)
         guide = make_guide(config.guide, model).eval()
         with own_parameters(model, guide):
@@ -217,18 +209,15 @@ def load_images(
     return data.binarized() if config.likelihood == "bernoulli" else data
 
 
-@contextmanager
-def memory_as_error(config: RunConfig) -> Iterator[None]:
-    """Turns a failed allocation in the block into a ValueError that names the options."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # the allocators of Python and torch
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise ValueError(
-            f"the guide {config.guide!r} with latent_dim = {config.latent_dim:,} and decoder "
-            f"{config.decoder!r} needs more memory than there is: {error}"
-        ) from error
+def check_images(data: ImageData, record: dict[str, Any], source: Path) -> None:
+    """Raises ValueError if images are not those of a record; names file and field."""
+    for part, images in (("train", data.train), ("test", data.test)):
+        if sha256(images) != record["data"][f"{part}_sha256"]:
+            raise ValueError(
+                f"{source}: data.{part}_sha256 is not that of the {part} images of {data.name!r} "
+                "here, so that its scores cannot be reproduced: point --data or --root to the "
+                "files it was trained on"
+            )
 
 
 def build_model(config: RunConfig, image_shape: ImageShape, sigma: float) -> ImageModel:

@@ -75,7 +75,8 @@ def measure_gaps(
         labels = guides if unique else [str(run.folder) for run in runs]
     counts = [min(num_images, len(run.data.test)) for run in runs]
     tables = []
-    with tqdm(total=sum(counts), desc="inference gap", unit="image", disable=not progress) as bar:
+    hidden = None if progress else True  # None: shown on a terminal only
+    with tqdm(total=sum(counts), desc="inference gap", unit="image", disable=hidden) as bar:
         for run, count, label in zip(runs, counts, labels, strict=True):
             own: dict[str, Any] = {"run": str(run.folder), "label": label}
             own |= {"guide": run.config.guide, "seed": run.config.seed}

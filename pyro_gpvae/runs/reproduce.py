@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._files import read_json
 from pyro_gpvae.data.images import load_data
-from pyro_gpvae.runs.folder import check_record, check_trust, load_images
+from pyro_gpvae.runs.folder import check_images, check_record, check_trust, load_images
 from pyro_gpvae.runs.train import train_run
 
 __all__ = ["reproduce_run"]
@@ -75,13 +74,7 @@ def _repeat(
     check_trust(config.guide, source, train_kwargs.get("trust_guide", False))
     config = config.moved(**place)
     images = load_data(config.data, config.root, train_kwargs.get("download", False))
-    used = load_images(config, images)
-    for part, found in (("train", used.train), ("test", used.test)):
-        if sha256(found) != recorded["data"][f"{part}_sha256"]:
-            raise ValueError(
-                f"{source}: data.{part}_sha256 is not that of the {part} images of "
-                f"{config.data!r} here: point --data or --root to the files it was trained on"
-            )
+    check_images(load_images(config, images), recorded, source)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

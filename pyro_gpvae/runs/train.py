@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 
 from pyro_gpvae.core._environment import environment, sha256
 from pyro_gpvae.core._errors import NonFiniteError
@@ -38,7 +39,6 @@ from pyro_gpvae.runs.folder import (
     check_trust,
     load_images,
     load_run,
-    memory_as_error,
     named_device,
     warm_guide,
 )
@@ -227,14 +227,25 @@ def _train(
                 backend=config.backend,
                 on_nonfinite=config.on_nonfinite,
             )
-        facts: dict[str, Any] = {"train_images": len(images)}
-        facts |= {f"{part}_sha256": hashes[f"{part} images"] for part in ("train", "test")}
-        extra: dict[str, Any] = {}
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(config),
+            "data": {
+                "name": data.name,
+                "note": data.note,
+                "image_shape": list(data.image_shape),
+                "train_images": len(images),
+                "validation_images": config.validation,
+                "test_images": len(data.test),
+                "train_sha256": hashes["train images"],
+                "test_sha256": hashes["test images"],
+            },
+        }
         if start is not None:  # so that the record alone tells how to repeat the run
-            extra["warm_start"] = start.record
+            record["warm_start"] = start.record
         if (plan := options.get("plan")) is not None:
-            extra["plan"] = dict(plan)
-        return _finish(folder, config, data, model, guide, history, facts, extra)
+            record["plan"] = dict(plan)
+        return _finish(folder, record, data.test, model, guide, history)
 
 
 def _build(
@@ -254,7 +265,7 @@ def _build(
                 f"the images of {config.data!r} have shape {shape}, but the warm start "
                 f"{start.folder} was trained on {start.model.image_shape}"
             )
-    with seeded(config.seed, torch.device(config.device or "cpu")), memory_as_error(config):
+    with seeded(config.seed, torch.device(config.device or "cpu")):
         model = build_model(config, shape, sigma)
         if start is None:
             guide = make_guide(config.guide, model)
@@ -272,48 +283,33 @@ def _build(
 
 def _finish(
     folder: Path,
-    config: RunConfig,
-    data: ImageData,
+    record: dict[str, Any],
+    images: Tensor,
     model: ImageModel,
     guide: torch.nn.Module,
     trained: History,
-    facts: dict[str, Any],
-    extra: dict[str, Any],
 ) -> dict[str, Any]:
-    """Evaluates the trained guide, writes the files of the run, and returns the record."""
-    history = trained.frame()
+    """Evaluates the trained guide, completes the record, and writes the files of the run."""
+    history, config = trained.frame(), RunConfig(**record["config"])
     write_text(folder / "history.csv", history.to_csv(index=False))
     _check_finite(config, folder, loss=history["loss"].iloc[-1])
     begin = time.monotonic()
-    scores, table = evaluate(model, guide, data.test, config)
+    scores, table = evaluate(model, guide, images, config)
     _check_finite(config, folder, elbo=scores["elbo"], log_evidence=scores["log_evidence"])
-    config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "config": dataclasses.asdict(config),
-        "data": {
-            "name": data.name,
-            "note": data.note,
-            "image_shape": list(data.image_shape),
-            "validation_images": config.validation,
-            "test_images": len(data.test),
-            **facts,
-        },
+    record["config"]["chunk_size"] = scores["chunk_size"]
+    seconds = {"training": float(history["seconds"].iloc[-1])}
+    record |= {
         **environment(named_device(config.device)),
         "backend": trained.backend,
         "steps": int(history["step"].iloc[-1]),
-        "seconds": {
-            "training": float(history["seconds"].iloc[-1]),
-            "evaluation": time.monotonic() - begin,
-        },
+        "seconds": seconds | {"evaluation": time.monotonic() - begin},
         "scores": scores,
         "sigma": None if model.sigma is None else float(model.sigma.detach()),
-        "diagnostics": diagnostics(guide, data.test, facts["train_images"]),
-        **extra,
+        "diagnostics": diagnostics(guide, images, record["data"]["train_images"]),
+        "weights_sha256": save_weights(folder / "weights.safetensors", model, guide),
     }
-    record["weights_sha256"] = save_weights(folder / "weights.safetensors", model, guide)
     write_text(folder / "scores.csv", table.to_csv(index=False))
-    write_json(folder / "config.json", dataclasses.asdict(config))
+    write_json(folder / "config.json", record["config"])
     write_json(folder / "record.json", record)
     return record
 

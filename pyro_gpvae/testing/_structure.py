@@ -1,97 +1,170 @@
-r"""Promises about structure: sites, state, and what a call leaves behind."""
+r"""Promises about structure: the model alone, sites, state, and what a call leaves behind."""
 
 from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_gpvae.core._plates import DATA_PLATE
+from pyro_gpvae.core._plates import data_plate, is_sampled
+from pyro_gpvae.data.batch import Batch, take
 from pyro_gpvae.evaluation.importance import log_weights
 from pyro_gpvae.model._pairing import pair
-from pyro_gpvae.model.guide import posterior_of
 from pyro_gpvae.testing import _kit
-from pyro_gpvae.testing._kit import Finding, Kit, not_checked, sample, z_site
+from pyro_gpvae.testing._gradients import gradients, without_gradient
+from pyro_gpvae.testing._kit import Finding, Kit, module_of, not_checked, posterior
+
+
+def check_model(kit: Kit) -> Finding:
+    model = copy.deepcopy(kit.given[0])
+    if (module := module_of(model)) is not None:
+        module.eval()
+    for batch in (kit.given_batch, take(kit.given_batch, slice(1))):
+        nodes = poutine.trace(model).get_trace(*batch).nodes
+        try:
+            plate = data_plate(nodes, len(batch[0]))
+        except ValueError as error:
+            return Finding("wrong", "runs", False, f"For {len(batch[0])} members: {error}.")
+        if not any(site["is_observed"] for site in nodes.values() if is_sampled(site)):
+            return Finding("0 observed", "≥ 1", False, "The model observes nothing.")
+        if not _kit.latent_sites(nodes, plate):
+            return Finding("0 latent", "≥ 1", False, f"No latent site lies in plate({plate!r}).")
+    batch = kit.given_batch
+    if module is not None:
+        module.double()
+        batch = _kit.in_float64(batch)
+    named = _kit.trainable(model)
+    total = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+
+    def log_joint(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return torch.as_tensor(poutine.trace(model).get_trace(*batch).log_prob_sum())
+
+    for seed in (kit.seed, kit.seed + 1):  # a draw may, by bad luck, leave one out
+        for name, gradient in gradients(log_joint(seed), named).items():
+            total[name] += gradient.abs()
+    lost = without_gradient(named, total, lambda: log_joint(kit.seed).reshape(1))
+    names = ", ".join(f"model.{name}" for name in lost)
+    seen = f"The log joint density has no gradient, zero, NaN or an infinite one, for {names}."
+    cause = "a parameter that the model does not use, or a detached tensor"
+    return Finding(f"{len(named) - len(lost)} of {len(named)}", "all", not lost, seen, cause)
 
 
 @torch.no_grad()
 def check_copy(kit: Kit) -> Finding:
     try:
         kit.copy_given()
-        kit.guide(kit.x)
+        kit.guide(*kit.batch)
     except Exception as error:
         broken = not hasattr(kit, "pristine")
         with suppress(Exception):  # what fails as given is reported by the next check
-            copy.deepcopy(kit.given[1])(kit.given_x)
+            copy.deepcopy(kit.given[1])(*kit.given_batch)
             broken = True
         if broken:
             seen = f"It raised {type(error).__name__}: {error}"
             return Finding(type(error).__name__, "no error", False, seen)
-    return Finding(str(kit.x.dtype).removeprefix("torch."), "runs", True)
+    return Finding(str(kit.dtype).removeprefix("torch."), "runs", True)
 
 
 @torch.no_grad()
 def check_sites(kit: Kit) -> Finding:
     model, guide = copy.deepcopy(kit.given)
-    for x in (kit.given_x, kit.given_x[:1]):
+    for batch in (kit.given_batch, take(kit.given_batch, slice(1))):
         with pyro.validation_enabled(False):  # which would say less
-            for problem in _problems(pair(model, guide), guide, x):
-                return Finding("wrong", "z: (B, p)", False, f"For {len(x)} images, {problem}.")
-    return Finding(f"z: {tuple(z_site(guide, kit.given_x)['value'].shape)}", "z: (B, p)", True)
+            for problem in _problems(kit, pair(model, guide), guide, batch):
+                count = len(batch[0])
+                return Finding("wrong", "as the model's", False, f"For {count} members, {problem}.")
+    shapes = ", ".join(f"{name}: {_shape(fn)}" for name, fn in kit.sites.items())
+    return Finding(shapes, "as the model's", True)
 
 
-def _problems(model: Any, guide: Any, x: Tensor) -> Iterator[str]:
+def _shape(fn: Any) -> tuple[Any, ...]:
+    return ("B", *fn.event_shape)
+
+
+def _problems(kit: Kit, model: Any, guide: Any, batch: Batch) -> Iterator[str]:
     """Yields what is wrong, of which only the first may be asked for."""
-    trace = poutine.trace(guide).get_trace(x)
-    latents = set(trace.stochastic_nodes)
-    if "z" not in latents:
-        yield f'the guide has no sample site "z"; its sites are {sorted(latents)}'
-    site = trace.nodes["z"]
-    plates = {frame.name: frame for frame in site["cond_indep_stack"]}
-    if set(plates) != {DATA_PLATE}:
-        yield f'site "z" is in the plates {sorted(plates)}, expected {DATA_PLATE!r} alone'
-    if (size := plates[DATA_PLATE].full_size) != len(x):
-        yield f"the plate has size {size}; it must be the batch size, whatever N is"
-    z, batch = site["value"], (len(x),)
-    event = (getattr(model, "latent_dim", z.shape[-1]),)
-    yield from _wrong(z.shape, batch + event, "z has shape")
-    yield from _wrong(site["fn"].log_prob(z).shape, batch, "the log density of z has shape")
-    wanted = set(poutine.trace(poutine.replay(model, trace=trace)).get_trace(x).stochastic_nodes)
+    size = len(batch[0])
+    own, trace = kit.trace(model, batch), kit.trace(guide, batch)
+    nodes, latents = trace.nodes, set(trace.stochastic_nodes)
+    wanted = {n for n in own.stochastic_nodes if is_sampled(own.nodes[n])}
     if missing := wanted - latents:
-        yield f"the model's sites {sorted(missing)} are not sampled by the guide"
-    extra = {name for name in latents if not trace.nodes[name]["infer"].get("is_auxiliary")}
-    if extra := extra - wanted:
+        yield (
+            f"the model's sites {sorted(missing)} are not sampled by the guide, whose sites are "
+            f"{sorted(latents)}"
+        )
+    try:
+        plate = data_plate(nodes, size)
+    except ValueError as error:
+        yield str(error)
+    if plate != kit.plate:
+        yield f"the data plate is {plate!r} in the guide and {kit.plate!r} in the model"
+    auxiliary = {n for n in latents if nodes[n]["infer"].get("is_auxiliary")}
+    if extra := {n for n in latents - auxiliary if is_sampled(nodes[n])} - wanted:
         yield (
             f"the model has no sites {sorted(extra)}, and Pyro would only warn: declare their "
             'priors in global_prior(), or mark them infer={"is_auxiliary": True}'
         )
-    z = z_site(guide, x, 3)["value"]
-    yield from _wrong(z.shape, (3, *batch, *event), "under a plate of 3 particles z has shape")
-    if (q := posterior_of(guide, x)) is not None:
-        yield from _wrong(q.batch_shape, batch, "the posterior has batch shape")
+    for name in kit.sites:
+        here, there = nodes[name], own.nodes[name]
+        yield from _wrong(here["value"].shape, there["value"].shape, f"{name} has shape")
+        shape, expected = (site["fn"].log_prob(site["value"]).shape for site in (here, there))
+        yield from _wrong(shape, expected, f"the log density of {name} has shape")
+    yield from _unequal_weights(nodes, own.nodes, kit.sites)
+    particles = kit.trace(guide, batch, 3).nodes
+    for name in kit.sites:
+        shape = own.nodes[name]["value"].shape
+        shape = (3,) + (1,) * (kit.nesting + kit.sites[name].event_dim - len(shape)) + shape
+        what = f"under a plate of 3 particles {name} has shape"
+        yield from _wrong(particles[name]["value"].shape, shape, what)
+    if (q := posterior(guide, batch)) is not None:
+        if len(kit.sites) > 1:
+            yield f"posterior(x) is a distribution of one site, the model has {sorted(kit.sites)}"
+        (event,) = (tuple(fn.event_shape) for fn in kit.sites.values())
+        yield from _wrong(q.batch_shape, (size,), "the posterior has batch shape")
         yield from _wrong(q.event_shape, event, "the posterior has event shape")
         z = q.sample((3,))
-        yield from _wrong(z.shape, (3, *batch, *event), "the posterior's sample((3,)) has shape")
-        yield from _wrong(q.log_prob(z).shape, (3, *batch), "its log density has shape")
+        yield from _wrong(z.shape, (3, size, *event), "the posterior's sample((3,)) has shape")
+        yield from _wrong(q.log_prob(z).shape, (3, size), "its log density has shape")
+
+
+def _unequal_weights(guide: Any, model: Any, names: Iterable[str]) -> Iterator[str]:
+    """Yields the sites whose densities count differently in guide and model, or not at all."""
+    for name in names:
+        here, there = guide[name], model[name]
+        scale, expected = (torch.as_tensor(s["scale"]).double() for s in (here, there))
+        if not bool(torch.isclose(scale, expected).all()):
+            yield (
+                f"the site {name!r} has the scale {float(scale.max()):g} in the guide and "
+                f"{float(expected.max()):g} in the model: put poutine.scale around both, or neither"
+            )
+        kept = [torch.as_tensor(True if s["mask"] is None else s["mask"]) for s in (here, there)]
+        if not torch.equal(*torch.broadcast_tensors(*kept)) or not bool(kept[0].any()):
+            where = ["guide"] * (not kept[0].all()) + ["model"] * (not kept[1].all())
+            yield (
+                f"the site {name!r} is masked in the {' and the '.join(where)}, so that its density"
+                " does not count: remove poutine.mask, or mask the same members in both"
+            )
 
 
 def _wrong(shape: tuple[int, ...], expected: tuple[int, ...], what: str) -> Iterator[str]:
     if shape != expected:
-        yield f"{what} {tuple(shape)}, expected {expected}"
+        yield f"{what} {tuple(shape)}, expected {tuple(expected)}"
 
 
 def check_finite(kit: Kit) -> Finding:
     model, guide = copy.deepcopy(kit.given)
     torch.manual_seed(kit.seed)
     with pyro.validation_enabled(False):  # which stops at the first
-        weights = log_weights(model, guide, kit.given_x, 4)  # raises an error for NaN and +∞
+        # raises an error for NaN and +∞
+        weights = log_weights(model, guide, _kit.data_of(kit.given_batch), 4)
     count = int((~weights.isfinite()).sum())
     seen = f"{count} of {weights.numel()} log weights are infinite."
     return Finding(f"{count} not finite", "0", count == 0, seen)
@@ -99,57 +172,59 @@ def check_finite(kit: Kit) -> Finding:
 
 def check_seeded(kit: Kit) -> Finding:
     seen = "Two calls under one seed differ in {what}, by {gap:.1e}."
-    return kit.all_equal(kit.rows(kit.guide, kit.x), kit.rows(kit.guide, kit.x), seen)
+    return kit.all_equal(kit.rows(kit.guide, kit.batch), kit.rows(kit.guide, kit.batch), seen)
 
 
 def check_memory(kit: Kit) -> Finding:
     model, used = kit.fresh()
-    images = kit.other.clone()
-    kit.rows(used, images)
-    loss = _kit.guide_losses(model, used, images, 100)[0].sum()
+    batch = tuple(tensor.clone() for tensor in kit.other)
+    kit.rows(used, batch)
+    loss = _kit.guide_losses(model, used, batch, 100)[0].sum()
     if loss.requires_grad:
         loss.backward()
-    images.copy_(kit.x)  # the same tensor, other images
+    for tensor, value in zip(batch, kit.batch, strict=True):
+        tensor.copy_(value)  # the same tensor, other members
     new = kit.fresh()[1]
-    seen = "After a call with other images the same guide gives another {what}, by {gap:.1e}."
-    finding = kit.all_equal(kit.rows(used, images), kit.rows(new, kit.x), seen)
-    if not finding.kept or not isinstance(used, nn.Module):
+    seen = "After a call with another batch the same guide gives another {what}, by {gap:.1e}."
+    finding = kit.all_equal(kit.rows(used, batch), kit.rows(new, kit.batch), seen)
+    if not finding.kept or module_of(used) is None:
         return finding
     new = kit.fresh()[1]
     for guide in (used, new):
         _kit.disturb(guide, kit.seed + 7)
     seen = "After a change of parameters it gives another {what} than a new guide, by {gap:.1e}."
-    finding = kit.all_equal(kit.rows(used, kit.x), kit.rows(new, kit.x), seen)
+    finding = kit.all_equal(kit.rows(used, kit.batch), kit.rows(new, kit.batch), seen)
     torch.manual_seed(kit.seed)
     with torch.no_grad():
-        q = posterior_of(new, kit.x)
+        q = posterior(new, kit.batch)
         if not finding.kept or q is None:
             return finding
         first, _ = q.sample((3,)), q.sample((3,))
-        # another distribution and another tensor, of which nothing can be cached
-        expected = kit.log_density(new, kit.x, first.clone())
         scored = q.log_prob(first)
+        torch.manual_seed(kit.seed)
+        # another distribution and another tensor, of which nothing can be cached
+        expected = posterior(new, kit.batch).log_prob(first.clone())
     seen = "Scored after another sample was drawn, a sample has another {what}, by {gap:.1e}."
     return kit.all_equal({"log density": scored}, {"log density": expected}, seen)
 
 
-@torch.no_grad()
 def check_image(kit: Kit) -> Finding:
-    torch.manual_seed(kit.seed)
-    z, _ = sample(kit.guide, kit.x, 3)
-    log_q = kit.log_density(kit.guide, kit.x, z)
-    gap = float((log_q - kit.log_density(kit.guide, kit.other, z)).abs().amax(0).min())
-    return Finding(f"{gap:.1e}", "> 1e-09", gap > 1e-9, "Another image gives the same posterior.")
+    rows = [kit.rows(kit.guide, batch) for batch in (kit.batch, kit.other)]
+    here, there = (torch.cat([value.flatten(1) for value in row.values()], 1) for row in rows)
+    gap = float((here - there).abs().amax(1).min())
+    return Finding(f"{gap:.1e}", "> 1e-09", gap > 1e-9, "Another x gives the same posterior.")
 
 
 def check_save(kit: Kit) -> Finding:
-    if not isinstance(kit.guide, nn.Module):
+    if (module := module_of(kit.guide)) is None:
         return not_checked("the guide is not a module")
     buffer = io.BytesIO()
-    torch.save(kit.guide.state_dict(), buffer)
+    torch.save(module.state_dict(), buffer)
     buffer.seek(0)
     other: Any = kit.fresh()[1] if kit.build is None else kit.make(kit.model)
     _kit.disturb(other, kit.seed + 3)
-    other.load_state_dict(torch.load(buffer, weights_only=True, map_location=kit.x.device))
+    state = torch.load(buffer, weights_only=True, map_location=kit.batch[0].device)
+    reloaded: Any = module_of(other)
+    reloaded.load_state_dict(state)
     seen = "A guide that loads the state dict gives another {what}, by {gap:.1e}."
-    return kit.all_equal(kit.rows(other, kit.x), kit.rows(kit.guide, kit.x), seen)
+    return kit.all_equal(kit.rows(other, kit.batch), kit.rows(kit.guide, kit.batch), seen)

@@ -163,12 +163,18 @@ def test_progress_in_a_file_is_a_line_for_each_epoch(capsys):
     assert "epoch" not in capsys.readouterr().err
 
 
-def test_resume_takes_no_other_options(capsys):
-    for option in ("--epochs=3", "--overwrite", "--seeds=2", "--from-record=a"):
-        assert main(["train", "--resume=run", option]) == 2
-        assert f"drop {option.partition('=')[0]}" in capsys.readouterr().err
-    assert main(["train", "--resume=run"]) == 2
-    assert "there is no run to continue" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("source", "option"),
+    [
+        *(("--resume", o) for o in ("--epochs=3", "--overwrite", "--seeds=2", "--from-record=a")),
+        *(("--from-record", o) for o in ("--epochs=3", "--seeds=2")),
+    ],
+)
+def test_a_run_that_is_continued_or_repeated_takes_no_other_options(source, option, capsys):
+    assert main(["train", f"{source}=run", option]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {source} " in error
+    assert f"drop {option.partition('=')[0]}" in error
 
 
 def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):

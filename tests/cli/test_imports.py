@@ -49,9 +49,8 @@ def test_the_package_imports_nothing_heavy():
     assert imported("import pyro_gpvae, pyro_gpvae.runs.config, pyro_gpvae.cli.main") == []
 
 
-def test_public_names_are_few_and_exist_for_programs_and_type_checkers():
+def test_public_names_exist_for_programs_and_type_checkers():
     names = pyro_gpvae.__all__
-    assert len(names) <= 30
     assert names == sorted(names)
     assert set(names) <= set(dir(pyro_gpvae))
     tree = ast.parse(Path(pyro_gpvae.__file__).read_text())

@@ -181,7 +181,7 @@ def test_reads_the_published_files(name, download, tmp_path, monkeypatch):
     (tmp_path / A_FILE[name]).unlink()
     data = load_data(name, root=tmp_path)
     equal(data, *expected[:3], None)
-    assert "if the file holds the published images" in data.note
+    assert "if it holds the published split" in data.note
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -40,7 +40,10 @@ def test_the_embedded_digits_are_those_of_their_readme(tmp_path):
     ("change", "message"),
     [
         ({"train": images(3, 1, 8, 8) / 255}, "train: expected uint8.*multiply by 255"),
-        ({"test": images(3, 8, 8)}, r"test: expected shape \(B, C, H, W\).*unsqueeze\(1\)"),
+        (
+            {"test": images(3, 8, 8)},
+            r"test: expected at least one image, shape \(B, C, H, W\).*unsqueeze\(1\)",
+        ),
         ({"test": images(3, 1, 8, 7)}, r"test: expected images of shape \(1, 8, 8\)"),
         ({"test": images(0, 1, 8, 8)}, "test: expected at least one image"),
         ({"train": images(2, 8, 8, 3)}, r"movedim\(-1, 1\)"),

@@ -49,7 +49,10 @@ def test_weights_that_cannot_be_used(tmp_path):
     sigma, layer = weights["model.log_sigma"], next(n for n in weights if n.startswith("guide"))
     for changed, message in (
         ({"model.log_sigma": torch.zeros(3)}, r"do not fit .*guide\..* is missing.* more"),
-        (weights | {layer: weights[layer].int()}, rf"{layer} in .* has dtype torch.int32"),
+        (
+            weights | {layer: weights[layer].int()},
+            rf"{layer} is torch.int32, expected torch.float32",
+        ),
         (weights | {"model.log_sigma": sigma - torch.inf}, r"model.log_sigma in .* is not finite"),
     ):
         save_file(changed, path)

@@ -236,14 +236,6 @@ def test_other_code_and_other_scores_are_flagged(results, tmp_path):
         reproduce_run(source, tmp_path / "again", progress=False)
 
 
-def test_options_beside_a_record_are_refused(results, tmp_path):
-    source = results / "vae-0" / "record.json"
-    with pytest.raises(ValueError, match=r"--from-record repeats .*drop --epochs"):
-        Train(from_record=source, epochs=3, out=tmp_path / "x").run()
-    with pytest.raises(ValueError, match=r"--resume continues .*drop --from-record"):
-        Train(from_record=source, resume=tmp_path / "x").run()
-
-
 def test_images_at_hand_are_those_of_the_options(results, tmp_path):
     """A run on images that were loaded before is the same, and so is one that is continued."""
     data = load_data("mnist5k")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_gpvae import NonFiniteError, load_run, log_evidence, train_run
+from pyro_gpvae.cli.main import main
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.runs.evaluate import evaluate_run
 from pyro_gpvae.runs.folder import RUN_FILES
@@ -141,8 +142,31 @@ def test_another_guide_over_the_trained_decoder(vae, tmp_path):
     for option in ("num_samples", "test_images", "seed"):
         with pytest.raises(ValueError, match=f"{option} must be .*, got True"):
             evaluate_run(vae[0], **{option: True})
-    with pytest.raises(ValueError, match="reference must be 1 to 10 test images, got 11"):
-        evaluate_run(vae[0], reference=11)
+    for count in (0, 11):
+        with pytest.raises(ValueError, match=f"reference must be 1 to 10 test images, got {count}"):
+            evaluate_run(vae[0], reference=count)
+
+
+@pytest.mark.filterwarnings("ignore:no estimate of log p")
+def test_reference_estimates_stand_beside_the_score(vae, tmp_path, capsys):
+    out = tmp_path / "evaluation"
+    result = evaluate_run(vae[0], reference=3, out=out)
+    assert result["scores"] == vae[1]["scores"]
+    reference = read_json(out / "record.json")["reference"]
+    assert reference == result["reference"]
+    assert (reference["num_images"], reference["num_samples"]) == (3, 5)
+    names = ["IWAE(5)", "IWAE(5), width c", "IWAE(5), instance:full", "AIS(30)"]
+    assert list(reference["estimates"]) == names
+    assert 0.8 <= reference["mean_width"] <= 4
+    table = pd.read_csv(out / "scores.csv")
+    for name in names:
+        assert table[name].notna().tolist() == 3 * [True] + 7 * [False]
+        mean = reference["estimates"][name]["log_evidence"]
+        assert mean == pytest.approx(table[name].mean(), rel=1e-5)
+    assert main(["evaluate", str(vae[0]), "--reference", "2"]) == 0
+    text = capsys.readouterr().out
+    for line in ("of the first 2 test images", *names, "mean c =", "most reliable", "(equal)"):
+        assert line in text
 
 
 @pytest.mark.filterwarnings("ignore:the loss or its gradient")
@@ -270,7 +294,7 @@ def test_bernoulli_fully_connected_and_your_own_images(tiny, tmp_path, monkeypat
     moved = evaluate_run(tmp_path / "run", data=str(tmp_path / "moved.npz"))
     assert moved["scores"] == record["scores"]
     np.savez(tmp_path / "own.npz", train=images, test=images[3:6])
-    with pytest.raises(ValueError, match=r"the test images .* are not those of the run"):
+    with pytest.raises(ValueError, match=r"record.json: data.test_sha256 is not that of the test"):
         evaluate_run(tmp_path / "run")
 
 
