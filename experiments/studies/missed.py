@@ -92,7 +92,7 @@ def main(options: Options) -> None:
         "mean_best_gaussian_gap": float(best.mean()),
         "mean_log_evidence": float(gap.log_evidence.mean()),
         "not_trusted": int((~gap.trusted).sum()),
-        "sigma": float(model.sigma.detach()),
+        "sigma": model.state_dict()["log_sigma"].exp().item(),
     }
     docs = Path(options.docs)
     write_json(docs / "results" / "missed.json", record)
