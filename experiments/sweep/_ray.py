@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import warnings
@@ -54,18 +53,14 @@ def tune_cells(
     images: Mapping[str, Any],
     out: Path,
     *,
-    identity: Sequence[str],
     cpus: int,
     gpus: float,
     retries: int,
 ) -> dict[str, str]:
-    """Gives cells that do not wait for each other to Ray Tune.
+    """Gives cells that do not wait for each other to Ray Tune; returns those that failed, and why.
 
-    ``train_cell`` takes a cell's name and images, which are references of :func:`cluster`;
-    ``identity`` is by what the experiment is found again after a restart.
-
-    Returns:
-        The cells that failed, and why.
+    ``train_cell`` takes a cell's name and images, which are references of :func:`cluster`. Tune's
+    own state is not kept: what is finished stands in the run folders.
     """
     from ray import tune
 
@@ -75,34 +70,26 @@ def tune_cells(
         ),
         {"cpu": cpus, "gpu": gpus},
     )
-    digest = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:12]
-    experiment = out / ".ray" / digest
-    tuner = None
-    if tune.Tuner.can_restore(str(experiment)):
-        try:
-            tuner = tune.Tuner.restore(str(experiment), trainable, restart_errored=True)
-        except Exception as error:  # killed while it wrote its state; the records are complete
-            print(f"Ray Tune cannot restore its state ({error}) and starts again", flush=True)
-            shutil.rmtree(experiment)
-    if tuner is None:
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"cell": tune.grid_search(list(names))},
-            tune_config=tune.TuneConfig(reuse_actors=True),
-            run_config=tune.RunConfig(
-                name=experiment.name,
-                storage_path=str(experiment.parent),
-                failure_config=tune.FailureConfig(max_failures=retries),
-            ),
-        )
-    results = tuner.fit()
-    failed = {}
-    for number in range(len(results)):
-        result = results[number]
-        if result.error is not None and result.config is not None:
-            failed[str(result.config["cell"])] = str(result.error).strip().split("\n")[-1]
+    state = out / ".ray"
+    shutil.rmtree(state, ignore_errors=True)  # of a driver that was killed
+    grid = tune.Tuner(
+        trainable,
+        param_space={"cell": tune.grid_search(list(names))},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=str(state),
+            failure_config=tune.FailureConfig(max_failures=retries),
+        ),
+    ).fit()
+    results = [grid[number] for number in range(len(grid))]
+    failed = {
+        str(result.config["cell"]): str(result.error).strip().split("\n")[-1]
+        for result in results
+        if result.error is not None and result.config is not None
+    }
     missing = [n for n in names if n not in failed and not (out / n / "record.json").exists()]
-    shutil.rmtree(experiment, ignore_errors=True)
+    shutil.rmtree(state, ignore_errors=True)
     return failed | dict.fromkeys(missing, "not finished: start again")
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from _costs import duration
 from _plans import Plan
 
 from pyro_gpvae.core._environment import sha256
@@ -85,31 +83,26 @@ def finished_runs(plan: Plan, out: Path) -> pd.DataFrame:
     return frame.assign(method=[cells[name].method for name in frame["run"]])
 
 
-def describe(plan: Plan, out: Path, done: set[str], costs: Mapping[str, float | None]) -> str:
-    """Describes the cells, which of them are done, and what the others cost."""
+def describe(plan: Plan, out: Path, done: set[str]) -> str:
+    """Describes the cells, and which of them are done or begun."""
     lines = []
     for cell in plan.cells:
-        cost = costs[cell.name]
-        state = "done" if cell.name in done else ""
-        if not state and partial_folder(out / cell.name).is_dir():
-            state = "partial"
-        lines.append(
-            f"{cell.name:<60} {'unknown' if cost is None else duration(cost):>12}  "
-            f"{cell.config.epochs:,} epochs  {state:<6}{cell.method}"
-        )
-    left = [cost for name, cost in costs.items() if name not in done]
-    known = [cost for cost in left if cost is not None]
-    lines.append(
-        f"{len(plan.cells)} cells, {len(done)} done. Left: {duration(sum(known))} in all, one at "
-        f"a time"
-        + (f", and {len(left) - len(known)} without a recorded step time" * (left != known))
-    )
-    cut = [
-        f"{k} {v['used']} (the paper: {v['full'] or 'all'})"
-        for k, v in plan.budget_overrides.items()
-    ]
-    lines.append(f"CUT BUDGET: {', '.join(cut)}" if cut else "The paper's budget.")
+        begun = partial_folder(out / cell.name).is_dir()
+        state = "done" if cell.name in done else "partial" if begun else ""
+        lines.append(f"{cell.name:<60} {cell.config.epochs:,} epochs  {state:<7} {cell.method}")
+    count = sum(cell.name in done for cell in plan.cells)
+    cut = _cut(plan)
+    lines.append(f"{len(plan.cells)} cells, {count} done. " + (cut or "The paper's budget."))
     return "\n".join(lines)
+
+
+def _cut(plan: Plan) -> str:
+    """Says in what the budget of a plan differs from the paper's, if in anything."""
+    cut = [
+        f"{name} {both['used']} (the paper: {both['full'] or 'all'})"
+        for name, both in plan.budget_overrides.items()
+    ]
+    return f"CUT BUDGET: {', '.join(cut)}." if cut else ""
 
 
 def score_table(plan: Plan, frame: pd.DataFrame) -> str:
@@ -121,14 +114,7 @@ def score_table(plan: Plan, frame: pd.DataFrame) -> str:
     ]
     table = table.drop(columns=["log_evidence", "sd"]).astype(str)
     text = f"{plan.title}. log p(x), nats per image, by importance sampling, ± over seeds."
-    if plan.budget_overrides:
-        cut = [
-            f"{name} {both['used']} (the paper: {both['full'] or 'all'})"
-            for name, both in plan.budget_overrides.items()
-        ]
-        text += (
-            f" CUT BUDGET: {', '.join(cut)}. Compare these numbers with each other, not with "
-            "published ones."
-        )
+    if cut := _cut(plan):
+        text += f" {cut} Compare these numbers with each other, not with published ones."
     notes = [f"Note: {line}." for line in differences(frame)]
     return "\n".join([markdown_table([*table], table.to_numpy().tolist()), "", text, *notes, ""])

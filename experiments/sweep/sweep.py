@@ -12,9 +12,6 @@ others when a machine is lost; all machines must see --out under the same path, 
 end with the machine that holds them (a local disk, NFS 4). A run that was killed continues from its
 own checkpoint, and a finished cell is never repeated: start the same command again to finish a
 sweep. Runs that start from others wait for them. The table of the plan's runs is written to --out.
-
-The costs of --dry-run are those of finished runs in --out, or else of ``plans/step_times.csv``
-(measured with one thread on a busy machine, and therefore upper bounds there).
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ from typing import Any
 
 import pandas as pd
 import tyro
-from _costs import seconds, step_times
 from _plans import Cell, Plan, parse_where
 from _ray import cluster, tune_cells
 from _read_plan import read_plan
@@ -40,8 +36,6 @@ from pyro_gpvae.core._files import InUseError, locked, write_text
 from pyro_gpvae.data.images import ImageData
 from pyro_gpvae.runs.train import train_run
 
-STEP_TIMES = Path(__file__).parents[1] / "plans" / "step_times.csv"
-
 
 @dataclass(kw_only=True)
 class Options:
@@ -50,7 +44,7 @@ class Options:
     Attributes:
         plan: The plan, a TOML file; see _plans.py.
         out: The results folder, with a run folder for each cell.
-        dry_run: Only print the cells, their number and their costs.
+        dry_run: Only print the cells, and which of them are done.
         in_turn: Train in this process, one cell after the other, without Ray.
         trust_guide: Import guides MODULE:CLASS that the plan names. They are code.
         where: Only cells that fit: KEY=VALUE,VALUE with a key of method, guide, data, latent_dim,
@@ -67,7 +61,6 @@ class Options:
         gpus: Share of a GPU of each run, such as 0.25; 0 trains on the CPU.
         retries: How often a cell is tried again after an error or a lost machine.
         checkpoint_every: Steps between checkpoints, or minutes such as "5m".
-        save_times: Only write the step times of the runs in --out to this file.
     """
 
     plan: Path
@@ -87,7 +80,6 @@ class Options:
     gpus: float = 0.0
     retries: int = 10
     checkpoint_every: str = "5m"
-    save_times: Path | None = None
 
 
 def main(options: Options) -> int:
@@ -101,13 +93,8 @@ def main(options: Options) -> int:
     ).select(parse_where(options.where))
     out = options.out.expanduser().resolve()
     frame = finished_runs(plan, out)
-    times = pd.concat([step_times(frame), pd.read_csv(STEP_TIMES)], ignore_index=True)
-    if options.save_times is not None:
-        write_text(options.save_times, step_times(frame).to_csv(index=False))
-        return 0
-    costs = {cell.name: seconds(cell, times) for cell in plan.cells}
     if options.dry_run:
-        print(describe(plan, out, set(frame["run"]), costs))
+        print(describe(plan, out, set(frame["run"])))
         return 0
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".sweep.lock", f"runs a sweep in {out}"):
@@ -151,17 +138,12 @@ def run(plan: Plan, out: Path, frame: pd.DataFrame, options: Options) -> dict[st
             }
             ready = [c.name for c in left if c.depth == depth and c.name not in failed]
             if ready:
-                failed |= tune_cells(
-                    train_cell,
-                    ready,
-                    data_of,
-                    stored,
-                    out,
-                    identity=[cell.name for cell in plan.cells if cell.depth == depth],
-                    cpus=options.cpus,
-                    gpus=options.gpus,
-                    retries=options.retries,
-                )
+                resources: Any = {
+                    "cpus": options.cpus,
+                    "gpus": options.gpus,
+                    "retries": options.retries,
+                }
+                failed |= tune_cells(train_cell, ready, data_of, stored, out, **resources)
     return failed
 
 
