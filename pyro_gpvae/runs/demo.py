@@ -42,7 +42,7 @@ def run_demo(
     ``gap_images`` test images. For the other arguments see ``pyro-gpvae demo --help`` and
     :class:`RunConfig`.
     """
-    epochs, gap_images = epochs or (6 if quick else 40), gap_images or (2 if quick else 20)
+    epochs, gap_images = epochs or (4 if quick else 40), gap_images or (2 if quick else 20)
     if epochs < 2 or epochs % 2:
         raise ValueError(f"epochs must be even and at least 2, got {epochs}")
     if quick:

@@ -173,11 +173,17 @@ def check_record(record: dict[str, Any], source: Path) -> RunConfig:
             "upgrade pyro-gpvae"
         )
     try:
-        [int(size) for size in record["data"]["image_shape"]]
-        [record["data"][name] for name in ("train_sha256", "test_sha256", "train_images")]
+        counts = [*record["data"]["image_shape"], record["data"]["train_images"]]
+        start = record.get("warm_start")
+        while start is not None:
+            counts.append(start["config"]["epochs"])
+            start = start.get("warm_start")
+        if len(record["data"]["image_shape"]) != 3 or not all(type(n) is int for n in counts):
+            raise ValueError(f"{counts} are not counts")
+        [record["data"][name] for name in ("train_sha256", "test_sha256")]
         scores = [record["scores"][name] for name in ("elbo", "log_evidence")]
         config = dict(record["config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is not the record of a run: {error!r}") from error
     if not all(isinstance(x, float | int) and math.isfinite(x) for x in scores):
         raise ValueError(

@@ -126,6 +126,9 @@ def test_which_errors_need_no_traceback(capsys, monkeypatch):
     fail(NonFiniteError("not finite\nat step 3"))
     assert main(["train"]) == 2
     assert capsys.readouterr().err == "pyro-gpvae: error: not finite at step 3\n"
+    fail(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert main(["train"]) == 2
+    assert "tried to allocate 9 bytes" in capsys.readouterr().err
     fail(KeyboardInterrupt())
     assert main(["train"]) == 130
     assert "interrupted" in capsys.readouterr().err

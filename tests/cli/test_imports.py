@@ -38,11 +38,25 @@ except SystemExit:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--version"], ["train", "--help"], ["train", "--epoch=1"], ["guides"], ["gap"]],
+    [
+        [],
+        ["--version"],
+        ["train", "--help"],
+        ["trian"],
+        ["train", "--epoch=1"],
+        ["guides"],
+        ["gap"],
+    ],
     ids=" ".join,
 )
 def test_help_lists_and_errors_of_arguments_import_nothing_heavy(arguments):
     assert imported(COMMAND.format(arguments=arguments)) == []
+
+
+def test_results_are_listed_without_torch(tmp_path):
+    assert not {"torch", "pyro"} & set(
+        imported(COMMAND.format(arguments=["results", str(tmp_path)]))
+    )
 
 
 def test_the_package_imports_nothing_heavy():

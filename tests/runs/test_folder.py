@@ -88,8 +88,17 @@ def test_damaged_run_folders(vae, tmp_path):
     (folder / "weights.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"weights\.safetensors is not the file that was written"):
         load_run(folder)
-    for record in ({"scores": {}}, vae[1] | {"config": 1}, vae[1] | {"data": {"image_shape": 1}}):
-        write_json(folder / "record.json", record)
+    data = vae[1]["data"]
+    for change in (
+        {"scores": {}},
+        {"config": 1},
+        {"data": {"image_shape": 1}},
+        {"data": data | {"train_images": "64"}},
+        {"data": data | {"image_shape": [1, 28]}},
+        {"warm_start": "a run"},
+        {"warm_start": {"config": {"epochs": "many"}}},
+    ):
+        write_json(folder / "record.json", vae[1] | change)
         with pytest.raises(ValueError, match=r"record\.json is not the record of a run"):
             load_run(folder)
     (folder / "record.json").unlink()
