@@ -2,13 +2,16 @@
 
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 from toy import SHAPE, exact_posterior, images, linear_encoder, linear_model
 
 from guides import FullCovarianceGuide, GaussianGuide, NewtonGuide
+from guides.newton import RefinementELBO
 from pyro_gpvae import ImageModel, NonFiniteError, fit, log_evidence
 from pyro_gpvae.testing import check_guide
 
@@ -125,6 +128,43 @@ def test_gradients_equal_finite_differences(likelihood, options):
         assert analytic != 0
         numeric = (values[0] - values[1]) / 2e-6
         torch.testing.assert_close(numeric, analytic, rtol=1e-5, atol=1e-5)
+
+
+def test_its_objective_is_the_elbo_and_has_no_noise_at_the_posterior():
+    model, x = linear_model(), images(5)
+    guide, exact = build(model), exact_posterior(model, x)
+    q = dist.MultivariateNormal(exact.mean, scale_tril=exact.scale_tril.expand(5, 2, 2))
+    loc, factor = q.loc.clone().requires_grad_(), q.scale_tril.clone().requires_grad_()
+    guide._refine = lambda x: (dist.MultivariateNormal(loc, scale_tril=factor), [loc - 1])
+    for weight in (0, 1):
+        loss = RefinementELBO(weight).differentiable_loss(model, guide, x)
+        # every draw gives log p(x), as q is the posterior
+        evidence = (model.log_joint(x, loc) - q.log_prob(loc)).sum()
+        torch.testing.assert_close(loss, -evidence, rtol=0, atol=1e-9)
+    gradients = torch.autograd.grad(loss, (loc, factor))
+    start = torch.linalg.solve(q.covariance_matrix, -torch.ones(5, 2, 1).double()).squeeze(-1)
+    torch.testing.assert_close(gradients[0], start, rtol=0, atol=1e-8)
+    torch.testing.assert_close(gradients[1], torch.zeros(5, 2, 2).double(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("options", [{}, {"covariance": "diagonal"}])
+def test_the_gradient_of_its_objective_has_the_mean_of_the_elbos(options):
+    model, x = curved_model(), images(1).expand(50_000, -1, -1, -1)
+    guide = build(model, 1, **options)
+    loc, spread = torch.tensor([0.3, -0.2]).double().requires_grad_(), torch.tensor(0.1).double()
+    spread.requires_grad_()
+    full = torch.stack([spread, 0 * spread, -spread / 2, 2 * spread]).view(2, 2)
+    q = dist.MultivariateNormal(loc.expand(len(x), 2), scale_tril=full)
+    if options:
+        q = dist.Normal(loc.expand(len(x), 2), spread).to_event(1)
+    guide._refine = lambda x: (q, [])
+    means = []
+    for objective in (RefinementELBO(), TraceMeanField_ELBO()):
+        torch.manual_seed(0)
+        loss = objective.differentiable_loss(model, guide, x) / len(x)
+        means.append([loss, *torch.autograd.grad(loss, (loc, spread), retain_graph=True)])
+    for path, reference in zip(*means, strict=True):
+        torch.testing.assert_close(path, reference, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("options", [{}, {"safeguard": True}])
