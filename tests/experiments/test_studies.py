@@ -60,6 +60,7 @@ def test_newton(tmp_path, monkeypatch):
     monkeypatch.setattr(newton, "UNTRAINED", ("sa:1",))
     monkeypatch.setattr(newton, "END_TO_END", ("newton:1",))
     monkeypatch.setattr(newton, "REPEATS", 1)
+    monkeypatch.setattr(newton, "REFERENCE_SAMPLES", 100)
     options = {"epochs": 1, "latent_dim": 2, "num_samples": 5, "seeds": 2, "end_to_end": 1}
     for _ in range(2):  # the second call finds all cells
         newton.main(newton.Options(**options, out=tmp_path))
@@ -69,7 +70,8 @@ def test_newton(tmp_path, monkeypatch):
     assert shares[0, "encoder of the VAE"] == 0
     text = (tmp_path / "newton.md").read_text()
     assert "| `newton:1` (2) |" in text
-    assert "| `newton:1` (1) | VAE |" in text
+    assert "| `newton:1` (1) | equal time | 1 |" in text
+    assert (tmp_path / "newton.png").exists()
 
 
 @pytest.mark.parametrize(
