@@ -33,7 +33,7 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
     Bars are means over images, and error bars the standard deviation of the sum over seeds, which
     are runs with the same label. Boxes hold the middle half of the images, and whiskers 90 %.
 
-    The table is that of :func:`pyro_gpvae.runs.gap_chunks.measure_gaps`; images that have not
+    The table is that of :func:`pyro_gpvae.runs.gap_report.measure_gaps`; images that have not
     converged are left out.
     """
     needed = {"label", "run", "converged", "gap", *_STEPS}
