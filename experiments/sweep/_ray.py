@@ -112,10 +112,10 @@ def _trial(
     with warnings.catch_warnings():  # they lie in shared memory, which is only read
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         parts = {part: torch.from_numpy(arrays[part]) for part in ("train", "test")}
-    score = train_cell(config["cell"], ImageData(arrays["name"], **parts, note=arrays["note"]))
+    score = train_cell(config["cell"], ImageData(arrays["name"], **parts))
     tune.report({"log_evidence": score})
 
 
 def _arrays(data: ImageData) -> dict[str, Any]:
     arrays = {"train": data.train.numpy(), "test": data.test.numpy()}
-    return {"name": data.name, "note": data.note, **arrays}
+    return {"name": data.name, **arrays}

@@ -62,9 +62,10 @@ def _commit() -> str | None:
         return None
 
 
-def sha256(images: Tensor) -> str:
-    """Returns the SHA-256 of the values of images, as hexadecimal digits."""
+def sha256(*data: Tensor) -> str:
+    """Returns the SHA-256 of the values of tensors, as hexadecimal digits."""
     digest = hashlib.sha256()
-    for part in images.split(4096):  # they may be more than memory holds
-        digest.update(part.cpu().contiguous().numpy().data)
+    for tensor in data:
+        for part in tensor.split(4096):  # they may be more than memory holds
+            digest.update(part.cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["exact_float32"]
+__all__ = ["exact_float32", "without_autocast"]
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switches an enclosing ``torch.autocast`` off inside the block."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 @contextmanager
@@ -33,10 +43,7 @@ def exact_float32() -> Iterator[None]:
         old = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     except RuntimeError:
         old = None
-    with ExitStack() as stack:
-        for device_type in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
+    with without_autocast():
         try:
             if old is None:
                 for backend in new:

@@ -12,8 +12,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
-    "DATA_PLATE", "data_frame", "data_plate", "find_data_plate", "in_data_plate", "in_plate",
-    "is_global", "is_sampled",
+    "DATA_PLATE", "check_observes", "data_frame", "data_plate", "find_data_plate", "in_data_plate",
+    "in_plate", "is_global", "is_sampled",
 ]  # fmt: skip
 
 #: The name of the data plate in the programs of this library. Other programs may use another name.
@@ -28,6 +28,20 @@ def is_sampled(site: Any) -> bool:
 def in_plate(site: Any, plate: str) -> bool:
     """Returns whether a site of a trace lies in a plate of this name."""
     return any(frame.name == plate for frame in site["cond_indep_stack"])
+
+
+def check_observes(nodes: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the trace of a model has an observed site, such as a factor."""
+    # Pyro records deterministic values as observed
+    if not any(
+        is_sampled(site) and site["is_observed"] and not site["infer"].get("_deterministic")
+        for site in nodes.values()
+    ):
+        latent = [name for name, site in nodes.items() if is_sampled(site)]
+        raise ValueError(
+            f"the model observes nothing; its sites are {latent}. Write "
+            "pyro.sample(..., obs=x) inside the data plate"
+        )
 
 
 def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:

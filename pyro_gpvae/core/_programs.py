@@ -2,14 +2,16 @@ r"""Modules whose parameters Pyro finds without its global parameter store."""
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import pyro
 import torch
+from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
@@ -19,7 +21,10 @@ __all__ = [
     "BorrowedModules",
     "Program",
     "PyroProgram",
+    "check_precision",
+    "evaluation_mode",
     "kept_buffers",
+    "modules_of",
     "own_parameters",
     "pyro_lock",
     "with_own_parameters",
@@ -28,7 +33,7 @@ __all__ = [
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-#: A Pyro model or guide: any callable of the images that has sample statements.
+#: A Pyro model or guide: any callable of a batch that has sample statements.
 PyroProgram = Callable[..., Any]
 #: Pyro's handlers, its parameter store and torch's global random state belong to all threads of a
 #: process. What relies on them holds this lock, so that threads take turns.
@@ -67,8 +72,9 @@ class Program(nn.Module):
                     continue
                 value = parameter.detach()
                 value.unconstrained = lambda leaf=parameter: leaf  # type: ignore[attr-defined]
-                effectful(lambda value=value: value, type="param")(
-                    name=f"{type(self).__name__}-{id(self):x}.{name}"
+                # Pyro's renderer reads the constraint
+                effectful(lambda value=value, **_: value, type="param")(
+                    name=f"{type(self).__name__}-{id(self):x}.{name}", constraint=constraints.real
                 )
         return super().__call__(*args, **kwargs)
 
@@ -82,6 +88,55 @@ class BorrowedModules(tuple[Any, ...]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BorrowedModules:
         return BorrowedModules(memo.get(id(module), module) for module in self)
+
+
+def modules_of(program: Any) -> dict[str, nn.Module]:
+    """Returns the outermost modules of a program by name.
+
+    They are the program itself or the owner of a bound method, under the name "", or the modules to
+    which a function, a ``functools.partial`` or an object with ``__call__`` refers. Parameters,
+    buffers, mode and device of a program are those of its modules.
+
+    Example:
+        >>> net = nn.Flatten()
+        >>> modules_of(net.forward), modules_of(lambda x: net(x))
+        ({'': Flatten(start_dim=1, end_dim=-1)}, {'net': Flatten(start_dim=1, end_dim=-1)})
+    """
+    owner = getattr(program, "__self__", program)
+    if isinstance(owner, nn.Module):
+        return {"": owner}
+    if isinstance(owner, partial):  # such as functools.partial and Pyro's handlers around functions
+        parts = (owner.func, *owner.args, *owner.keywords.values())
+        named = [pair for part in parts for pair in modules_of(part).items()]
+    elif inspect.isfunction(owner):
+        used = inspect.getclosurevars(inspect.unwrap(owner))
+        named = [*used.globals.items(), *used.nonlocals.items()]
+    else:
+        named = [*getattr(owner, "__dict__", {}).items()] if callable(program) else []
+    found: dict[str, nn.Module] = {}
+    for name, module in named:
+        if isinstance(module, nn.Module) and not any(module is each for each in found.values()):
+            found[name if name not in found else f"{name}{len(found)}"] = module
+    return found
+
+
+def check_precision(*programs: Any) -> None:
+    """Raises ValueError, which names the parameter, if one is in half precision."""
+    half = (torch.float16, torch.bfloat16)
+    for role, program in zip(("model", "guide"), programs, strict=False):
+        for prefix, module in modules_of(program).items():
+            for name, parameter in module.named_parameters():
+                if parameter.dtype in half:
+                    where = ".".join(filter(None, (role, prefix, name)))
+                    raise ValueError(
+                        f"{where} is {parameter.dtype}, in which log densities are wrong by whole "
+                        "nats: call float() on the model and the guide"
+                    )
+    if torch.get_default_dtype() in half:
+        raise ValueError(
+            f"the default dtype is {torch.get_default_dtype()}, in which log densities are wrong "
+            "by whole nats: call torch.set_default_dtype(torch.float32)"
+        )
 
 
 @contextmanager
@@ -125,8 +180,8 @@ def with_own_parameters(function: Callable[_Arguments, _Result]) -> Callable[_Ar
 @contextmanager
 def kept_buffers(programs: Iterable[Any]) -> Iterator[None]:
     """Restores the buffers of the modules among the programs on exit, such as running averages."""
-    modules = [program for program in programs if isinstance(program, nn.Module)]
-    buffers = [buffer for module in modules for buffer in module.buffers() if not is_lazy(buffer)]
+    modules = _modules_of(programs)
+    buffers = [b for m in modules for b in m.buffers(recurse=False) if not is_lazy(b)]
     before = [buffer.clone() for buffer in buffers]
     try:
         yield
@@ -137,8 +192,24 @@ def kept_buffers(programs: Iterable[Any]) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+@contextmanager
+def evaluation_mode(programs: Iterable[Any]) -> Iterator[None]:
+    """Sets all modules of programs to evaluation mode, and restores modes and buffers on exit."""
+    programs = list(programs)
+    modes = [(module, module.training) for module in _modules_of(programs)]
+    try:
+        with kept_buffers(programs):
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _modules_of(programs: Iterable[Any]) -> list[nn.Module]:
-    return [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    outermost = [module for program in programs for module in modules_of(program).values()]
+    return list(dict.fromkeys(inner for module in outermost for inner in module.modules()))
 
 
 def _visible_state(modules: Sequence[nn.Module]) -> Any:

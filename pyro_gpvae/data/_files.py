@@ -1,4 +1,4 @@
-"""Files of images that need no torchvision, and what is known about published data sets."""
+"""Files of images that need no torchvision, and where published data sets are kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import urllib.request
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,9 @@ __all__ = [
     "NPZ_FORMAT",
     "PUBLISHED",
     "Parts",
-    "Published",
     "open_regular",
     "read_npz",
     "read_omniglot",
-    "split_note",
     "to_parts",
 ]
 
@@ -40,25 +38,15 @@ NPZ_FORMAT = (
 )
 
 
-class Published(NamedTuple):
-    """What is known about a published data set."""
-
-    path: str  # where its files are expected below the root
-    sizes: tuple[int, int]  # of the training and test sets
-    note: str = "The official training and test sets, complete."
-
-
+#: Where the files of published data sets are expected below the root.
 PUBLISHED = {
-    "mnist": Published("MNIST/raw", (60_000, 10_000)),
-    "fashion_mnist": Published("FashionMNIST/raw", (60_000, 10_000)),
-    "omniglot": Published("chardata.mat", (24_345, 8_070), "Omniglot, 28x28, in the split of "
-        "Burda et al. (2016), complete."),
-    "cifar10": Published("cifar-10-batches-py", (50_000, 10_000)),
-    "svhn": Published("train_32x32.mat", (73_257, 26_032), "The official training and test sets "
-        "without the extra images, complete."),
-    "celeba": Published("celeba/img_align_celeba", (162_770, 19_962), "The official training and "
-        "test sets, complete: central 148x148 pixels, resized to 64x64."),
-}  # fmt: skip
+    "mnist": "MNIST/raw",
+    "fashion_mnist": "FashionMNIST/raw",
+    "omniglot": "chardata.mat",
+    "cifar10": "cifar-10-batches-py",
+    "svhn": "train_32x32.mat",
+    "celeba": "celeba/img_align_celeba",
+}
 
 _OMNIGLOT = "https://raw.githubusercontent.com/yburda/iwae/master/datasets/OMNIGLOT/chardata.mat"
 _OMNIGLOT_LIMIT = 100 * 2**20  # the largest file that its host keeps
@@ -171,16 +159,3 @@ def read_omniglot(root: Path, download: bool) -> Parts:
         drawings = np.rint(255 * array.T).astype(np.uint8).reshape(-1, 28, 28)
         pixels[part] = drawings.transpose(0, 2, 1)
     return to_parts(pixels)
-
-
-def split_note(name: str, parts: Parts, file: str | None = None) -> str:
-    """Returns how far scores compare with published ones; ``file`` is the name of an ``.npz``."""
-    if name not in PUBLISHED:
-        return f"Images from {file}: scores compare only among methods run on them."
-    _, sizes, note = PUBLISHED[name]
-    found = len(parts[0]), len(parts[1])
-    if found != sizes:
-        return f"{found} training and test images instead of {sizes}: not the published split."
-    if file is not None:
-        return f"Images from {file}, as many as published, if it holds the published split."
-    return note

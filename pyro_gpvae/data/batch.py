@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from pyro_gpvae.core._programs import modules_of
 
 __all__ = ["Data", "batch_of", "check_data", "split_batch", "take", "to_batch"]
 
@@ -28,11 +31,18 @@ def check_data(data: Any, name: str = "data") -> None:
         TypeError: If they are something else.
         ValueError: If there is no member, or the tensors differ in their first dimension.
     """
-    if not isinstance(data, Tensor | tuple) or not all(isinstance(t, Tensor) for t in data):
-        kind = type(data).__name__
+    # a tensor has no members that need a look, and a sparse one no iterator
+    if not isinstance(data, Tensor) and not (
+        isinstance(data, tuple) and data and all(isinstance(member, Tensor) for member in data)
+    ):
+        kind, hint = type(data).__name__, ""
+        if isinstance(data, list):
+            hint = ": stack images with torch.stack, and give several tensors as a tuple"
+        elif isinstance(data, Dataset):
+            hint = ": fit takes a torch.utils.data.DataLoader of it"
         raise TypeError(
             f"{name} must be a tensor, or a tuple of tensors with the same first dimension, got "
-            f"{kind}"
+            f"{kind}{hint}"
         )
     shapes = [tuple(tensor.shape) for tensor in batch_of(data)]
     sizes = {shape[0] if shape else None for shape in shapes}
@@ -52,9 +62,9 @@ def to_batch(data: Data, *programs: Any) -> Batch:
 
     Arguments:
         data: A tensor (B, ...), or a tuple of them.
-        programs: Models and guides; the first floating parameter of a module among them decides,
-            also that of a bound method's module. Without one, tensors stay on their device, and
-            floats get the default dtype.
+        programs: Models and guides; the first floating parameter of their modules decides, see
+            :func:`~pyro_gpvae.core._programs.modules_of`. Without one, tensors stay on their
+            device, and floats get the default dtype.
 
     Example:
         >>> to_batch(torch.tensor([[0, 51, 255]], dtype=torch.uint8))
@@ -62,8 +72,8 @@ def to_batch(data: Data, *programs: Any) -> Batch:
         >>> to_batch((torch.ones(2, 3), torch.tensor([4, 5])))[1]
         tensor([4, 5])
     """
-    modules = (getattr(program, "__self__", program) for program in programs)
-    parameters = (p for m in modules if isinstance(m, torch.nn.Module) for p in m.parameters())
+    modules = (module for program in programs for module in modules_of(program).values())
+    parameters = (parameter for module in modules for parameter in module.parameters())
     like = next((p for p in parameters if p.is_floating_point()), None)
     return tuple(_convert(tensor, like) for tensor in batch_of(data))
 

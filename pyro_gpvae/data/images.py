@@ -13,18 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_gpvae.data._files import (
-    NPZ_FORMAT,
-    PUBLISHED,
-    open_regular,
-    read_npz,
-    read_omniglot,
-    split_note,
-)
+from pyro_gpvae.data._files import NPZ_FORMAT, PUBLISHED, open_regular, read_npz, read_omniglot
 from pyro_gpvae.data._torchvision import read_published
 
 __all__ = [
-    "PUBLISHED",
     "ImageData",
     "available_data",
     "check_images",
@@ -68,7 +60,6 @@ class ImageData:
         test: Test images, (M, C, H, W), uint8.
         train_labels: Classes of the training images, (N,), int64, if they are known.
         test_labels: Classes of the test images, (M,), int64, if they are known.
-        note: How far scores on these images compare with published ones.
 
     Raises:
         TypeError: If images or labels are not tensors.
@@ -85,7 +76,6 @@ class ImageData:
     test: Tensor
     train_labels: Tensor | None = None
     test_labels: Tensor | None = None
-    note: str = ""
 
     def __post_init__(self) -> None:
         check_images(self.train, "train")
@@ -108,11 +98,6 @@ class ImageData:
         channels, height, width = self.train.shape[1:]
         return channels, height, width
 
-    @property
-    def num_train(self) -> int:
-        """The number N of training images."""
-        return len(self.train)
-
     def binarized(self, seed: int = 0) -> ImageData:
         """Returns images whose pixels are drawn once: 255 with probability x / 255, else 0.
 
@@ -127,8 +112,6 @@ class ImageData:
             name=f"{self.name}-binarized",
             train=_binarize(self.train, [seed, 0]),
             test=_binarize(self.test, [seed, 1]),
-            note=f"{self.note} Binarised once with seed {seed}: scores compare only with others "
-            f"on binarised images, and exactly only on the same draw.".lstrip(),
         )
 
     def take(self, train: int | None = None, test: int | None = None) -> ImageData:
@@ -150,8 +133,6 @@ class ImageData:
             self.test[:m],
             None if self.train_labels is None else self.train_labels[:n],
             None if self.test_labels is None else self.test_labels[:m],
-            f"{self.note} Only the first {n:,} of {sizes[0]:,} training and {m:,} of "
-            f"{sizes[1]:,} test images.".lstrip(),
         )
 
 
@@ -229,7 +210,8 @@ def load_data(
         download: Whether to download missing files. ``celeba`` needs the package ``gdown``.
 
     Returns:
-        The images (N, C, H, W); ``note`` says how far scores compare with published ones.
+        The images (N, C, H, W). All digits of ``mnist5k`` are from MNIST's official training set,
+        so scores on them do not compare with published ones.
 
     Raises:
         FileNotFoundError: If a file is missing; the message says where it was expected.
@@ -250,12 +232,8 @@ def load_data(
     if isinstance(name_or_path, Path) or name.endswith(".npz") or Path(name).name != name:
         return _load_npz(Path(name_or_path).expanduser())
     if name == "mnist5k":
-        note = (
-            "4,000 training and 1,000 test digits, all of them from MNIST's official training set: "
-            "scores do not compare with published MNIST scores."
-        )
         with (resources.files("pyro_gpvae.data") / "mnist5k.npz").open("rb") as stream:
-            return ImageData(name, *read_npz(stream), note=note)
+            return ImageData(name, *read_npz(stream))
     if name not in PUBLISHED:
         near = difflib.get_close_matches(name.lower(), available_data(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -274,14 +252,13 @@ def _load_npz(path: Path) -> ImageData:
         raise FileNotFoundError(f"{path} does not exist. {NPZ_FORMAT}")
     try:
         with open_regular(path) as stream:
-            parts = read_npz(stream)
-        return ImageData(path.stem, *parts, note=split_note(path.stem, parts, path.name))
+            return ImageData(path.stem, *read_npz(stream))
     except Exception as error:  # zipfile, zlib, lzma and numpy each have their own
         raise ValueError(f"{path} could not be read: {_cause(error)}. {NPZ_FORMAT}") from error
 
 
 def _load_published(name: str, root: Path, download: bool) -> ImageData:
-    path = root / PUBLISHED[name].path
+    path = root / PUBLISHED[name]
     if not path.exists() and not download:
         raise FileNotFoundError(
             f"{name}: found neither {root / name}.npz nor {path}. Download it with download=True "
@@ -290,8 +267,7 @@ def _load_published(name: str, root: Path, download: bool) -> ImageData:
         )
     try:
         read = read_omniglot if name == "omniglot" else partial(read_published, name)
-        parts = read(root, download)
-        return ImageData(name, *parts, note=split_note(name, parts))
+        return ImageData(name, *read(root, download))
     except ImportError:
         raise
     except Exception as error:  # torchvision, scipy, Pillow and the network each have their own

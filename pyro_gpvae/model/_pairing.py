@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
+from torch import nn
 
-from pyro_gpvae.core._programs import Program, PyroProgram
+from pyro_gpvae.core._programs import Program, PyroProgram, modules_of
 from pyro_gpvae.model.guide import HasGlobalPrior
 
 __all__ = ["Paired", "pair"]
@@ -18,6 +19,8 @@ class Paired(Program):
     def __init__(self, model: PyroProgram, guide: HasGlobalPrior) -> None:
         super().__init__()
         self.model = model
+        if not isinstance(model, nn.Module):  # a bound method trains its module
+            self.owner = modules_of(model).get("")
         self._global_prior = guide.global_prior
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

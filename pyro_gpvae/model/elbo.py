@@ -6,7 +6,6 @@ objective, or :class:`TraceELBO` by default.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -14,21 +13,37 @@ from typing import Any, Protocol, cast
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.trace_elbo import _compute_log_r
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
-from pyro.infer.util import is_validation_enabled
+from pyro.infer.util import is_validation_enabled, torch_item
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_gpvae.core._plates import data_plate, find_data_plate, in_plate, is_sampled
-from pyro_gpvae.core._programs import Program, PyroProgram, kept_buffers, with_own_parameters
+from pyro_gpvae.core._float32 import exact_float32
+from pyro_gpvae.core._plates import (
+    check_observes,
+    data_plate,
+    find_data_plate,
+    in_plate,
+    is_sampled,
+)
+from pyro_gpvae.core._programs import (
+    Program,
+    PyroProgram,
+    check_precision,
+    evaluation_mode,
+    kept_buffers,
+    modules_of,
+    with_own_parameters,
+)
 from pyro_gpvae.core._seeds import preserve_rng
-from pyro_gpvae.data.batch import to_batch
+from pyro_gpvae.data.batch import Data, to_batch
 from pyro_gpvae.model._pairing import pair
+from pyro_gpvae.model.guide import check_program_data
 
 __all__ = [
     "Block",
@@ -39,14 +54,13 @@ __all__ = [
     "TraceELBO",
     "elbo_terms",
     "sample_sites",
-    "without_host_sync",
 ]
 
 
 class Objective(Protocol):
     """The part of :class:`pyro.infer.ELBO` that training calls: minus the ELBO, a scalar."""
 
-    def differentiable_loss(self, model: Any, guide: Any, x: Tensor, /) -> Tensor: ...
+    def differentiable_loss(self, model: Any, guide: Any, /, *batch: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -63,9 +77,9 @@ class Block:
 
 
 class DifferentiableELBO(ELBO):
-    """An ELBO whose other methods follow from ``differentiable_loss``, which reads no device."""
+    """An ELBO whose other methods follow from ``unread_loss``, which does not read the device."""
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def unread_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss: Any = 0.0
         for traces in self._get_traces(model, guide, args, kwargs):  # type: ignore[no-untyped-call]
             loss = loss - self._elbo_of(*traces) / self.num_particles
@@ -88,22 +102,24 @@ class DifferentiableELBO(ELBO):
     def _elbo_of(self, model_trace: Any, guide_trace: Any) -> Tensor:
         raise NotImplementedError
 
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self.unread_loss(model, guide, *args, **kwargs)
+        warn_if_nan(loss.detach() if isinstance(loss, Tensor) else loss, "loss")
+        return loss
+
     @torch.no_grad()
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        warn_if_nan(loss, "loss")
-        return loss.item()
+        return float(torch_item(self.differentiable_loss(model, guide, *args, **kwargs)))
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
+        if isinstance(loss, Tensor) and loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
-        warn_if_nan(loss, "loss")
-        return loss.item()
+        return float(torch_item(loss))
 
 
 class TraceELBO(DifferentiableELBO, Trace_ELBO):
-    """:class:`pyro.infer.Trace_ELBO` with a ``differentiable_loss`` that never reads the device.
+    """:class:`pyro.infer.Trace_ELBO` with a loss that does not read the device.
 
     Value and gradient are those of Pyro's on the same traces, including score-function terms.
     """
@@ -161,8 +177,7 @@ class MeanFieldELBO(DifferentiableELBO, TraceMeanField_ELBO):
                 )
             if name in latent:
                 try:
-                    kl = kl_divergence(site["fn"], model_trace.nodes[name]["fn"])
-                    elbo = elbo - scale_and_mask(kl, site["scale"], site["mask"]).sum()
+                    elbo = elbo - _kl(site, model_trace.nodes[name])
                     continue
                 except NotImplementedError:
                     scored.add(name)
@@ -181,26 +196,21 @@ class MeanFieldELBO(DifferentiableELBO, TraceMeanField_ELBO):
         return cast(Tensor, elbo)
 
 
-def without_host_sync(objective: Objective) -> Objective:
-    """Returns an equal objective of this module if there is one, and the objective otherwise.
-
-    Raises:
-        ValueError: If the objective has no ``differentiable_loss``, or enumerates sites.
-    """
-    name = type(objective).__name__
-    if not hasattr(objective, "differentiable_loss"):
-        raise ValueError(f"elbo must have differentiable_loss, as Trace_ELBO has; {name} has not")
-    if isinstance(objective, TraceEnum_ELBO | TraceTMC_ELBO):
+def _kl(guide_site: Any, model_site: Any) -> Any:
+    """Returns the KL divergence of a latent site, summed over its batch shape."""
+    batch_shape = torch.Size(guide_site["fn"].batch_shape)
+    kl: Any = kl_divergence(guide_site["fn"], model_site["fn"])
+    kl = scale_and_mask(kl, guide_site["scale"], guide_site["mask"])
+    if not isinstance(kl, Tensor):  # of distributions that are masked out
+        return kl * batch_shape.numel()
+    if kl.shape != batch_shape:
         raise ValueError(
-            f"{name} enumerates sites that the guide does not have, and eq. (2) has no terms for "
-            "them: use dist.MixtureSameFamily, or SVI(PerImage(model, N), PerImage(guide, N), ...)"
+            f"the KL divergence of the site {guide_site['name']!r} has the shape "
+            f"{tuple(kl.shape)}, but its distribution in the guide has the batch shape "
+            f"{tuple(batch_shape)}: give it the same batch shape in both programs, with expand or "
+            "to_event"
         )
-    equals: dict[type, type] = {Trace_ELBO: TraceELBO, TraceMeanField_ELBO: MeanFieldELBO}
-    if type(objective) not in equals:
-        return objective
-    twin = copy.copy(objective)
-    twin.__class__ = equals[type(objective)]
-    return twin
+    return kl.sum()
 
 
 def sample_sites(trace: Any) -> list[Any]:
@@ -214,17 +224,17 @@ class PerImage(Program):
         E_{q(z|x)}[\log p(x|z)] - E_{q(W,U)}[KL(q(z|x,W,U) \| p(z))]
         - \tfrac{1}{N} KL(q(W,U) \| N(0, I)),
 
-    averaged over the minibatch. Sites inside ``plate("data", B)`` are scaled by 1/B and global
-    sites by 1/N. Wrap the model **and** the guide: if only one of them is scaled, Pyro trains a
-    wrong objective without a warning.
+    averaged over the minibatch. Sites inside the data plate, the plate at dimension -1 with as many
+    members as the batch, are scaled by 1/B, and global sites by 1/N. Wrap the model **and** the
+    guide: if only one of them is scaled, Pyro trains a wrong objective without a warning.
 
     Arguments:
-        program: A Pyro model or guide of images x (B, C, H, W).
-        num_images: The number N of training images, never the batch size.
+        program: A Pyro model or guide of a batch, one or several tensors (B, ...).
+        num_images: The number N of training images or other members, never the batch size.
 
     Raises:
-        ValueError: If num_images is not positive, if "z" or an observed site is in a plate of
-            another name, or if ``plate("data")`` subsamples.
+        ValueError: If num_images is not positive, or if there is no data plate, several of them, or
+            one that subsamples.
 
     Example:
         >>> from pyro.infer import SVI, Trace_ELBO
@@ -242,19 +252,21 @@ class PerImage(Program):
         self.program = program
         self.num_images = num_images
         self._plate: str | None = None
+        if not isinstance(program, nn.Module):  # a bound method trains its module
+            self.owner = modules_of(program).get("")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _PerImageScale(self.find_plate(*args, **kwargs), len(args[0]), self.num_images):
-            return self.program(*args, **kwargs)
+    def forward(self, *batch: Any, **kwargs: Any) -> Any:
+        with _PerImageScale(self.find_plate(*batch, **kwargs), len(batch[0]), self.num_images):
+            return self.program(*batch, **kwargs)
 
-    def find_plate(self, *args: Any, **kwargs: Any) -> str:
+    def find_plate(self, *batch: Any, **kwargs: Any) -> str:
         """Returns the name of the data plate, for which the program is run once at the first call.
 
         This changes neither the random state nor buffers.
         """
         if self._plate is None:
-            with preserve_rng(args[0].device), kept_buffers([self.program]):
-                self._plate = find_data_plate(self.program, args, **kwargs)
+            with preserve_rng(batch[0].device), kept_buffers([self.program]):
+                self._plate = find_data_plate(self.program, batch, **kwargs)
         return self._plate
 
 
@@ -274,35 +286,43 @@ class _PerImageScale(Messenger):
 @with_own_parameters
 @torch.no_grad()
 def elbo_terms(
-    model: PyroProgram, guide: PyroProgram, x: Tensor, num_images: int
+    model: PyroProgram, guide: PyroProgram, data: Data, num_images: int
 ) -> dict[str, float]:
     """Estimates the terms of eq. (2) with one draw of the guide, in nats per image.
 
-    The ELBO is ``log_likelihood`` minus ``kl_z`` and ``kl_global``. The programs must not be
-    wrapped in :class:`PerImage`; x are images (B, C, H, W), uint8 or floats. Buffers of the
-    programs, such as running statistics, are left as they were.
+    The ELBO is ``log_likelihood`` minus ``kl_z`` and ``kl_global``. These are terms of the
+    densities: weights that ``poutine.scale`` gives to sites of an objective do not count. The
+    programs must not be wrapped in :class:`PerImage`. They are run in evaluation mode, and left as
+    they were.
+
+    Arguments:
+        model: A Pyro model.
+        guide: A Pyro guide.
+        data: Images or other data: a tensor (B, ...), or a tuple of them.
+        num_images: The number N of training images, by which ``kl_global`` is divided.
 
     Raises:
-        ValueError: If x is not a batch of the model's images.
+        ValueError: If the data are not a batch of the model, the model observes nothing, or a
+            parameter is in half precision.
     """
-    if hasattr(model, "check_images"):
-        model.check_images(x)
-    x = to_batch(x, model, guide)[0]
-    with kept_buffers((model, guide)):
-        guide_trace = poutine.trace(guide).get_trace(x)
-        model_trace = poutine.trace(
-            poutine.replay(pair(model, guide), trace=guide_trace)
-        ).get_trace(x)
+    check_program_data(model, data)
+    check_precision(model, guide)
+    batch = to_batch(data, model, guide)
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
-    for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
-        plate = data_plate(trace.nodes, len(x))
-        trace.compute_log_prob()
-        for site in filter(is_sampled, trace.nodes.values()):
-            log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
-            is_local = in_plate(site, plate)
-            value = sign * float(log_prob.sum()) / (len(x) if is_local else num_images)
-            if site["is_observed"] and trace is model_trace:
-                terms["log_likelihood"] += value
-            else:
-                terms["kl_z" if is_local else "kl_global"] -= value
+    with evaluation_mode((model, guide)), exact_float32():
+        guide_trace: Any = poutine.trace(guide).get_trace(*batch)
+        replayed = poutine.replay(pair(model, guide), trace=guide_trace)
+        model_trace: Any = poutine.trace(replayed).get_trace(*batch)
+        check_observes(model_trace.nodes)
+        for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
+            plate = data_plate(trace.nodes, len(batch[0]))
+            trace.compute_log_prob()
+            for site in filter(is_sampled, trace.nodes.values()):
+                log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+                is_local = in_plate(site, plate)
+                value = sign * float(log_prob.sum()) / (len(batch[0]) if is_local else num_images)
+                if site["is_observed"] and trace is model_trace:
+                    terms["log_likelihood"] += value
+                else:
+                    terms["kl_z" if is_local else "kl_global"] -= value
     return terms

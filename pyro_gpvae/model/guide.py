@@ -25,10 +25,13 @@ from typing import Any, Protocol, runtime_checkable
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyro_gpvae.core._programs import modules_of
 from pyro_gpvae.core._registry import distribution_name, import_named, registered_guides
+from pyro_gpvae.data.batch import Data, batch_of, check_data
 
 __all__ = [
     "HasBlocks",
+    "HasCheck",
     "HasDiagnostics",
     "HasElbo",
     "HasGlobalPrior",
@@ -36,6 +39,7 @@ __all__ = [
     "HasPosterior",
     "HasUncertainty",
     "available_guides",
+    "check_program_data",
     "load_guide",
     "make_guide",
     "posterior_of",
@@ -43,10 +47,17 @@ __all__ = [
 
 
 @runtime_checkable
+class HasCheck(Protocol):
+    """A model that checks its data before training and evaluation; it raises ValueError."""
+
+    def check_images(self, /, *data: Tensor) -> None: ...
+
+
+@runtime_checkable
 class HasPosterior(Protocol):
     """A guide with an exact q(z|x), batch shape (B,), event shape (p,): evaluation's proposal."""
 
-    def posterior(self, x: Tensor, /) -> TorchDistribution: ...
+    def posterior(self, /, *batch: Tensor) -> TorchDistribution: ...
 
 
 @runtime_checkable
@@ -74,14 +85,14 @@ class HasBlocks(Protocol):
 class HasDiagnostics(Protocol):
     """A guide that reports scalars by name, which :func:`pyro_gpvae.fit` logs after each epoch."""
 
-    def diagnostics(self, x: Tensor, /) -> Mapping[str, Tensor]: ...
+    def diagnostics(self, /, *batch: Tensor) -> Mapping[str, Tensor]: ...
 
 
 @runtime_checkable
 class HasUncertainty(Protocol):
     """A guide with a score (B,) that is higher where its inference is less certain."""
 
-    def uncertainty(self, x: Tensor, /) -> Tensor: ...
+    def uncertainty(self, /, *batch: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
@@ -97,9 +108,22 @@ class HasMoments(Protocol):
     def kl_weights(self) -> Tensor: ...
 
 
-def posterior_of(guide: Any, x: Tensor) -> TorchDistribution | None:
+def posterior_of(guide: Any, *batch: Tensor) -> TorchDistribution | None:
     """Returns q(z|x) of a guide, or None if the guide has no ``posterior``."""
-    return guide.posterior(x) if isinstance(guide, HasPosterior) else None
+    return guide.posterior(*batch) if isinstance(guide, HasPosterior) else None
+
+
+def check_program_data(model: Any, data: Data, name: str = "data") -> None:
+    """Checks that data are tensors with the same first dimension, which the model accepts.
+
+    Raises:
+        TypeError: If they are something else, such as a list.
+        ValueError: If there is no member, or if ``check_images`` of the model refuses them.
+    """
+    check_data(data, name)
+    owner = modules_of(model).get("", model)
+    if isinstance(owner, HasCheck):
+        owner.check_images(*batch_of(data))
 
 
 def available_guides() -> dict[str, EntryPoint]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import Program
+from pyro_gpvae.data.batch import check_data
 from pyro_gpvae.model.likelihoods import GaussianPixels, bounded
 from pyro_gpvae.model.networks import ImageShape, build_decoder, call_network
 
@@ -95,14 +96,19 @@ class ImageModel(Program):
         """Returns log p(x, z) in nats, shape (..., B), of images (B, C, H, W), z (..., B, p)."""
         return self.likelihood(z).log_prob(x) + self.prior().log_prob(z)
 
-    def check_images(self, x: Tensor) -> None:
+    def check_images(self, x: Tensor, *others: Tensor) -> None:
         """Checks that x are images (B, C, H, W) of this model: uint8 values, or pixels/255.
 
         Raises:
-            ValueError: If the shape or the dtype is wrong or there is no image; if floats are not
-                finite, beyond ±100, or above 2 with none below zero; or if Bernoulli pixels are not
-                0 or 1.
+            ValueError: If there are other tensors; if the shape or the dtype is wrong or there is
+                no image; if floats are not finite, beyond ±100, or above 2 with none below zero; or
+                if Bernoulli pixels are not 0 or 1.
         """
+        if others:
+            raise ValueError(
+                f"the model takes images alone, got {1 + len(others)} tensors: leave out labels, "
+                "in a DataLoader with a collate_fn or another data set"
+            )
         self._check_shape(x)
         if x.dtype != torch.uint8 and not x.dtype.is_floating_point:
             raise ValueError(
@@ -149,12 +155,13 @@ def initial_sigma(images: Tensor) -> float:
     r"""Returns the root mean squared deviation of the pixels from their mean over the images.
 
     Adam needs 10-15 epochs at 5e-4 to bring another initial :math:`\sigma` to it. ``images`` are
-    (N, C, H, W): uint8 values, which are divided by 255, or floats.
+    (N, C, H, W), at least one: uint8 values, which are divided by 255, or floats as they are.
 
     Example:
         >>> initial_sigma(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
         0.5
     """
+    check_data(images, "images")
     total = square = torch.zeros(images.shape[1:], dtype=torch.float64, device=images.device)
     scale = 255 if images.dtype == torch.uint8 else 1  # as to_batch, but in float64
     for chunk in images.split(4096):  # limits the memory of the float64 copies

@@ -60,7 +60,7 @@ class StratifiedELBO(DifferentiableELBO):
             raise ValueError(f"num_particles must be at least 1, got {num_particles}")
         super().__init__(num_particles, max_plate_nesting)  # type: ignore[no-untyped-call]
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def unread_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Returns minus the ELBO; raises ValueError if the guide's sites are other ones."""
         if math.isinf(self.max_plate_nesting):
             self._guess_max_plate_nesting(model, guide, args, kwargs)  # type: ignore[no-untyped-call]

@@ -232,7 +232,6 @@ def _train(
             "config": dataclasses.asdict(config),
             "data": {
                 "name": data.name,
-                "note": data.note,
                 "image_shape": list(data.image_shape),
                 "train_images": len(images),
                 "validation_images": config.validation,

@@ -10,8 +10,9 @@ This room knows nothing of run folders, evaluation or particular guides. It impo
 ``data`` and ``model``; ``guides``, ``testing``, ``runs`` and everything above them may import it.
 """
 
+from pyro_gpvae.training._history import History
 from pyro_gpvae.training.checkpoint import Checkpoints
-from pyro_gpvae.training.loop import History, fit
+from pyro_gpvae.training.loop import fit
 from pyro_gpvae.training.step import TrainingStep
 
 __all__ = ["Checkpoints", "History", "TrainingStep", "fit"]

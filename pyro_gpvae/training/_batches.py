@@ -1,4 +1,4 @@
-r"""Minibatches of a training, from a tensor or from a ``torch.utils.data.DataLoader``."""
+r"""Minibatches of a training, from tensors or from a ``torch.utils.data.DataLoader``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._seeds import preserve_rng, seeded
+from pyro_gpvae.data import batch as data_batch
+from pyro_gpvae.data.batch import Data, batch_of, take
 
 __all__ = ["SAMPLE_SIZE", "Batch", "Batches", "LoaderBatches", "TensorBatches"]
 
@@ -18,36 +21,43 @@ SAMPLE_SIZE = 512
 
 
 class Batch(NamedTuple):
-    """Images (B, ...), as they were given to ``fit``, and their numbers (B,) in messages."""
+    """Tensors (B, ...), as they were given to ``fit``, and their members' numbers in messages."""
 
-    images: Tensor
+    data: data_batch.Batch
     numbers: Tensor
 
 
 class TensorBatches:
-    """Minibatches of images (N, ...), each once an epoch in a random order."""
+    """Minibatches of tensors (N, ...), each member once an epoch in a random order."""
 
-    def __init__(self, images: Tensor, batch_size: int) -> None:
+    def __init__(self, data: Data, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.images = images
-        self.num_images = len(images)
+        self.data = batch_of(data)
+        self.num_images = len(self.data[0])
         self.batch_size = batch_size
-        #: the first images, at least a minibatch
-        self.sample = images[: max(SAMPLE_SIZE, batch_size)]
+        self.last_size = (self.num_images - 1) % batch_size + 1  #: of the last minibatch
+        #: the first members, at least a minibatch
+        self.sample = take(data, slice(max(SAMPLE_SIZE, batch_size)))
+        self.source = "tensors"
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
+    def hash(self) -> str:
+        """Returns the SHA-256 of all data."""
+        return sha256(*self.data)
+
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
         """Iterates over an epoch without its first minibatches; the generator decides the order."""
-        order = torch.randperm(self.num_images, generator=generator).to(self.images.device)
-        for numbers in order.split(self.batch_size)[skip:]:
-            yield Batch(self.images[numbers], numbers)
+        # a default device is not that of the generator
+        order = torch.randperm(self.num_images, generator=generator, device="cpu")
+        for numbers in order.to(self.data[0].device).split(self.batch_size)[skip:]:
+            yield Batch(take(self.data, numbers), numbers)
 
 
 class LoaderBatches:
-    """Minibatches of a DataLoader of images, or of tuples that begin with them.
+    """Minibatches of a DataLoader of tensors, or of tuples or lists of them.
 
     Its samplers and workers are seeded at the start of each epoch, so that a resumed training sees
     the same minibatches; except in workers that outlive an epoch (``persistent_workers=True``).
@@ -63,21 +73,31 @@ class LoaderBatches:
             self.num_images = len(dataset)
             if len(loader) == 0:
                 raise ValueError(
-                    f"the DataLoader gives no minibatch of its {self.num_images} images: with "
+                    f"the DataLoader gives no minibatch of its {self.num_images} members: with "
                     f"drop_last=True its batch_size {self.batch_size} must not be larger than that"
                 )
             count = min(self.num_images, max(SAMPLE_SIZE, self.batch_size))
             with seeded(0, torch.device("cpu")):  # transforms may be random
-                self.sample = _batch(loader.collate_fn([dataset[i] for i in range(count)])).images
+                self.sample = _tensors(loader.collate_fn([dataset[i] for i in range(count)]))
         except (TypeError, NotImplementedError) as error:
             raise ValueError(f"the data set must have len() and an index: {error}") from error
+        rest = self.num_images % self.batch_size
+        self.last_size = self.batch_size if loader.drop_last else rest or self.batch_size
+        sampler = loader.sampler
+        names = {RandomSampler: "shuffle=True", SequentialSampler: "shuffle=False"}
+        order = names.get(type(sampler), type(sampler).__name__)
+        self.source = f"a DataLoader with {order}, drop_last={loader.drop_last}"
 
     def __len__(self) -> int:
         return len(self.loader)
 
+    def hash(self) -> str:
+        """Returns the SHA-256 of the first members, because all may be more than memory holds."""
+        return sha256(*self.sample)
+
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
         """Iterates over an epoch without its first minibatches; the generator decides the order."""
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         for own in (self.loader.generator, getattr(self.loader.sampler, "generator", None)):
             if own is not None:
                 own.manual_seed(seed)
@@ -86,21 +106,26 @@ class LoaderBatches:
             iterator = iter(self.loader)
             first = next(iterator, None)
         if first is not None and skip == 0:
-            yield _batch(first)
+            yield _numbered(first)
         with preserve_rng(torch.device("cpu")):
             for _ in range(skip - 1):
                 next(iterator, None)
-        for images in iterator:
-            yield _batch(images)
+        for item in iterator:
+            yield _numbered(item)
 
 
 Batches = TensorBatches | LoaderBatches
 
 
-def _batch(item: Any) -> Batch:
-    """The images of what a DataLoader gives."""
-    images = item[0] if isinstance(item, tuple | list) else item
-    if not isinstance(images, Tensor):
-        kind = type(images).__name__
-        raise ValueError(f"the DataLoader must give tensors of images, or tuples, got {kind}")
-    return Batch(images, torch.arange(len(images)))
+def _tensors(item: Any) -> data_batch.Batch:
+    """The tensors that a DataLoader gives as one item."""
+    tensors = tuple(item) if isinstance(item, tuple | list) else (item,)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
+        raise ValueError(f"the DataLoader must give a tensor or a tuple of tensors, got {kinds}")
+    return tensors
+
+
+def _numbered(item: Any) -> Batch:
+    tensors = _tensors(item)
+    return Batch(tensors, torch.arange(len(tensors[0]), device="cpu"))

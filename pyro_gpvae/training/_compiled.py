@@ -17,13 +17,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_gpvae.core._errors import UnsupportedError, unvalidated
 from pyro_gpvae.core._seeds import preserve_rng, random_state
+from pyro_gpvae.data.batch import Batch
 
 if TYPE_CHECKING:
     from pyro_gpvae.training.step import TrainingStep
 
 __all__ = ["TracedLoss", "compile_blocks", "trace_loss"]
 
-Evaluate = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+Evaluate = Callable[[Batch], tuple[Tensor, list[Tensor]]]
 
 #: The methods of a tensor that draw the numbers of random operators.
 _NOISE = {
@@ -43,9 +44,9 @@ def _draw(like: Tensor, method: str, arguments: tuple[float, ...]) -> Tensor:
 
 @dataclass
 class TracedLoss:
-    """An objective and its gradient as a function of tensors, for images of one shape."""
+    """An objective and its gradient as a function of tensors, for minibatches of one shape."""
 
-    #: A function of images, ``leaves``, ``others`` and noise; it writes to nothing but ``others``.
+    #: A function of a minibatch, ``leaves``, ``others`` and noise; it writes only to ``others``.
     graph: Callable[..., Sequence[Tensor]]
     leaves: Mapping[str, Tensor]  #: the parameters in which it is differentiated
     others: Mapping[str, Tensor]  #: all other parameters and buffers
@@ -55,12 +56,13 @@ class TracedLoss:
     def __post_init__(self) -> None:
         self.inputs = [*(leaf.detach() for leaf in self.leaves.values()), *self.others.values()]
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Returns the loss and the gradients, which the parameters get as well."""
-        if x.device.type == "cuda":  # the results of the call before are no longer needed
+        on_cuda = batch[0].device.type == "cuda"
+        if on_cuda:  # the results of the call before are no longer needed
             torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
-            loss, *gradients = self.graph(x, *self.inputs, *(draw() for draw in self.draws))
+            loss, *gradients = self.graph(*batch, *self.inputs, *(draw() for draw in self.draws))
         for parameter in self.leaves.values():  # another block may have left a gradient
             parameter.grad = None
         for name, gradient in zip(self.used, gradients, strict=True):
@@ -69,51 +71,61 @@ class TracedLoss:
             same = gradient.stride() == parameter.stride()
             parameter.grad = gradient if same else torch.empty_like(parameter).copy_(gradient)
         # the next replay of a CUDA graph overwrites the loss
-        return loss.clone() if x.device.type == "cuda" else loss, gradients
+        return loss.clone() if on_cuda else loss, gradients
 
 
-def compile_blocks(step: TrainingStep, x: Tensor) -> list[Evaluate]:
-    """Compiles each block of a step for images like x; UnsupportedError if it cannot be traced."""
+def compile_blocks(step: TrainingStep, batch: Batch) -> list[Evaluate]:
+    """Compiles each block of a step for minibatches of one shape.
+
+    Raises:
+        UnsupportedError: If a block cannot be traced, or computes something else when compiled.
+    """
     compiled: list[Evaluate] = []
-    mode = "reduce-overhead" if x.device.type == "cuda" else None
+    mode = "reduce-overhead" if step.device.type == "cuda" else None
+    # a graph that has frozen values read from the batch computes something else from other values
+    other = tuple(_another(tensor) for tensor in batch)
     for number, block in enumerate(step.blocks):
         objective = step.objectives[number]
         before = _plain(getattr(objective, "__dict__", None))
 
-        def loss(x: Tensor, number: int = number) -> Tensor:
-            return step.loss(number, x)
-
-        traced = trace_loss(loss, step.modules, block.parameters, x)
+        loss = partial(step.loss, number)
+        traced = trace_loss(loss, step.modules, block.parameters, batch)
         if _plain(getattr(objective, "__dict__", None)) != before:
             raise UnsupportedError("its objective changes its attributes, which a graph cannot")
         traced.graph = torch.compile(traced.graph, fullgraph=True, dynamic=False, mode=mode)
         with warnings.catch_warnings():
             # whether to compute in TF32 is the user's decision
             warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-            _verify(step, number, traced, x)
-            # a graph that has frozen values read from x computes something else from other images
-            _verify(step, number, traced, 1 - x)
+            _verify(step, number, traced, batch)
+            _verify(step, number, traced, other)
         compiled.append(traced)
     return compiled
 
 
-def _verify(step: TrainingStep, block: int, compiled: Evaluate, x: Tensor) -> None:
+def _another(tensor: Tensor) -> Tensor:
+    """Returns other values than those of a tensor (B, ...), which a program accepts as well."""
+    if tensor.is_floating_point() and bool(((tensor >= 0) & (tensor <= 1)).all()):
+        return 1 - tensor
+    return tensor[:1].expand_as(tensor).contiguous()
+
+
+def _verify(step: TrainingStep, block: int, compiled: Evaluate, batch: Batch) -> None:
     """Compares a compiled block with the eager one on the same noise, and changes nothing."""
     results: list[Tensor] = []
     # eager twice: a program that counts its calls returns something else the second time
     for evaluate in (None, None, compiled):
         try:
             with preserve_rng(step.device, list(step.buffers.values())):
-                loss, gradients = evaluate(x) if evaluate else step.evaluate(block, x)
+                loss, gradients = (evaluate or partial(step.evaluate, block))(batch)
                 norm = torch.stack(torch._foreach_norm(list(gradients))).norm()
                 results.append(torch.stack([loss.detach(), norm.to(loss)]).double())
         finally:
             step.optimizers[block].zero_grad()
     # a GPU may multiply in TF32, which has 10 bits, and adds in any order
-    on_cpu = x.device.type == "cpu"
-    rtol = 1e-8 if x.dtype == torch.float64 else 1e-4 if on_cpu else 1e-3
+    on_cpu = step.device.type == "cpu"
+    rtol = 1e-8 if step.dtype == torch.float64 else 1e-4 if on_cpu else 1e-3
     first, second, found = results
-    exact = 8 * torch.finfo(x.dtype).eps if on_cpu else rtol
+    exact = 8 * torch.finfo(step.dtype).eps if on_cpu else rtol
     same = torch.allclose(first, found, rtol=rtol, equal_nan=True)
     if not same or not torch.allclose(first, second, rtol=exact, atol=0, equal_nan=True):
         raise UnsupportedError(
@@ -123,17 +135,17 @@ def _verify(step: TrainingStep, block: int, compiled: Evaluate, x: Tensor) -> No
 
 
 def trace_loss(
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Batch], Tensor],
     modules: Mapping[str, nn.Module],
     parameters: Sequence[Tensor],
-    x: Tensor,
+    batch: Batch,
 ) -> TracedLoss:
-    """Traces an objective and its gradient in parameters of modules, for images like x.
+    """Traces an objective and its gradient in parameters of modules, for one shape of minibatch.
 
     Changes neither tensors nor the global random state. Raises UnsupportedError if a graph would
     freeze or lose what the program does.
     """
-    container = nn.ModuleDict(modules)
+    container = nn.ModuleDict({name.replace(".", "_"): m for name, m in modules.items()})
     tensors: dict[str, Tensor] = dict(container.named_parameters())
     tensors |= dict(container.named_buffers())
     names = {id(tensor): name for name, tensor in tensors.items()}
@@ -142,7 +154,8 @@ def trace_loss(
     others = {n: t.detach() for n, t in tensors.items() if n not in trained}
     used: list[str] = []
 
-    def function(x: Tensor, *inputs: Tensor) -> list[Tensor]:
+    def function(*tensors_in: Tensor) -> list[Tensor]:
+        x, inputs = tensors_in[: len(batch)], tensors_in[len(batch) :]
         leaves = [value.detach().requires_grad_() for value in inputs[: len(trained)]]
         values = dict(zip([*trained, *others], [*leaves, *inputs[len(trained) :]], strict=True))
         with torch.enable_grad(), _replaced(container, tensors, values):
@@ -151,9 +164,14 @@ def trace_loss(
         used[:] = [n for n, g in zip(trained, gradients, strict=True) if g is not None]
         return [value.detach(), *(g.detach() for g in gradients if g is not None)]
 
-    before = _python_state(container, x.device)
-    inputs = [x, *(p.detach() for p in trained.values()), *(t.clone() for t in others.values())]
-    with unvalidated(), preserve_rng(x.device):
+    device = batch[0].device
+    before = _python_state(container, device)
+    inputs = [
+        *batch,
+        *(p.detach() for p in trained.values()),
+        *(t.clone() for t in others.values()),
+    ]
+    with unvalidated(), preserve_rng(device):
         try:
             # backward on a GPU has a thread of its own, which is not traced
             with torch.autograd.set_multithreading_enabled(False):
@@ -164,13 +182,13 @@ def trace_loss(
             raise UnsupportedError(
                 "it reads a tensor in Python, as in `if x.sum() > 0`, .item() or float(x)"
             ) from error
-        after = _python_state(container, x.device)
+        after = _python_state(container, device)
     changed = [name for name in after if name not in before or before[name] != after[name]]
     if changed:
         raise UnsupportedError(f"a call changes {changed[0]}, which a graph cannot")
     _check_constants(traced)
     draws = _lift_noise(traced)
-    with preserve_rng(x.device):
+    with preserve_rng(device):
         noise = [draw() for draw in draws]
         # a graph of operators without side effects, but for writes to its inputs
         graph = make_fx(functionalize(traced))(*inputs, *noise)

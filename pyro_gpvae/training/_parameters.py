@@ -9,42 +9,44 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
-from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._plates import check_observes
+from pyro_gpvae.core._programs import PyroProgram, modules_of
+from pyro_gpvae.data.batch import Batch
 from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model.elbo import Block
 
-__all__ = ["leaves_of", "named_parameters", "parameter_groups"]
+__all__ = ["check_leaves", "modules_by_role", "named_parameters", "parameter_groups"]
 
 
-def leaves_of(loss: Tensor) -> list[Tensor]:
-    """The tensors to which ``loss.backward()`` would give gradients."""
-    found, seen, left = [], set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        left += [inner for inner, _ in node.next_functions]
+def modules_by_role(model: PyroProgram, guide: PyroProgram) -> dict[str, nn.Module]:
+    """Returns the modules of both programs by names that begin with "model" or "guide"."""
+    found: dict[str, nn.Module] = {}
+    for role, program in (("model", model), ("guide", guide)):
+        for name, module in modules_of(program).items():
+            if not any(module is each for each in found.values()):
+                found[f"{role}.{name}".removesuffix(".")] = module
     return found
 
 
-def named_parameters(model: PyroProgram, guide: PyroProgram, x: Tensor) -> dict[str, Tensor]:
-    """The parameters of modules and of ``pyro.param`` statements, by name."""
+def named_parameters(model: PyroProgram, guide: PyroProgram, batch: Batch) -> dict[str, Tensor]:
+    """Returns the parameters of modules and of ``pyro.param`` statements, by name.
+
+    Raises:
+        ValueError: If the model observes nothing.
+    """
     # Pyro's autoguides create their parameters when they are first run
     capture = poutine.trace(param_only=True)
     # the first step says where something is not finite
     with suppress(NonFiniteError), torch.no_grad(), nonfinite_as_error(), capture:
-        guide_trace = poutine.trace(guide).get_trace(x)
-        poutine.replay(pair(model, guide), trace=guide_trace)(x)
+        guide_trace = poutine.trace(guide).get_trace(*batch)
+        replayed = poutine.replay(pair(model, guide), trace=guide_trace)
+        check_observes(poutine.trace(replayed).get_trace(*batch).nodes)
     named: dict[str, Tensor] = {}
-    for role, program in (("model", model), ("guide", guide)):
-        if isinstance(program, torch.nn.Module):
-            named |= {f"{role}.{name}": p for name, p in program.named_parameters()}
+    for role, module in modules_by_role(model, guide).items():
+        named |= {f"{role}.{name}": p for name, p in module.named_parameters()}
     known = {id(p) for p in named.values()}
     programs: dict[str, int] = {}
     for site in capture.trace.nodes.values():
@@ -58,6 +60,30 @@ def named_parameters(model: PyroProgram, guide: PyroProgram, x: Tensor) -> dict[
                 owner = f"program-{programs.setdefault(owner, len(programs))}"
             named[f"param.{owner}{dot}{attribute}"] = leaf
     return named
+
+
+def check_leaves(loss: Tensor, trained: Sequence[Tensor]) -> None:
+    """Raises ValueError if a loss depends on a parameter that is not among those of the programs.
+
+    Tensors that are no ``nn.Parameter`` are ignored: a program may differentiate in them.
+    """
+    known = {id(p) for p in trained}
+    seen, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [inner for inner, _ in node.next_functions]
+        leaf: Any = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            raise ValueError(
+                f"the loss depends on a parameter of shape {tuple(leaf.shape)} that is neither the "
+                "model's nor the guide's, and would never be trained. Let both be torch.nn.Modules "
+                "that hold all of theirs (in an nn.ModuleList, not in a list or a function), and "
+                "make the guide for this model; or call requires_grad_(False). If pyro.module was "
+                "given another module of the same name before, call pyro.clear_param_store()"
+            )
 
 
 def parameter_groups(

@@ -11,9 +11,10 @@ from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.testing.rejection_gamma import ShapeAugmentedGamma
 from pyro.infer import (
     SVI,
-    RenyiELBO,
+    JitTrace_ELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
+    TraceGraph_ELBO,
     TraceMeanField_ELBO,
     TraceTMC_ELBO,
 )
@@ -22,8 +23,9 @@ from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide
 from pyro_gpvae import fit
-from pyro_gpvae.model.elbo import Block, MeanFieldELBO, TraceELBO, without_host_sync
+from pyro_gpvae.model.elbo import Block, MeanFieldELBO, TraceELBO
 from pyro_gpvae.model.stratified import StratifiedELBO
+from pyro_gpvae.training._objectives import without_host_sync
 
 ONE = torch.ones((), dtype=torch.float64)
 KEEP = torch.tensor([True, False, True, True])
@@ -323,7 +325,8 @@ def test_training_replaces_pyros_objectives_and_keeps_their_options():
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (RenyiELBO(num_particles=2), "elbo must have differentiable_loss, .*; RenyiELBO has not"),
+        (TraceGraph_ELBO(), "elbo must have differentiable_loss, .*; TraceGraph_ELBO has not"),
+        (JitTrace_ELBO(), "needs torch.jit, .*: use Trace_ELBO and backend='compiled'"),
         (TraceEnum_ELBO(max_plate_nesting=1), "TraceEnum_ELBO enumerates sites .*MixtureSameFam"),
         (TraceTMC_ELBO(max_plate_nesting=1), "TraceTMC_ELBO enumerates sites"),
     ],

@@ -36,7 +36,7 @@ def train(folder=None, build=pair, epochs=2, every=1, resume=False, **options):
     checkpoints = folder
     if isinstance(folder, str | Path):
         checkpoints = Checkpoints(folder, every=every, resume=resume)
-    options = {"images": uint8(25), "batch_size": 10, "seed": 5} | options
+    options = {"data": uint8(25), "batch_size": 10, "seed": 5} | options
     history = fit(
         model, guide, epochs=epochs, progress=False, checkpoints=checkpoints, learning_rate=0.01,
         **options,
@@ -100,7 +100,7 @@ def digits_pair(spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", FAMILIES)
 def test_every_guide_family_resumes_in_the_middle_of_an_epoch(spec, tmp_path):
-    options = {"build": digits_pair(spec), "images": uint8(10, (1, 8, 8)), "batch_size": 4}
+    options = {"build": digits_pair(spec), "data": uint8(10, (1, 8, 8)), "batch_size": 4}
     undisturbed = train(tmp_path / "a", every=100, **options)
     with pytest.raises(Kill):
         train(Dying(tmp_path / "b", 2), **options)
@@ -113,7 +113,7 @@ def test_on_cuda_in_deterministic_mode(spec, tmp_path):
     def build():
         return [program.cuda() for program in digits_pair(spec)()]
 
-    options = {"build": build, "images": uint8(10, (1, 8, 8)), "batch_size": 4}
+    options = {"build": build, "data": uint8(10, (1, 8, 8)), "batch_size": 4}
     torch.use_deterministic_algorithms(True)
     try:
         undisturbed = train(tmp_path / "a", every=100, **options)
@@ -314,10 +314,10 @@ def wider():
     [
         ({"seed": 6}, "its seed is 5, not 6"),
         ({"batch_size": 9}, "its batch_size is 10, not 9"),
-        ({"images": uint8(26)}, "its num_images is 25, not 26"),
-        ({"images": 255 - uint8(25)}, "its images is [0-9a-f]{64}, not"),
+        ({"data": uint8(26)}, "its num_images is 25, not 26"),
+        ({"data": 255 - uint8(25)}, "its data is [0-9a-f]{64}, not"),
         ({"epochs": 1}, "has 2 epochs, more than epochs=1"),
-        ({"build": digits_pair("vae"), "images": uint8(25, (1, 8, 8))}, "of another training"),
+        ({"build": digits_pair("vae"), "data": uint8(25, (1, 8, 8))}, "of another training"),
         ({"build": wider}, r"guide.head.weight has shape .*, expected"),
         ({"build": frozen}, "its trained is"),
         ({"build": lambda: [m.double() for m in pair()]}, "float32, expected .*float64"),
@@ -506,7 +506,7 @@ def white_images():
     [("density", "log density of site 'z' in the guide"), ("gradient", "gradient of guide.loc")],
 )
 def test_not_a_number_is_found_at_its_step(where, term, tmp_path):
-    options = {"images": white_images(), "batch_size": 1, "epochs": 1}
+    options = {"data": white_images(), "batch_size": 1, "epochs": 1}
     order = torch.randperm(25, generator=torch.Generator().manual_seed(5)).tolist()
     first = min(order.index(3), order.index(17))
     with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
@@ -536,6 +536,6 @@ class Normalised(Poison):
 @pytest.mark.parametrize("where", ["density", "gradient"])
 def test_the_images_are_told_apart_in_a_batch(where, kind):
     with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
-        train(None, poisoned(where, kind), images=white_images(), batch_size=25)
+        train(None, poisoned(where, kind), data=white_images(), batch_size=25)
     assert set(caught.value.images) == {3, 17}
     assert "(2 of the 25 of the minibatch)" in str(caught.value)

@@ -34,7 +34,7 @@ def assert_backends_agree(model, guide, dtype=torch.float64, **options):
             results = []
             for evaluate in (step._compiled[block], lambda x, b=block: step.evaluate(b, x)):
                 torch.manual_seed(3)
-                loss, _ = evaluate(batch)
+                loss, _ = evaluate((batch,))
                 gradients = [p.grad for p in step.blocks[block].parameters]
                 results.append([loss, torch.random.get_rng_state(), *gradients])
             for found, expected in zip(*results, strict=True):

@@ -16,7 +16,7 @@ class Noisy(Dataset):
         return 22
 
     def __getitem__(self, i):
-        return (uint8(22)[i] / 255 + 0.01 * torch.randn(1, 2, 3)).clamp(0, 1), i
+        return (uint8(22)[i] / 255 + 0.01 * torch.randn(1, 2, 3)).clamp(0, 1)
 
 
 def plain(**options):
@@ -27,7 +27,7 @@ LOADERS = {
     "in order": plain,
     "shuffled": lambda: plain(shuffle=True),
     "drop_last": lambda: plain(shuffle=True, drop_last=True),
-    "tuples": lambda: DataLoader(TensorDataset(uint8(22), torch.arange(22)), 8, shuffle=True),
+    "tuples": lambda: DataLoader(TensorDataset(uint8(22)), 8, shuffle=True),
     "own generator": lambda: plain(shuffle=True, generator=torch.Generator().manual_seed(9)),
     "replacement": lambda: plain(sampler=RandomSampler(uint8(22), replacement=True)),
     "random transform": lambda: DataLoader(Noisy(), batch_size=8, shuffle=True),
@@ -72,7 +72,7 @@ def test_workers_resume_bit_for_bit(tmp_path):
 def test_other_images_are_refused(tmp_path):
     train(plain(), tmp_path)
     other = DataLoader(255 - uint8(22), batch_size=8)
-    with pytest.raises(ValueError, match="its images is"):
+    with pytest.raises(ValueError, match="its data is"):
         train(other, Checkpoints(tmp_path, resume=True))
 
 
@@ -88,11 +88,18 @@ class Endless(IterableDataset):
         (lambda: DataLoader(Endless(), batch_size=8), r"must have len\(\) and an index"),
         (
             lambda: DataLoader(uint8(22), batch_size=23, drop_last=True),
-            "no minibatch of its 22 images",
+            "no minibatch of its 22 members",
         ),
-        (lambda: DataLoader(uint8(22)[:0], batch_size=3), "no minibatch of its 0 images"),
-        (lambda: DataLoader([{"x": 1}] * 9, batch_size=3), "must give tensors of images"),
+        (lambda: DataLoader(uint8(22)[:0], batch_size=3), "no minibatch of its 0 members"),
+        (
+            lambda: DataLoader([{"x": 1}] * 9, batch_size=3),
+            "must give a tensor or a tuple of tensors, got dict",
+        ),
         (lambda: DataLoader(torch.zeros(9, 1, 4, 4), batch_size=3), "the model expects images"),
+        (
+            lambda: DataLoader(TensorDataset(uint8(9), torch.arange(9)), batch_size=3),
+            "takes images alone, got 2 tensors: leave out labels",
+        ),
     ],
 )
 def test_loaders_that_cannot_be_used_are_named(loader, message):
