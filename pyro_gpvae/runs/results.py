@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -164,9 +165,11 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _show(value: Any) -> str:
+    """Returns a value as text; hashes are cut to twelve digits."""
     if value is None or value != value:
         return "None"
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28,}", r"\1", text)
 
 
 def seeds_text(counts: Iterable[int]) -> str:

@@ -123,7 +123,8 @@ def test_what_makes_scores_incomparable_is_named_once_for_each_field(results):
     ):
         other = frame.copy()
         other.loc[1, name] = value
-        expected = line.format(frame.loc[0, name])
+        known = str(frame.loc[0, name])  # hashes are cut
+        expected = line.format(known[:12] + "+" * known.endswith("+"))
         assert differences(other) == [expected]
 
 

@@ -41,6 +41,7 @@ def test_a_run_writes_what_it_promises(gp):
     assert {"v_over_h2", "r"} < diagnostics.keys()
     assert len(record["weights_sha256"]) == 64
     assert record["warm_start"]["config"]["guide"] == "vae"
+    assert load_run(folder).total_epochs == 2, "captions count those of the warm start"
     history = pd.read_csv(folder / "history.csv")
     assert len(history) == 1
     assert np.isfinite(history["validation_elbo"]).all()
