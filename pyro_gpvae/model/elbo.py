@@ -316,7 +316,7 @@ def elbo_terms(
         check_observes(model_trace.nodes)
         for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
             plate = data_plate(trace.nodes, len(batch[0]))
-            trace.compute_log_prob()
+            trace.compute_log_prob(lambda _, site: is_sampled(site))
             for site in filter(is_sampled, trace.nodes.values()):
                 log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
                 is_local = in_plate(site, plate)

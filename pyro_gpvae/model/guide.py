@@ -1,13 +1,31 @@
-r"""The guide contract, and loading guides by name.
+r"""The contract of models and guides, and loading guides by name.
 
-A guide is any Pyro callable ``guide(x)`` that samples the site ``"z"`` inside
-``plate("data", len(x))`` for images x (B, C, H, W). Each ``Protocol`` of this module is an optional
-part of the contract; the library uses the parts that it finds.
+**What a program may be.** A model or guide is any Pyro callable of a batch, ``model(*batch)`` and
+``guide(*batch)``: a function, a ``functools.partial``, a bound method such as ``vae.guide``, an
+``nn.Module``, a ``PyroModule``, or one of Pyro's autoguides. The batch consists of one or several
+tensors with the same first dimension B. Images of uint8 become floats in [0, 1], other floats get
+the dtype of the parameters, and other integers stay integers. Parameters, buffers, training mode
+and device are those of the modules to which the program belongs or refers.
 
-A guide may have auxiliary sites in the plate, which the model does not have. Mark them with
-``infer={"is_auxiliary": True}``, and sample them under ``poutine.mask(mask=False)``: the mean of
+**The data plate** is the plate at dimension -1 with B members, or without a size; its name is free.
+What belongs to one member of the batch is sampled inside it: latent sites of any number, name,
+shape and support, and at least one observed site of the model. Sites outside are global. The prior
+of a global site belongs to the model, or to the guide's ``global_prior()``. The guides of this
+package sample the site ``"z"`` in ``plate("data", len(x))``, as :class:`pyro_gpvae.ImageModel` does.
+
+**Auxiliary sites** of the guide, which the model does not have, are marked with
+``infer={"is_auxiliary": True}``. Random variables that the latents are no function of, such as f
+and log h of a random encoder, are sampled under ``poutine.mask(mask=False)``: the mean of
 p(x, z) / q(z | x, auxiliary) is then p(x). An ELBO that scores them is not a bound. If particles
 are vectorised, tensors computed from a global or auxiliary draw have shape (K, B, ...).
+
+**What is optional.** Each ``Protocol`` of this module is an optional part of the contract; the
+library uses the parts that it finds.
+
+**What is refused**, with an error that names it: a program without a data plate, with several
+that could be meant, or with one that subsamples; a model that observes nothing; parameters in half
+precision; parameters that would never be trained; objectives that enumerate sites; and data that
+the model's ``check_images`` refuses.
 
 A guide that is found by name is a class ``MyGuide(model, **options)``. It is registered as an entry
 point of the group ``pyro_gpvae.guides``, or named as ``module:Class``.

@@ -18,6 +18,8 @@ __all__ = ["SAMPLE_SIZE", "Batch", "Batches", "LoaderBatches", "TensorBatches"]
 
 #: The number of training images on which the terms of eq. (2) are logged after an epoch.
 SAMPLE_SIZE = 512
+#: Where samplers draw; as a context it replaces a default device, on which they cannot.
+CPU = torch.device("cpu")
 
 
 class Batch(NamedTuple):
@@ -51,7 +53,7 @@ class TensorBatches:
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
         """Iterates over an epoch without its first minibatches; the generator decides the order."""
         # a default device is not that of the generator
-        order = torch.randperm(self.num_images, generator=generator, device="cpu")
+        order = torch.randperm(self.num_images, generator=generator, device=CPU)
         for numbers in order.to(self.data[0].device).split(self.batch_size)[skip:]:
             yield Batch(take(self.data, numbers), numbers)
 
@@ -77,7 +79,7 @@ class LoaderBatches:
                     f"drop_last=True its batch_size {self.batch_size} must not be larger than that"
                 )
             count = min(self.num_images, max(SAMPLE_SIZE, self.batch_size))
-            with seeded(0, torch.device("cpu")):  # transforms may be random
+            with seeded(0, CPU), CPU:  # transforms may be random
                 self.sample = _tensors(loader.collate_fn([dataset[i] for i in range(count)]))
         except (TypeError, NotImplementedError) as error:
             raise ValueError(f"the data set must have len() and an index: {error}") from error
@@ -97,21 +99,24 @@ class LoaderBatches:
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
         """Iterates over an epoch without its first minibatches; the generator decides the order."""
-        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+        seed = int(torch.randint(2**62, (), generator=generator, device=CPU))
         for own in (self.loader.generator, getattr(self.loader.sampler, "generator", None)):
             if own is not None:
                 own.manual_seed(seed)
-        with seeded(seed, torch.device("cpu")):
+        with seeded(seed, CPU), CPU:
             # a sampler draws its seed when its first number is asked for
             iterator = iter(self.loader)
-            first = next(iterator, None)
-        if first is not None and skip == 0:
-            yield _numbered(first)
-        with preserve_rng(torch.device("cpu")):
-            for _ in range(skip - 1):
-                next(iterator, None)
-        for item in iterator:
+            item = next(iterator, None)
+        if skip:
+            with preserve_rng(CPU), CPU:
+                for _ in range(skip - 1):
+                    next(iterator, None)
+            with CPU:
+                item = next(iterator, None)
+        while item is not None:
             yield _numbered(item)
+            with CPU:
+                item = next(iterator, None)
 
 
 Batches = TensorBatches | LoaderBatches
@@ -128,4 +133,4 @@ def _tensors(item: Any) -> data_batch.Batch:
 
 def _numbered(item: Any) -> Batch:
     tensors = _tensors(item)
-    return Batch(tensors, torch.arange(len(tensors[0]), device="cpu"))
+    return Batch(tensors, torch.arange(len(tensors[0]), device=CPU))

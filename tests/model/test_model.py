@@ -3,6 +3,7 @@ import math
 import pyro.poutine as poutine
 import pytest
 import torch
+from pyro.infer.inspect import generate_graph_specification, get_model_relations
 from torch import nn
 
 from guides import GaussianGuide, GPGuide
@@ -31,6 +32,14 @@ def test_gaussian_likelihood_is_the_density_of_pixels_in_the_unit_interval():
     many = model.likelihood(torch.stack([z, z + 1])[:, None])
     assert (many.batch_shape, many.event_shape) == ((2, 1, 3), (1, 2, 2))
     torch.testing.assert_close(many.mean[1, 0], decoder(z + 1))
+
+
+def test_pyro_renders_the_model():
+    model = ImageModel((1, 8, 8), 2)
+    relations = get_model_relations(model, (torch.rand(3, 1, 8, 8),))
+    assert relations["plate_sample"] == {"data": ["z", "x"]}
+    assert set(relations["param_constraint"].values()) == {"Real()"}
+    assert generate_graph_specification(relations, render_params=True)["node_data"]["z"]
 
 
 def test_priors_of_global_weights_appear_exactly_when_the_guide_has_them():

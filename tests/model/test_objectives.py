@@ -342,3 +342,45 @@ def test_objectives_that_fit_cannot_use_are_refused_by_name(where, objective, me
     options = {"elbo": objective} if where == "argument" else {}
     with pytest.raises(ValueError, match=message):
         fit(model, guide, (images(4) * 255).to(torch.uint8), epochs=1, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("ours", "pyros"), [(TraceELBO, Trace_ELBO), (MeanFieldELBO, TraceMeanField_ELBO)]
+)
+def test_programs_that_are_masked_out_or_empty(ours, pyros):
+    def masked():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(ONE, ONE).expand([3]).mask(False))
+
+    for program in (masked, lambda: None):
+        for evaluate in ("loss", "loss_and_grads"):
+            assert getattr(ours(), evaluate)(program, program) == 0.0
+            assert getattr(pyros(), evaluate)(program, program) == 0.0
+
+
+def test_a_divergence_of_another_batch_shape_is_refused_without_validation():
+    def model():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(torch.zeros(3), torch.ones(2, 3)))
+
+    def guide():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(torch.zeros(3), torch.ones(3)))
+
+    with pyro.validation_enabled(False):
+        with pytest.raises(AssertionError):
+            TraceMeanField_ELBO().loss(model, guide)
+        with pytest.raises(ValueError, match=r"'z' has the shape \(2, 3\), .* batch shape \(3,\)"):
+            MeanFieldELBO().loss(model, guide)
+
+
+@pytest.mark.parametrize("kind", [Trace_ELBO, TraceELBO, TraceMeanField_ELBO, MeanFieldELBO])
+def test_a_loss_that_is_not_a_number_is_warned_of(kind):
+    def program():
+        pyro.sample("z", dist.Normal(ONE, ONE))
+        pyro.factor("nan", ONE * torch.nan, has_rsample=True)
+
+    with pyro.validation_enabled(False):
+        for evaluate in ("loss", "differentiable_loss", "loss_and_grads"):
+            with pytest.warns(UserWarning, match="Encountered NaN"):
+                getattr(kind(), evaluate)(program, program)
