@@ -10,8 +10,8 @@ and device are those of the modules to which the program belongs or refers.
 **The data plate** is the plate at dimension -1 with B members, or without a size; its name is free.
 What belongs to one member of the batch is sampled inside it: latent sites of any number, name,
 shape and support, and at least one observed site of the model. Sites outside are global. The prior
-of a global site belongs to the model, or to the guide's ``global_prior()``. The guides of this
-package sample the site ``"z"`` in ``plate("data", len(x))``, as :class:`pyro_gpvae.ImageModel` does.
+of a global site belongs to the model, or to the guide's ``global_prior()``. :class:`ImageModel` and
+its guides sample the site ``"z"`` in ``plate("data", len(x))``.
 
 **Auxiliary sites** of the guide, which the model does not have, are marked with
 ``infer={"is_auxiliary": True}``. Random variables that the latents are no function of, such as f
