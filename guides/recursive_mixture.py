@@ -38,7 +38,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         Q_m(z|x) = (1 - \varepsilon_m(x)) \, Q_{m-1}(z|x) + \varepsilon_m(x) \, q_m(z|x),
         \qquad \varepsilon_m(x) = \mathrm{sigmoid}(\mathrm{Linear}'_m(\phi_m(x)))
 
-    On every minibatch these are trained in turn, each with an optimiser of its own:
+    On every minibatch these are trained at the same time, each with an optimiser of its own:
 
     1. for m = 1 ... M, the encoder of component m, on
 
@@ -54,6 +54,9 @@ class RecursiveMixtureGuide(MixtureGuide):
     :math:`KL(Q \| p(z|x))`. Its only optimum is a point mass, so C determines how narrow or how
     far away a component becomes. C counts the nats of all p dimensions together: 20 is small for
     p = 50, and for p = 1 it exceeds the divergence between the modes of most posteriors.
+
+    All gradients of a minibatch are taken before the first update. If the model is updated after
+    the components on the same minibatch, it learns far more slowly, as it does in a plain VAE.
 
     :func:`pyro_gpvae.fit` trains the :meth:`blocks`; a minibatch costs 3 M passes of the
     decoder and their gradients. Under :class:`pyro.infer.SVI` with :meth:`elbo`, the same mixture
@@ -102,7 +105,7 @@ class RecursiveMixtureGuide(MixtureGuide):
         self.max_divergence = max_divergence
 
     def blocks(self, model: PyroProgram) -> list[Block]:
-        """Returns the objectives in their order: each component, the weights, the model.
+        """Returns the objectives: each component, the weights, the model.
 
         Parameters that require no gradient are left out, so that a guide can be trained for a
         fixed model.

@@ -67,7 +67,8 @@ class Objective(Protocol):
 class Block:
     """An objective and the parameters that it trains, with an Adam optimiser of their own.
 
-    Its model and guide are by default those of :func:`pyro_gpvae.fit`.
+    All blocks are differentiated at the same parameters, and then updated. The model and the guide
+    are by default those of :func:`pyro_gpvae.fit`.
     """
 
     elbo: Objective

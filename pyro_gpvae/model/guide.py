@@ -94,7 +94,7 @@ class HasElbo(Protocol):
 
 @runtime_checkable
 class HasBlocks(Protocol):
-    """A guide with several :class:`pyro_gpvae.model.elbo.Block`, optimised in turn."""
+    """A guide with several :class:`pyro_gpvae.model.elbo.Block`, which are trained together."""
 
     def blocks(self, model: Any, /) -> Sequence[Any]: ...
 

@@ -40,15 +40,13 @@ def check_updates(state: TrainingState, checkpoints: Checkpoints | None) -> None
     if skipped == state.skips_seen:
         return
     step = state.training_step
-    late, block = 0, 0
-    if step.counters.halt:  # nothing was updated after the first one
-        later = skipped - state.skips_seen - 1
-        late, block = later // len(step.blocks), len(step.blocks) - 1 - later % len(step.blocks)
+    # if the training halts, nothing was updated after the first one
+    late = skipped - state.skips_seen - 1 if step.counters.halt else 0
     if step.counters.halt or skipped > MAX_SKIPPED:
         found = recent[-1 - late]
         batch = to_batch(found.data, step.model, step.guide)
         with preserve_rng(step.device, list(step.buffers.values())):
-            error = _explain(step, block, state.step - late, batch, found.numbers)
+            error = _explain(step, state.step - late, batch, found.numbers)
         raise with_advice(error, skipped, checkpoints)
     if not state.skips_seen:
         message = f"the loss or its gradient is not finite at step {state.step}: "
@@ -68,28 +66,29 @@ def with_advice(
     return NonFiniteError(f"{error}{advice}", error.step, error.images)
 
 
-def _explain(
-    training_step: TrainingStep, block: int, step: int, batch: Batch, index: Tensor
-) -> NonFiniteError:
+def _explain(training_step: TrainingStep, step: int, batch: Batch, index: Tensor) -> NonFiniteError:
     """Returns an error that says where the loss of a block or its gradient is not finite.
 
     The step was made on a minibatch whose members have the numbers ``index`` (B,).
     """
-    objective, programs = training_step.objectives[block], training_step.programs[block]
     parameters = training_step.parameters
     broken = [name for name, p in parameters.items() if not bool(torch.isfinite(p).all())]
+    terms: list[str] = []
+    bad = torch.zeros(len(index), dtype=torch.bool, device=batch[0].device)
     if broken:
-        where, images = f"before it, {', '.join(broken[:3])} is not finite", index
+        terms = [f"before it, {', '.join(broken[:3])} is not finite"]
     else:
-        terms, bad = _not_finite_terms(programs, batch)
-        if not terms:
-            terms, bad = _not_finite_gradients(objective, programs, batch, parameters)
-        where = (
-            training_step.reason
-            or ", ".join(terms[:3])
-            or "no single term, but their sum or a draw"
-        )
-        images = index[bad.to(index.device)] if bool(bad.any()) else index
+        for objective, programs in zip(
+            training_step.objectives, training_step.programs, strict=True
+        ):
+            terms, bad = _not_finite_terms(programs, batch)
+            if not terms:
+                terms, bad = _not_finite_gradients(objective, programs, batch, parameters)
+            if terms:
+                break
+        terms = [training_step.reason] if training_step.reason else terms
+    where = ", ".join(terms[:3]) or "no single term, but their sum or a draw"
+    images = index[bad.to(index.device)] if bool(bad.any()) else index
     numbers = images.tolist()
     names = f"{'image' if len(numbers) == 1 else 'images'} {name_images(numbers)}"
     message = (

@@ -3,6 +3,7 @@ r"""The parameters that a training changes: their names and their learning rates
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -92,9 +93,14 @@ def parameter_groups(
     """Returns for each block the groups of its parameters, one for each learning rate.
 
     Raises:
-        ValueError: If a learning rate is of a parameter that no block trains.
+        ValueError: If a learning rate is of a parameter that no block trains, or two blocks train
+            the same parameter.
     """
-    trained = {id(p) for block in blocks for p in block.parameters}
+    counts = Counter(id(p) for block in blocks for p in block.parameters)
+    shared = [name for name, p in parameters.items() if counts[id(p)] > 1]
+    if shared:
+        raise ValueError(f"the parameters {shared[:3]} are in several blocks: each needs one")
+    trained = set(counts)
     rates = {}
     for name, rate in learning_rates.items():
         if name not in parameters or id(parameters[name]) not in trained:

@@ -96,8 +96,9 @@ class TrainingStep:
 
     Raises:
         ValueError: If an option is wrong, a parameter is in half precision, the model observes
-            nothing, there is no data plate, there is nothing to train, or the loss depends on
-            parameters that are neither the model's nor the guide's.
+            nothing, there is no data plate, there is nothing to train, two blocks share a
+            parameter, or the loss depends on parameters that are neither the model's nor the
+            guide's.
         UnsupportedError: If the programs cannot be compiled although this was asked for.
 
     Example:
@@ -180,9 +181,12 @@ class TrainingStep:
         if not self.counters.halt:  # otherwise the reason of the first refused update counts
             self.reason = ""
         fits = bool(self._compiled) and [t.shape for t in batch] == self._compiled_shapes
-        for number, optimizer in enumerate(self.optimizers):
+        buffers = [(buffer, buffer.clone()) for buffer in self._written]
+        finite = []
+        # All blocks are differentiated at the same point. A model that is updated after its guide
+        # on the same minibatch learns far more slowly.
+        for number in range(len(self.blocks)):
             evaluate = self._compiled[number] if fits else partial(self.evaluate, number)
-            buffers = [(buffer, buffer.clone()) for buffer in self._written]
             try:
                 loss, gradients = evaluate(batch)
             except (NonFiniteError, LinAlgError) as error:  # the program checks for itself
@@ -190,9 +194,11 @@ class TrainingStep:
                 if not self.reason and not self._find_reason(batch):
                     raise
                 loss, gradients = torch.full((), torch.nan, device=self.device), []
-            self.counters.check(all_finite(loss, gradients))
-            for buffer, before in buffers:
-                buffer.copy_(torch.where(self.counters.refused > 0, before, buffer))
+            finite.append(all_finite(loss, gradients))
+        self.counters.check(torch.stack(finite).all())
+        for buffer, before in buffers:
+            buffer.copy_(torch.where(self.counters.refused > 0, before, buffer))
+        for optimizer in self.optimizers:
             optimizer.step()
         self.counters.add(loss, len(batch[0]))
         return loss

@@ -11,6 +11,7 @@ from toy import linear_encoder, linear_model, uint8
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import ImageModel, NonFiniteError, fit, initial_sigma, load_data, log_evidence
+from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.images import split_validation
 from pyro_gpvae.model.elbo import Block
 
@@ -104,7 +105,40 @@ def test_diagnostics_do_not_overwrite_the_history():
     assert (row["guide_loss"], row["guide_step"], row["width"]) == (-1, -2, 3)
 
 
-def test_blocks_train_their_own_parameters_in_turn():
+class SameNoise(TraceMeanField_ELBO):
+    """An objective that draws the same noise in every call."""
+
+    def differentiable_loss(self, *args):
+        with seeded(0, torch.device("cpu")):
+            return super().differentiable_loss(*args)
+
+
+def test_blocks_are_differentiated_at_the_same_parameters():
+    results = []
+    for separate in (False, True):
+
+        class Blocks(GaussianGuide):
+            def blocks(self, model):
+                parts = [list(self.parameters()), list(model.parameters())]
+                parts = parts if separate else [[*parts[0], *parts[1]]]  # noqa: B023
+                return [Block(SameNoise(), part) for part in parts]
+
+        model, guide = pair(Blocks)
+        fit(model, guide, uint8(10), epochs=3, batch_size=4, progress=False)
+        results.append([*model.parameters(), *guide.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_parameter_in_two_blocks_is_refused():
+    class Blocks(GaussianGuide):
+        def blocks(self, model):
+            return [Block(Trace_ELBO(), list(self.parameters()))] * 2
+
+    with pytest.raises(ValueError, match=r"\['guide.encoder.* are in several blocks"):
+        fit(*pair(Blocks), uint8(10), epochs=1, progress=False)
+
+
+def test_blocks_train_their_own_parameters():
     class Blocks(GaussianGuide):
         def blocks(self, model):
             return [

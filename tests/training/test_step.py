@@ -513,7 +513,7 @@ def frozen(part):
 
 
 class OwnTwoBlocks(GaussianGuide):
-    """The second block lists parameters of the first that its own objective does not use."""
+    """Two blocks with guides of their own."""
 
     def __init__(self, model, encoder):
         super().__init__(model, encoder)
@@ -527,7 +527,7 @@ class OwnTwoBlocks(GaussianGuide):
         mine = [*self.encoder.parameters(), *self.head.parameters()]
         return [
             Block(TraceMeanField_ELBO(), mine),
-            Block(TraceMeanField_ELBO(), [self.extra, *self.head.parameters()], guide=self.other),
+            Block(TraceMeanField_ELBO(), [self.extra], guide=self.other),
         ]
 
 
@@ -543,7 +543,7 @@ class OwnTwoBlocks(GaussianGuide):
     ],
     ids=[
         "buffer",
-        "overlapping blocks",
+        "two blocks",
         "batch normalisation",
         "shared",
         "frozen decoder",
