@@ -54,9 +54,11 @@ def train(schedule: str, seed: int, options: Options) -> list[float]:
     guide = GaussianGuide(model)
     noise = [p for name, p in model.named_parameters() if name == "log_sigma"]
     encoder = torch.optim.Adam(guide.parameters(), 5e-4)
-    decoder = torch.optim.Adam(
-        [{"params": model.decoder.parameters()}, {"params": noise, "lr": 1e-2}], 5e-4
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": model.decoder.parameters()},
+        {"params": noise, "lr": 1e-2},
+    ]
+    decoder = torch.optim.Adam(groups, 5e-4)
 
     def loss(x: Tensor) -> Tensor:
         q = guide.posterior(x)
@@ -71,7 +73,7 @@ def train(schedule: str, seed: int, options: Options) -> list[float]:
             for optimizers in steps:
                 encoder.zero_grad()
                 decoder.zero_grad()
-                loss(images[index]).backward()  # type: ignore[no-untyped-call]
+                loss(images[index]).backward()
                 for optimizer in optimizers:
                     optimizer.step()
         with torch.no_grad():
