@@ -13,7 +13,7 @@ from torch import nn
 from toy import Dying, Kill, linear_encoder, linear_model
 
 from guides import GaussianGuide
-from pyro_gpvae import Checkpoints, ImageModel, NonFiniteError, available_guides, fit, make_guide
+from pyro_gpvae import Checkpoints, ImageModel, available_guides, fit, make_guide
 from pyro_gpvae.training.checkpoint import Checkpoint
 
 
@@ -465,77 +465,3 @@ def test_checkpoints_by_steps_and_by_minutes(tmp_path, monkeypatch):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         Checkpoints("folder", **options)
-
-
-class Poison(nn.Module):
-    """A guide whose posterior breaks for white images: in its density, or in its gradient only."""
-
-    def __init__(self, model, where):
-        super().__init__()
-        self.where = where
-        self.loc = nn.Parameter(torch.zeros(2))
-
-    def forward(self, x):
-        white = (x == 1).all(dim=(1, 2, 3)).float()[:, None]
-        loc = self.loc + x.mean((1, 2, 3))[:, None]
-        if self.where == "density":
-            loc = loc + torch.where(white > 0, torch.inf, 0.0)
-        elif bool(white.any()):  # at zero √ is finite, and its derivative is not
-            loc = loc + white * (self.loc - self.loc.detach()).abs().sqrt()
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, 1.0, validate_args=False).to_event(1))
-
-
-def poisoned(where, kind=Poison):
-    def build():
-        torch.manual_seed(0)
-        model = linear_model().float()
-        return model, kind(model, where)
-
-    return build
-
-
-def white_images():
-    images = uint8(25)
-    images[17] = images[3] = 255
-    return images
-
-
-@pytest.mark.parametrize(
-    ("where", "term"),
-    [("density", "log density of site 'z' in the guide"), ("gradient", "gradient of guide.loc")],
-)
-def test_not_a_number_is_found_at_its_step(where, term, tmp_path):
-    options = {"data": white_images(), "batch_size": 1, "epochs": 1}
-    order = torch.randperm(25, generator=torch.Generator().manual_seed(5)).tolist()
-    first = min(order.index(3), order.index(17))
-    with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
-        train(tmp_path, poisoned(where), **options)
-    assert caught.value.step == first + 1
-    assert caught.value.images == (order[first],)
-    message = str(caught.value)
-    assert f"step {first + 1}: " in message
-    assert term in message
-    assert f"The last good checkpoint is of step {first}, in {tmp_path}" in message
-    assert Checkpoints(tmp_path).latest().step == first
-
-
-class Normalised(Poison):
-    """It has no output for a single image while it trains."""
-
-    def __init__(self, model, where):
-        super().__init__(model, where)
-        self.norm = nn.BatchNorm1d(6)
-
-    def forward(self, x):
-        self.norm(x.flatten(1))
-        super().forward(x)
-
-
-@pytest.mark.parametrize("kind", [Poison, Normalised])
-@pytest.mark.parametrize("where", ["density", "gradient"])
-def test_the_images_are_told_apart_in_a_batch(where, kind):
-    with pytest.raises(NonFiniteError) as caught, pyro.validation_enabled(False):
-        train(None, poisoned(where, kind), data=white_images(), batch_size=25)
-    assert set(caught.value.images) == {3, 17}
-    assert "(2 of the 25 of the minibatch)" in str(caught.value)

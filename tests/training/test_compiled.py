@@ -94,6 +94,23 @@ def counts(self, x):
     return self.shifted(x, 1 / self.calls)
 
 
+CALLS = []
+
+
+def counts_elsewhere(self, x):  # as a slow schedule in a closure
+    CALLS.append(1)
+    return self.shifted(x, 1e-9 * len(CALLS))
+
+
+def sorts_in_python(self, x):
+    rows = [sorted(row) for row in x.flatten(1).tolist()]
+    return Guide.forward(self, torch.tensor(rows, dtype=x.dtype).reshape(x.shape))
+
+
+def sorts_in_numpy(self, x):
+    return Guide.forward(self, torch.from_numpy(np.sort(x.numpy())))
+
+
 def keeps_a_tensor(self, x):
     z = self.shifted(x, self.kept)
     self.kept = 0.9 * self.kept + 0.1 * z.detach().mean(0)
@@ -142,6 +159,9 @@ def draws_gamma(self, x):
     [
         (branches, "reads a tensor in Python"),
         (counts, "changes the attribute guide.calls"),
+        (counts_elsewhere, "loss and gradient norm are .* and, called again on the same noise"),
+        (sorts_in_python, "cannot be trained with backend 'compiled'"),
+        (sorts_in_numpy, "cannot be trained with backend 'compiled'"),
         (keeps_a_tensor, "changes the attribute guide.kept"),
         (writes_to_a_tensor_that_is_no_buffer, r"writes to a tensor of shape \(2,\)"),
         (replaces_a_buffer, "replaces its tensor average, as PyroParam does"),
