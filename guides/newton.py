@@ -54,9 +54,11 @@ class NewtonGuide(FullCovarianceGuide):
     are too long. The norm of the whitened gradient is bounded by 10 posterior standard deviations.
     The last layers of both networks start at zero, where ρ = ½ and L is diagonal.
 
-    Nothing is sampled inside the steps. Training differentiates through them, so that the encoder
-    learns where a step starts. T = 0 is :class:`guides.FullCovarianceGuide` (the VAE with
-    covariance="diagonal"). The result of an image does not depend on the others in its batch.
+    Nothing is sampled inside the steps. Training differentiates through them, and moves the starts
+    of the steps towards their end by :class:`RefinementELBO`. T = 0 is
+    :class:`guides.FullCovarianceGuide` (the VAE with covariance="diagonal"). T can be changed after
+    training (``guide.num_steps = 2``), as all steps have the same networks. The result of an image
+    does not depend on the others in its batch.
 
     Cost: each step decodes one latent vector per image, with a vector-Jacobian product with
     respect to z only. That is about 2 passes of the decoder for a step, and one more with the
@@ -71,7 +73,8 @@ class NewtonGuide(FullCovarianceGuide):
     Arguments:
         model: The model, whose ``log_joint(x, z)`` is differentiated. Its parameters are not among
             those of the guide.
-        num_steps: The number T of steps, at least 0.
+        num_steps: The number T of steps, at least 0. A guide that was built with T = 0 has no
+            networks for steps.
         encoder: A module from images (B, C, H, W) to features (B, d).
         covariance: That of q. With "diagonal" the steps still use the full matrix, but
             :math:`q = N(z_T, \mathrm{diag}\, s(x)^2)` with the s(x) of the

@@ -197,15 +197,15 @@ class _Study:
         return scores | {"reference": float(reference.log_evidence.mean()), "untrusted": untrusted}
 
     def training_steps(self) -> dict[str, float]:
-        """Returns the shortest time of a training step in seconds, by guide, measured in turn."""
+        """Returns the shortest CPU time of a training step in seconds, by guide, in turn."""
         batch = self.train[:BATCH]
         steps = {n: TrainingStep(*self.programs(n), batch, len(self.train)) for n in END_TO_END}
         times: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(REPEATS):
             for name, step in steps.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 step(batch)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
         return {name: min(kept) for name, kept in times.items()}
 
     def programs(self, name: str) -> tuple[ImageModel, Any]:
@@ -246,12 +246,12 @@ class _Study:
         times: dict[str, list[float]] = {name: [] for name in ("decoder", *guides)}
         for _ in range(REPEATS):  # in turn, so that all of them meet the same other processes
             for name, kept in times.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 if name == "decoder":
                     model.decoder(z)
                 else:
                     guides[name].posterior(x).sample()
-                kept.append(time.perf_counter() - start)
+                kept.append(time.process_time() - start)
         return {name: min(times[name]) / min(times["decoder"]) for name in guides}
 
     def cell(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def caption(record: dict[str, Any]) -> str:
         f"learning rate 5e-4, K = {record['num_samples']}. The number of seeds is in "
         "brackets; means ± standard deviations over seeds. `sa` and `vlae` take the encoder "
         "of the VAE without training. "
-        "Decoder passes: the time to infer 128 images in units of the time to decode 128 latent "
+        "Decoder passes: the CPU time to infer 128 images in units of that to decode 128 latent "
         f"vectors, the fastest of {REPEATS} each, the encoder included, on one thread of "
         f"{record['device']}, which other processes used at the same time."
     )
@@ -305,8 +305,8 @@ def caption(record: dict[str, Any]) -> str:
         text += (
             " Trained together: from random weights, the learning rate of σ is 1e-2; log p(x) by "
             f"`reference_evidence` with {REFERENCE_SAMPLES} samples of each proposal and no "
-            f"annealing (not reliable for at most {untrusted} images of a guide); the time of a "
-            "training step is in units of that of the VAE, and equal time is that of "
+            f"annealing (not reliable for at most {untrusted} images of a guide); the CPU time of "
+            "a training step is in units of that of the VAE, and equal time is that of "
             f"{record['epochs']} epochs of `{BUDGET}`."
         )
     return text
