@@ -52,6 +52,7 @@ class TracedLoss:
     others: Mapping[str, Tensor]  #: all other parameters and buffers
     used: Sequence[str]  #: the parameters that have a gradient
     draws: Sequence[Callable[[], Tensor]]  #: the random numbers, in the order of the program
+    is_first: bool = True  #: whether a step begins with it
 
     def __post_init__(self) -> None:
         self.inputs = [*(leaf.detach() for leaf in self.leaves.values()), *self.others.values()]
@@ -59,7 +60,8 @@ class TracedLoss:
     def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Returns the loss and the gradients, which the parameters get as well."""
         on_cuda = batch[0].device.type == "cuda"
-        if on_cuda:  # the results of the call before are no longer needed
+        # the results of the step before are no longer needed, but those of earlier blocks are
+        if on_cuda and self.is_first:
             torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
             loss, *gradients = self.graph(*batch, *self.inputs, *(draw() for draw in self.draws))
@@ -92,6 +94,7 @@ def compile_blocks(step: TrainingStep, batch: Batch) -> list[Evaluate]:
         traced = trace_loss(loss, step.modules, block.parameters, batch)
         if _plain(getattr(objective, "__dict__", None)) != before:
             raise UnsupportedError("its objective changes its attributes, which a graph cannot")
+        traced.is_first = number == 0
         traced.graph = torch.compile(traced.graph, fullgraph=True, dynamic=False, mode=mode)
         with warnings.catch_warnings():
             # whether to compute in TF32 is the user's decision
