@@ -71,23 +71,6 @@ def test_a_copy_refines_with_the_same_decoder_unless_that_is_copied_too(spec):
     assert other._model[0] is other_model
 
 
-@pytest.mark.parametrize(
-    "spec",
-    ["sa:0", "iterative:0", "iaf:0", "hf:0", "me:1", "rme:1", "lowrank:0"],
-)
-def test_no_steps_flows_or_further_components_is_the_vae_bit_for_bit(spec):
-    x = torch.randint(0, 256, (20, *SHAPE), dtype=torch.uint8)
-    results = []
-    for name in ("vae", spec):
-        m = model()
-        guide = make_guide(name, m)
-        history = fit(m, guide, x, epochs=2, batch_size=8, progress=False).frame()
-        evidence = log_evidence(m, guide, x, 5, seed=0)
-        losses = torch.tensor(history["loss"].to_numpy())
-        results.append([losses, evidence.log_evidence, evidence.elbo, *m.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 SPECS = [
     "vae", "gp", "gp:covariance=full", "gp:estimator=marginal", "full", "lowrank:1", "iaf:2",
     "hf:2", "me:2", "rme:2", "sa:2", "iterative:2", "vlae:1",
@@ -127,16 +110,9 @@ def test_trains_evaluates_and_reloads(spec, likelihood):
     assert torch.equal(log_evidence(other, reloaded, x, 5, seed=0).log_evidence, before)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec[:2] != "me" and spec[:3] != "rme"])
-def test_works_under_plain_svi(spec):
+def test_plain_svi_leaves_pyros_store_empty():
     m = model()
-    guide = make_guide(spec, m)
-    before = [p.detach().clone() for p in (*m.parameters(), *guide.parameters())]
+    guide = make_guide("gp", m)
     programs = PerImage(pair(m, guide), 20), PerImage(guide, 20)
-    svi = SVI(*programs, Adam({"lr": 1e-2}), Trace_ELBO())
-    for _ in range(2):
-        svi.step(torch.rand(5, *SHAPE))
-    after = [*m.parameters(), *guide.parameters()]
-    changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
-    assert sum(changed) > 0.8 * len(changed)
+    SVI(*programs, Adam({"lr": 1e-2}), Trace_ELBO()).step(torch.rand(5, *SHAPE))
     assert not pyro.get_param_store().keys()
