@@ -2,11 +2,14 @@ r"""Modules whose parameters Pyro finds without its global parameter store."""
 
 from __future__ import annotations
 
+import dis
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial, wraps
+from contextlib import contextmanager, suppress
+from functools import cache, partial, wraps
+from types import CodeType
 from typing import Any, ParamSpec, TypeVar
 
 import pyro
@@ -109,8 +112,7 @@ def modules_of(program: Any) -> dict[str, nn.Module]:
         parts = (owner.func, *owner.args, *owner.keywords.values())
         named = [pair for part in parts for pair in modules_of(part).items()]
     elif inspect.isfunction(owner):
-        used = inspect.getclosurevars(inspect.unwrap(owner))
-        named = [*used.globals.items(), *used.nonlocals.items()]
+        named = _referred(inspect.unwrap(owner))
     else:
         named = [*getattr(owner, "__dict__", {}).items()] if callable(program) else []
     found: dict[str, nn.Module] = {}
@@ -118,6 +120,24 @@ def modules_of(program: Any) -> dict[str, nn.Module]:
         if isinstance(module, nn.Module) and not any(module is each for each in found.values()):
             found[name if name not in found else f"{name}{len(found)}"] = module
     return found
+
+
+def _referred(function: Any) -> list[tuple[str, Any]]:
+    """Returns what a function refers to outside of itself, by name, in the order of its code."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    outer = [(name, function.__globals__.get(name)) for name in _global_names(function.__code__)]
+    for name, cell in cells:
+        with suppress(ValueError):  # a variable that has no value yet
+            outer.append((name, cell.cell_contents))
+    return outer
+
+
+@cache
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """Returns the global names that code loads; ``co_names`` has those of attributes as well."""
+    loaded = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"]
+    inner = [_global_names(each) for each in code.co_consts if isinstance(each, CodeType)]
+    return tuple(dict.fromkeys(itertools.chain(loaded, *inner)))
 
 
 def check_precision(*programs: Any) -> None:

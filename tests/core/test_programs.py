@@ -1,6 +1,8 @@
 """PyroModules use their own parameters, and Pyro's store is left as it was."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +13,7 @@ from pyro.nn import PyroModule, PyroParam
 from toy import images, linear_model
 
 from pyro_gpvae import elbo_terms, fit, log_evidence
-from pyro_gpvae.core._programs import own_parameters
+from pyro_gpvae.core._programs import modules_of, own_parameters
 
 
 class Wide(PyroModule):
@@ -84,3 +86,23 @@ def test_threads_take_turns():
     expected = [train(pair, seed) for seed, pair in enumerate(pairs[:8])]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(train, pairs[8:], range(8))) == expected
+
+
+encoder, decoder = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+
+def test_the_modules_of_a_function_are_those_it_refers_to():
+    first, nets = torch.nn.Linear(2, 2), [encoder]
+
+    def guide(x):
+        return [encoder(first(row)) for row in x.decoder] + nets + later
+
+    found = {"encoder": encoder, "first": first}
+    assert modules_of(guide) == found
+    assert modules_of(partial(partial(guide), 1)) == found
+    assert modules_of(pyro.poutine.scale(guide, 2.0)) == found
+    assert modules_of(partial(guide, x=decoder)) == {**found, "": decoder}
+    assert modules_of(decoder.forward) == modules_of(decoder) == {"": decoder}
+    for other in (torch.zeros(2), print, "text", None, SimpleNamespace(net=first)):
+        assert modules_of(other) == {}
+    later = []
