@@ -2,7 +2,6 @@ r"""The distribution of a Gaussian after conditional transforms, which IAF and H
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,10 +23,10 @@ class FlowPosterior(TorchDistribution):
 
     It equals Pyro's ``ConditionalTransformedDistribution`` except for the cache. There each
     transform caches its last input and output and is part of a reference cycle, so that samples
-    and their graphs live until Python's garbage collector runs. Here the density is computed
-    together with a sample and kept as long as that tensor exists. Scoring this tensor is free.
-    Any other tensor, even an equal one, is scored by inverting the transforms, which takes p
-    passes of the network for each IAF step. Everything is freed with the distribution.
+    and their graphs live until Python's garbage collector runs. Here the density of the last sample
+    is computed with it and kept with the distribution, so that scoring this tensor is free. Any
+    other tensor, even an equal one, is scored by inverting the transforms, which takes p passes of
+    the network for each IAF step.
 
     A kept density depends on the parameters through the computation of the sample. To
     differentiate the density with respect to z alone, score ``z.detach().requires_grad_()``.
@@ -55,7 +54,7 @@ class FlowPosterior(TorchDistribution):
         self.base = base
         self.steps = tuple(steps)
         self.context = context
-        self._last: _Draw | None = None
+        self._last: tuple[Any, ...] | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
 
     def expand(
@@ -79,14 +78,17 @@ class FlowPosterior(TorchDistribution):
             z, log_det = self._apply(step, z)
             check_finite(f"z after step {t} of the flow", z)
             log_q = log_q - log_det
-        self._last = _Draw(z, log_q)
+        self._last = z, log_q, _version(z), torch.is_grad_enabled()
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        if self._last is not None and self._last.is_of(value):
-            return self._last.log_q
+        if self._last is not None and value is self._last[0]:
+            _, known, version, has_graph = self._last
+            # unchanged since it was drawn, and with a graph if one is needed
+            if version == _version(value) and (has_graph or not torch.is_grad_enabled()):
+                return known
         shape = torch.broadcast_shapes(value.shape, self.batch_shape + self.event_shape)
         z = value.expand(shape)
         log_det = z.new_zeros(())
@@ -94,13 +96,18 @@ class FlowPosterior(TorchDistribution):
             z, log_det_of_step = self._apply(step, z, inverse=True)
             log_det = log_det + log_det_of_step
         check_finite("z before the flow", z)
-        log_q: Tensor = self.base.log_prob(z) - log_det
-        return log_q
+        return self.base.log_prob(z) - log_det
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out the last sample: a copy of a tensor is never the tensor that was drawn."""
+        return vars(self) | {"_last": None}
 
     def _apply(
         self, step: ConditionalTransform, value: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Returns the output (or input) of a step, and log |det| of its Jacobian at the input."""
+        if value.numel() == 0:  # which Pyro's networks cannot reshape
+            return value, value.new_zeros(value.shape[:-1])
         transform = step.condition(self.context)
         other: Tensor = transform.inv(value) if inverse else transform(value)
         ends = (other, value) if inverse else (value, other)
@@ -108,24 +115,6 @@ class FlowPosterior(TorchDistribution):
         # the transform refers to itself and to its cache; without attributes both are freed now
         vars(transform).clear()
         return other, log_det
-
-
-class _Draw:
-    """The log density of a sample, valid as long as the tensor is unchanged."""
-
-    def __init__(self, z: Tensor, log_q: Tensor) -> None:
-        self.log_q = log_q
-        self._z = weakref.ref(z)
-        self._version = _version(z)
-        self._has_graph = torch.is_grad_enabled()
-
-    def is_of(self, value: Tensor) -> bool:
-        """Whether value is the drawn tensor, unchanged, and with a graph if one is needed."""
-        return (
-            self._z() is value
-            and self._version == _version(value)
-            and (self._has_graph or not torch.is_grad_enabled())
-        )
 
 
 def _version(z: Tensor) -> int | None:

@@ -35,9 +35,7 @@ class FullCovarianceGuide(GaussianGuide):
     For p = 1 it is the VAE. It is trained with the analytic KL.
 
     Arguments:
-        model: The model, which determines the image shape and the dimension p of z.
-        encoder: A module from images (B, C, H, W) to features (B, d).
-        warm_start: A trained VAE guide whose encoder is copied.
+        model, encoder, warm_start: See :class:`guides.gaussian.GaussianGuide`.
 
     Example:
         >>> from pyro_gpvae import ImageModel
@@ -88,10 +86,8 @@ class LowRankGuide(GaussianGuide):
         Structure*, 2018. https://arxiv.org/abs/1701.03208
 
     Arguments:
-        model: The model, which determines the image shape and the dimension p of z.
+        model, encoder, warm_start: See :class:`guides.gaussian.GaussianGuide`.
         rank: The number r of columns of F, 0 to p.
-        encoder: A module from images (B, C, H, W) to features (B, d).
-        warm_start: A trained VAE guide whose encoder is copied.
 
     Raises:
         ValueError: If the rank is not from 0 to p.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -74,15 +74,13 @@ class GPGuide(GaussianGuide):
         Autoencoders*, 2022, and its supplement, eq. (2) and (7).
 
     Arguments:
-        model: The model, which determines the image shape and the dimension p of z.
-        encoder: A module from images (B, C, H, W) to features (B, d).
+        model, encoder, warm_start: See :class:`guides.gaussian.GaussianGuide`.
         covariance: Whether V and R of each row are "diagonal" or "full".
         estimator: One of the three estimators above.
         features: "shared" uses the features of the encoder; "own" uses those of a copy of it,
             which is trained separately.
         initial_scale: The initial standard deviation of W and U. It must be so small that √v
             starts well below h.
-        warm_start: A trained VAE guide whose encoder is copied. Train it with the model first.
         num_nodes: The number of quadrature nodes of the marginal posterior, see
             :class:`pyro_gpvae.model.marginal_posterior.MarginalPosterior`.
 
@@ -139,28 +137,27 @@ class GPGuide(GaussianGuide):
 
     def forward(self, x: Tensor) -> Tensor:
         W, U = pyro.sample("W", self.W()), pyro.sample("U", self.U())
-        m, log_s, phi = self._encode(x)
         with pyro.plate(DATA_PLATE, len(x), dim=-1):
             if self.estimator == "marginal":
-                q = self._marginal(m, log_s, phi)
+                q = self.posterior(x)
             else:
-                if self.estimator == "weights":
-                    f, log_h = m + _times(W, phi), log_s + _times(U, phi)
-                else:
-                    f, log_h = self._sample_functions(m, log_s, phi)
+                f, log_h = self._sample_functions(x, W, U)
                 q = dist.Normal(f, bounded(log_h).exp()).to_event(1)
             z: Tensor = pyro.sample("z", q)
         return z
 
     def posterior(self, x: Tensor) -> TorchDistribution:
         """Returns the marginal q(z|x) of eq. (7): batch shape (B,), event shape (p,)."""
-        return self._marginal(*self._encode(x))
+        a, v, b, r = self.moments(x)
+        q: TorchDistribution = MarginalPosterior(a, v.sqrt(), b, r.sqrt(), self.num_nodes)
+        return q.to_event(1)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns a, v, b, r, each (B, p): the mean and variance of f(x), then of log h(x)."""
         m, log_s, phi = self._encode(x)
-        a, b = self._means(m, log_s, phi)
-        return a, self.W.variance(phi), b, self.U.variance(phi)
+        a, b = m + self.W.mean(phi), log_s + self.U.mean(phi)
+        check_finite("the mean of the random encoder", torch.cat([a, b], dim=-1))
+        return a, self.W.variance(phi), bounded(b), self.U.variance(phi)
 
     def expected_kl(self, x: Tensor) -> Tensor:
         r"""Returns the second term of eq. (2) in closed form, in nats, (B,).
@@ -188,11 +185,8 @@ class GPGuide(GaussianGuide):
     def diagnostics(self, x: Tensor) -> dict[str, Tensor]:
         """Returns the means over images and dimensions of v/h² and r, and KL(q(W,U) ‖ N(0, I))."""
         _, v, b, r = self.moments(x)
-        return {
-            "v_over_h2": (v / (2 * b).exp()).mean(),
-            "r": r.mean(),
-            "kl_weights": self.kl_weights(),
-        }
+        ratio = (v / (2 * b).exp()).mean()
+        return {"v_over_h2": ratio, "r": r.mean(), "kl_weights": self.kl_weights()}
 
     def _encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns m (B, p), log s (B, p) and the features φ of the kernel (B, d + 1)."""
@@ -201,30 +195,20 @@ class GPGuide(GaussianGuide):
             features = call_network(self.own_encoder, x)
         return m, log_s, nn.functional.pad(features, (0, 1), value=1.0)
 
-    def _means(self, m: Tensor, log_s: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns a and b, the means of f(x) and of log h(x)."""
-        a, b = m + self.W.mean(phi), log_s + self.U.mean(phi)
-        check_finite("the mean of the random encoder", torch.cat([a, b], dim=-1))
-        return a, bounded(b)
+    def _sample_functions(self, x: Tensor, W: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns f(x) and log h(x) of each image: by W and U, or drawn from their own normals.
 
-    def _marginal(self, m: Tensor, log_s: Tensor, phi: Tensor) -> TorchDistribution:
-        a, b = self._means(m, log_s, phi)
-        root_v, root_r = self.W.variance(phi).sqrt(), self.U.variance(phi).sqrt()
-        q: TorchDistribution = MarginalPosterior(a, root_v, b, root_r, self.num_nodes)
-        return q.to_event(1)
-
-    def _sample_functions(self, m: Tensor, log_s: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples f(x) and log h(x) of each image.
-
-        The sites have no counterpart in the model, and W and U already determine them, so their
+        These sites have no counterpart in the model, and W and U already determine them, so their
         densities are masked out of the objective.
         """
-        a, b = self._means(m, log_s, phi)
-        q_f = dist.Normal(a, self.W.variance(phi).sqrt()).to_event(1)
-        q_log_h = dist.Normal(b, self.U.variance(phi).sqrt()).to_event(1)
+        if self.estimator == "weights":
+            m, log_s, phi = self._encode(x)
+            return m + _times(W, phi), log_s + _times(U, phi)
+        a, v, b, r = self.moments(x)
+        auxiliary: Any = {"is_auxiliary": True}
         with poutine.mask(mask=False):
-            f = pyro.sample("f", q_f, infer={"is_auxiliary": True})
-            log_h = pyro.sample("log_h", q_log_h, infer={"is_auxiliary": True})
+            f = pyro.sample("f", dist.Normal(a, v.sqrt()).to_event(1), infer=auxiliary)
+            log_h = pyro.sample("log_h", dist.Normal(b, r.sqrt()).to_event(1), infer=auxiliary)
         return f, log_h
 
 
@@ -247,17 +231,15 @@ class GaussianRows(nn.Module):
         shape = num_rows, num_columns
         self.loc = nn.Parameter(torch.zeros(shape))
         self.log_scale = nn.Parameter(torch.full(shape, math.log(initial_scale)))
-        self.lower = (
-            nn.Parameter(torch.zeros(*shape, num_columns)) if covariance == "full" else None
-        )
+        lower = nn.Parameter(torch.zeros(*shape, num_columns)) if covariance == "full" else None
+        self.lower = lower
 
     def forward(self) -> TorchDistribution:
         """Returns the distribution of the matrix, event shape (p, d)."""
         if self.lower is None:
             return dist.Normal(self.loc, self.scale).to_event(2)
-        return dist.MultivariateNormal(self.loc, scale_tril=self._scale_tril(self.lower)).to_event(
-            1
-        )
+        scale_tril = self._scale_tril(self.lower)
+        return dist.MultivariateNormal(self.loc, scale_tril=scale_tril).to_event(1)
 
     def prior(self) -> TorchDistribution:
         """Returns N(0, I) in the same family, so that the KL divergence is analytic."""

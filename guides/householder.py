@@ -38,11 +38,9 @@ class HouseholderGuide(GaussianGuide):
         https://arxiv.org/abs/1611.09630
 
     Arguments:
-        model: The model, which determines the image shape and the dimension p of z.
+        model, encoder, warm_start: See :class:`guides.gaussian.GaussianGuide`.
         num_reflections: The number T of reflections. Any orthogonal matrix is a product of p
             reflections, so that a larger number raises a warning.
-        encoder: A module from images (B, C, H, W) to features (B, d).
-        warm_start: A trained VAE guide whose encoder is copied.
 
     Raises:
         ValueError: If T is negative.
@@ -51,9 +49,8 @@ class HouseholderGuide(GaussianGuide):
         >>> import torch
         >>> from pyro_gpvae import ImageModel
         >>> guide = HouseholderGuide(ImageModel((1, 28, 28), latent_dim=10), num_reflections=2)
-        >>> q = guide.posterior(torch.zeros(5, 1, 28, 28))
-        >>> q.batch_shape, q.event_shape
-        (torch.Size([5]), torch.Size([10]))
+        >>> guide.posterior(torch.zeros(5, 1, 28, 28)).batch_shape
+        torch.Size([5])
     """
 
     def __init__(

@@ -45,11 +45,9 @@ class IAFGuide(GaussianGuide):
         https://arxiv.org/abs/1606.04934
 
     Arguments:
-        model: The model, which determines the image shape and the dimension p of z.
+        model, encoder, warm_start: See :class:`guides.gaussian.GaussianGuide`.
         num_steps: The number T of steps.
-        encoder: A module from images (B, C, H, W) to features (B, d).
         hidden_dim: Hidden units of each step's network, at least p.
-        warm_start: A trained VAE guide whose encoder is copied.
 
     Raises:
         ValueError: If T is negative, or the network is narrower than p.
@@ -58,9 +56,8 @@ class IAFGuide(GaussianGuide):
         >>> import torch
         >>> from pyro_gpvae import ImageModel
         >>> guide = IAFGuide(ImageModel((1, 28, 28), latent_dim=10), num_steps=2)
-        >>> q = guide.posterior(torch.zeros(5, 1, 28, 28))
-        >>> q.batch_shape, q.event_shape
-        (torch.Size([5]), torch.Size([10]))
+        >>> guide.posterior(torch.zeros(5, 1, 28, 28)).batch_shape
+        torch.Size([5])
     """
 
     def __init__(

@@ -53,11 +53,10 @@ class LaplaceGuide(GaussianGuide):
         model: The model, whose decoder and likelihood are used. Its parameters are not part of the
             guide.
         num_steps: T, at least 0.
-        encoder: A module from images (B, C, H, W) to features (B, d).
+        encoder, warm_start: See :class:`guides.gaussian.GaussianGuide`.
         step: "damped" is the published :math:`\alpha_t = 0.5 / (t + 1)`. "line_search" takes for
             each image the α of 1, ½, ¼, 0.1 and 0 that gives the highest log p(x, z), so that no
             step lowers it.
-        warm_start: A trained guide of this family, whose encoder is copied.
 
     Raises:
         ValueError: If num_steps is negative, the step is unknown, or the model has no decoder.

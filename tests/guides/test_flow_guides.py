@@ -1,4 +1,6 @@
+import copy
 import gc
+import pickle
 import weakref
 
 import pyro.distributions as dist
@@ -154,9 +156,7 @@ def test_samples_are_freed_without_the_garbage_collector(name):
         q.log_prob(z)
         q.log_prob(z.clone())
         alive = [weakref.ref(z), weakref.ref(q), weakref.ref(q.context)]
-        del z
-        assert alive[0]() is None  # even while the posterior lives
-        del q
+        del z, q
         assert [r() for r in alive] == [None] * 3
     finally:
         gc.enable()
@@ -178,6 +178,22 @@ def test_only_the_very_tensor_is_remembered(name):
     with torch.inference_mode():
         z = q.sample()
         close(q.log_prob(z), reference.log_prob(z.clone()))
+
+
+@every_flow
+def test_after_a_sample_it_is_expanded_masked_copied_and_sampled_zero_times(name):
+    model, x = linear_model(), images(4)
+    q = build(model, name).posterior(x)
+    with torch.no_grad():
+        z = q.sample((2,))
+        expected = q.log_prob(z)
+        for other in (q.expand((2, 4)), pickle.loads(pickle.dumps(q)), copy.deepcopy(q)):
+            close(other.log_prob(z), expected)
+        mask = torch.tensor([True, False, True, True])
+        close(q.mask(mask).log_prob(z), expected * mask)
+        empty = q.sample((0,))
+        assert (empty.shape, q.log_prob(empty).shape) == ((0, 4, 2), (0, 4))
+        assert q.log_prob(empty.clone()).shape == (0, 4)
 
 
 def test_training_and_evaluation_never_invert():
