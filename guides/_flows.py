@@ -73,6 +73,8 @@ class FlowPosterior(TorchDistribution):
 
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         z: Tensor = self.base.rsample(torch.Size(sample_shape))
+        if z.numel() == 0:  # torch cannot sum over the dimensions of no numbers
+            return z
         log_q = self.base.log_prob(z)
         for t, step in enumerate(self.steps, start=1):
             z, log_det = self._apply(step, z)
@@ -82,6 +84,8 @@ class FlowPosterior(TorchDistribution):
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
+        if value.numel() == 0:
+            return value.sum(-1)
         if self._validate_args:
             self._validate_sample(value)
         if self._last is not None and value is self._last[0]:
@@ -106,8 +110,6 @@ class FlowPosterior(TorchDistribution):
         self, step: ConditionalTransform, value: Tensor, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Returns the output (or input) of a step, and log |det| of its Jacobian at the input."""
-        if value.numel() == 0:  # which Pyro's networks cannot reshape
-            return value, value.new_zeros(value.shape[:-1])
         transform = step.condition(self.context)
         other: Tensor = transform.inv(value) if inverse else transform(value)
         ends = (other, value) if inverse else (value, other)

@@ -96,6 +96,17 @@ def _through(layer: nn.Module, value: Tensor, tangents: Tensor) -> tuple[Tensor,
         output = layer(value)
         return output, tangents * (output > 0)
 
+    for part in layer.modules():
+        if isinstance(part, nn.RReLU) or (
+            isinstance(part, nn.modules.batchnorm._BatchNorm)
+            and part.training and part.track_running_stats
+        ):  # fmt: skip
+            raise ValueError(
+                f"the decoder's layer {part} has no Jacobian of each image: use GroupNorm or "
+                "LayerNorm instead of batch normalisation, LeakyReLU instead of RReLU, or a guide "
+                "that needs no Jacobians, such as sa"
+            )
+
     def product(tangent: Tensor) -> Any:
         with _OutsidePyro():
             return torch.func.jvp(layer, (value,), (tangent,))

@@ -183,8 +183,8 @@ def test_only_the_very_tensor_is_remembered(name):
 @every_flow
 def test_after_a_sample_it_is_expanded_masked_copied_and_sampled_zero_times(name):
     model, x = linear_model(), images(4)
-    q = build(model, name).posterior(x)
     with torch.no_grad():
+        q = build(model, name).posterior(x)
         z = q.sample((2,))
         expected = q.log_prob(z)
         for other in (q.expand((2, 4)), pickle.loads(pickle.dumps(q)), copy.deepcopy(q)):

@@ -123,3 +123,12 @@ def test_a_precision_that_is_not_finite_names_the_image(num_steps, monkeypatch):
     monkeypatch.setattr(guide, "encode", lambda x: (None, mean, None))
     with pytest.raises(torch.linalg.LinAlgError, match="precision of image 3 is not finite"):
         guide.posterior(x)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(8), nn.RReLU()], ids=lambda m: type(m).__name__)
+def test_a_decoder_without_a_jacobian_of_each_image_is_refused_by_its_layer(layer):
+    for decoder in (nn.Sequential(nn.Linear(2, 8), layer), nn.Sequential(nn.Sequential(layer))):
+        model = ImageModel((1, 2, 4), 2, decoder.append(nn.Unflatten(1, (1, 2, 4))))
+        guide = LaplaceGuide(model, 1, nn.Sequential(nn.Flatten(), nn.Linear(8, 3)))
+        with pytest.raises(ValueError, match=rf"layer {type(layer).__name__}.*use GroupNorm or "):
+            guide.posterior(torch.rand(3, 1, 2, 4))
