@@ -8,12 +8,13 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Delta
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = [
-    "DATA_PLATE", "check_observes", "data_frame", "data_plate", "find_data_plate", "in_data_plate",
-    "in_plate", "is_global", "is_sampled",
+    "DATA_PLATE", "check_observes", "check_separable", "data_frame", "data_plate",
+    "find_data_plate", "in_data_plate", "in_plate", "is_global", "is_sampled",
 ]  # fmt: skip
 
 #: The name of the data plate in the programs of this library. Other programs may use another name.
@@ -91,6 +92,24 @@ def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:
                 f"member of the batch must be in plate({plate!r})"
             )
     return plate
+
+
+def check_separable(nodes: Mapping[str, Any], plate: str) -> None:
+    """Raises ValueError if a guide draws local latents from one auxiliary site outside their plate.
+
+    The density of such a site belongs to all members of a batch, and has no right weight in a
+    minibatch. Pyro's ``AutoMultivariateNormal`` of local latents has such a site.
+    """
+    sampled = [site for site in nodes.values() if is_sampled(site)]
+    auxiliary = [s for s in sampled if s["infer"].get("is_auxiliary") and s["mask"] is not False]
+    local = [site["name"] for site in sampled if in_plate(site, plate)]
+    points = [s["name"] for s in sampled if isinstance(s["fn"], Delta) and s["name"] in local]
+    if points and auxiliary and not any(site["name"] in local for site in auxiliary):
+        raise ValueError(
+            f"the guide draws {points} of all members of a batch from its site "
+            f"{auxiliary[0]['name']!r} outside of plate({plate!r}): it is not amortised, and needs "
+            "all data in one batch (batch_size = number of data)"
+        )
 
 
 def find_data_plate(program: Any, batch: Sequence[Tensor], **kwargs: Any) -> str:

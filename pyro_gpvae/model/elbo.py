@@ -26,6 +26,7 @@ from torch.distributions import kl_divergence
 from pyro_gpvae.core._float32 import exact_float32
 from pyro_gpvae.core._plates import (
     check_observes,
+    check_separable,
     data_plate,
     find_data_plate,
     in_plate,
@@ -315,6 +316,8 @@ def elbo_terms(
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
         model_trace: Any = poutine.trace(replayed).get_trace(*batch)
         check_observes(model_trace.nodes)
+        if len(batch[0]) != num_images:
+            check_separable(guide_trace.nodes, data_plate(guide_trace.nodes, len(batch[0])))
         for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
             plate = data_plate(trace.nodes, len(batch[0]))
             trace.compute_log_prob(lambda _, site: is_sampled(site))

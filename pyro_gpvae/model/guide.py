@@ -24,8 +24,9 @@ library uses the parts that it finds.
 
 **What is refused**, with an error that names it: a program without a data plate, with several
 that could be meant, or with one that subsamples; a model that observes nothing; parameters in half
-precision; parameters that would never be trained; objectives that enumerate sites; and data that
-the model's ``check_images`` refuses.
+precision; parameters that would never be trained; minibatches for a guide that draws the latents of
+all members from one site, as ``AutoMultivariateNormal``; objectives that enumerate sites; and data
+that the model's ``check_images`` refuses.
 
 A guide that is found by name is a class ``MyGuide(model, **options)``. It is registered as an entry
 point of the group ``pyro_gpvae.guides``, or named as ``module:Class``.

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
-from pyro_gpvae.core._plates import check_observes
+from pyro_gpvae.core._plates import check_observes, check_separable, data_plate
 from pyro_gpvae.core._programs import PyroProgram, modules_of
 from pyro_gpvae.data.batch import Batch
 from pyro_gpvae.model._pairing import pair
@@ -32,17 +32,22 @@ def modules_by_role(model: PyroProgram, guide: PyroProgram) -> dict[str, nn.Modu
     return found
 
 
-def named_parameters(model: PyroProgram, guide: PyroProgram, batch: Batch) -> dict[str, Tensor]:
+def named_parameters(
+    model: PyroProgram, guide: PyroProgram, batch: Batch, num_images: int
+) -> dict[str, Tensor]:
     """Returns the parameters of modules and of ``pyro.param`` statements, by name.
 
     Raises:
-        ValueError: If the model observes nothing.
+        ValueError: If the model observes nothing, or the guide cannot be trained on a part of the
+            ``num_images`` members of the data.
     """
     # Pyro's autoguides create their parameters when they are first run
     capture = poutine.trace(param_only=True)
     # the first step says where something is not finite
     with suppress(NonFiniteError), torch.no_grad(), nonfinite_as_error(), capture:
-        guide_trace = poutine.trace(guide).get_trace(*batch)
+        guide_trace: Any = poutine.trace(guide).get_trace(*batch)
+        if len(batch[0]) != num_images:
+            check_separable(guide_trace.nodes, data_plate(guide_trace.nodes, len(batch[0])))
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
         check_observes(poutine.trace(replayed).get_trace(*batch).nodes)
     named: dict[str, Tensor] = {}

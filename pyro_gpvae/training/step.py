@@ -141,7 +141,7 @@ class TrainingStep:
         batch = to_batch(data, model, guide)
         self.device = batch[0].device
         self.train(False)  # finding the parameters must not change running statistics
-        self.parameters = named_parameters(model, guide, batch)
+        self.parameters = named_parameters(model, guide, batch, num_images)
         self.train(True)
         trained = _trained(self.parameters)
         self.dtype = trained[0].dtype

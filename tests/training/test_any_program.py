@@ -1,5 +1,6 @@
 """Any Pyro program is trained on the right objective, or refused by name."""
 
+import math
 from contextlib import nullcontext
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy import Dying, Kill, exact_evidence, exact_posterior, images, linear_model
@@ -291,6 +293,22 @@ def test_data_that_are_no_batch(data, error, message):
     for options in ({"data": data}, {"validation": data}):
         with pytest.raises(error, match=message):
             train(**options)
+
+
+def test_a_guide_that_is_not_amortised_needs_all_data_in_one_batch():
+    vae = Exact().double()
+    for kind in (AutoMultivariateNormal, AutoNormal):
+        guide = kind(vae.model)
+        terms = elbo_terms(vae.model, guide, images(N), N)
+        assert all(map(math.isfinite, terms.values()))
+        fit(vae.model, guide, images(N), epochs=1, progress=False)
+        pyro.clear_param_store()
+    guide = AutoMultivariateNormal(vae.model)
+    message = r"draws \['z'\] of all members .*'_AutoMultivariateNormal_latent'.*all data in one"
+    with pytest.raises(ValueError, match=message):
+        elbo_terms(vae.model, guide, images(N), N + 1)
+    with pytest.raises(ValueError, match=message):
+        fit(vae.model, AutoMultivariateNormal(vae.model), images(N), epochs=1, batch_size=7)
 
 
 def test_initial_sigma_takes_floats_as_they_are_and_needs_an_image():
