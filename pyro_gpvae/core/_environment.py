@@ -67,5 +67,7 @@ def sha256(*data: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in data:
         for part in tensor.split(4096):  # they may be more than memory holds
-            digest.update(part.cpu().contiguous().numpy().data)
+            flat = part.cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+            # as bytes, because numpy has no bfloat16
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

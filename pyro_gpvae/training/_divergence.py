@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_gpvae.core._errors import NonFiniteError, name_images, unvalidated
+from pyro_gpvae.core._errors import NonFiniteError, name_images, nonfinite_as_error, unvalidated
 from pyro_gpvae.core._plates import in_plate
 from pyro_gpvae.core._seeds import preserve_rng
 from pyro_gpvae.data.batch import Batch, take, to_batch
@@ -139,7 +139,8 @@ def _not_finite_gradients(
     for i in range(len(bad)):
         try:
             one = take(batch, slice(i, i + 1))
-            loss: Any = objective.differentiable_loss(*programs, *one)
+            with nonfinite_as_error():
+                loss: Any = objective.differentiable_loss(*programs, *one)
             gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         except _ERRORS:
             bad[i] = True

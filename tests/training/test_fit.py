@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -81,11 +82,8 @@ def test_learns_and_logs_on_real_digits():
 
 def test_objective_comes_from_the_argument_or_the_guide_or_is_trace_elbo():
     losses = {}
-    for name, objective in (
-        ("guide's", None),
-        ("trace", Trace_ELBO()),
-        ("mf", TraceMeanField_ELBO()),
-    ):
+    objectives = {"guide's": None, "trace": Trace_ELBO(), "mf": TraceMeanField_ELBO()}
+    for name, objective in objectives.items():
         model, guide = pair()
         frame = fit(model, guide, uint8(10), epochs=1, elbo=objective, progress=False).frame()
         losses[name] = frame["loss"].iloc[0]
@@ -159,10 +157,9 @@ def test_blocks_train_their_own_parameters():
 class Scaled(PyroModule):
     """A guide with parameters that Pyro's global store knows by the names of its attributes."""
 
-    def __init__(self, lazy):
+    def __init__(self, model, encoder, lazy=False):
         super().__init__()
-        self.linear = linear_encoder().float()
-        self.head = nn.Linear(3, 2)
+        self.encoder, self.head, self.lazy = encoder, nn.Linear(3, 2), lazy
         if not lazy:
             self.width = PyroParam(torch.ones(2), constraint=dist.constraints.positive)
 
@@ -171,23 +168,17 @@ class Scaled(PyroModule):
         return torch.ones(2)
 
     def forward(self, x):
-        scale = self.scale if "width" not in self._pyro_params else self.width
+        scale = self.scale if self.lazy else self.width
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.head(self.linear(x)), scale).to_event(1))
-
-
-def scaled(lazy):
-    torch.manual_seed(0)
-    return linear_model().float(), Scaled(lazy)
+            pyro.sample("z", dist.Normal(self.head(self.encoder(x)), scale).to_event(1))
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_guides_of_one_class_have_parameters_of_their_own(lazy):
     options = {"epochs": 2, "batch_size": 5, "learning_rate": 0.1, "progress": False}
-    x = uint8(6)
 
     def trained(seed):
-        model, guide = scaled(lazy)
+        model, guide = pair(partial(Scaled, lazy=lazy))
         history = fit(model, guide, uint8(20), seed=seed, **options).frame()
         return model, guide, history.drop(columns="seconds")
 
@@ -198,66 +189,41 @@ def test_guides_of_one_class_have_parameters_of_their_own(lazy):
         alone = trained(1)
     with pyro.get_param_store().scope():
         first = trained(0)
-        before, score = values(first), log_evidence(*first[:2], x, 5, seed=0).mean
+        before, score = values(first), log_evidence(*first[:2], uint8(6), 5, seed=0).mean
         second = trained(1)
         assert second[2].equals(alone[2])
         assert all(torch.equal(v, alone[1].state_dict()[n]) for n, v in values(second).items())
-        assert log_evidence(*first[:2], x, 5, seed=0).mean == score
+        assert log_evidence(*first[:2], uint8(6), 5, seed=0).mean == score
         assert all(torch.equal(v, before[n]) for n, v in values(first).items())
 
 
-class Wide(PyroModule):
-    def __init__(self, width):
-        super().__init__()
-        self.width = PyroParam(torch.full((2,), width), constraint=dist.constraints.positive)
-
-    def posterior(self, x):
-        return dist.Normal(x.flatten(1)[:, :2], self.width).to_event(1)
-
-    def forward(self, x):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", self.posterior(x))
-
-
-def test_what_pyro_param_made_stays_where_it_is():
-    class Mixed(PyroModule):
-        def __init__(self):
-            super().__init__()
-            self.scale = PyroParam(torch.ones(2), constraint=dist.constraints.positive)
-
+def test_what_statements_made_in_pyros_store_is_trained_and_stays_there():
+    class Mixed(Scaled):
         def forward(self, x):
             loc = pyro.param("loc", torch.zeros(2))
             with pyro.plate("data", len(x)):
-                pyro.sample("z", dist.Normal(loc, self.scale).to_event(1))
+                pyro.sample("z", dist.Normal(loc, self.width).to_event(1))
 
-    with pyro.get_param_store().scope():
-        other = nn.Linear(1, 1)
-        pyro.module("other", other)
-        model, guide = linear_model().float(), Mixed()
-        fit(model, guide, uint8(20), epochs=3, batch_size=5, progress=False)
-        assert not torch.equal(pyro.param("loc"), torch.zeros(2))
-        assert pyro.param("other$$$weight") is other.weight
-        trained = pyro.param("loc").tolist()
-        log_evidence(model, guide, uint8(3), 2)
-        assert pyro.param("loc").tolist() == trained
-
-
-def test_what_pyro_module_made_is_trained_beside_a_pyro_module():
     def model(x):
         net = pyro.module("decoder", nn.Linear(2, 6), update_module_params=True)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x.flatten(1))
 
-    with pyro.get_param_store().scope():
-        torch.manual_seed(0)
-        guide = Wide(1.0)
-        fit(model, guide, uint8(20), epochs=1, batch_size=5, progress=False)
-        first = pyro.param("decoder$$$weight").tolist()
+    def values():
+        return [pyro.param(name).tolist() for name in ("loc", "decoder$$$weight")]
+
+    other, guide = nn.Linear(1, 1), Mixed(None, linear_encoder())
+    pyro.module("other", other)
+    states = []
+    for epochs in (1, 2):
+        fit(model, guide, uint8(20), epochs=epochs, batch_size=5, progress=False)
+        states.append(values())
         log_evidence(model, guide, uint8(3), 2)
-        assert pyro.param("decoder$$$weight").tolist() == first
-        fit(model, guide, uint8(20), epochs=2, batch_size=5, progress=False)
-        assert pyro.param("decoder$$$weight").tolist() != first
+        assert values() == states[-1]
+    assert all(first != second for first, second in zip(*states, strict=True))
+    assert states[0][0] != [0, 0]
+    assert pyro.param("other$$$weight") is other.weight
 
 
 @pytest.mark.parametrize(
