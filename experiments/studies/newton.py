@@ -61,7 +61,7 @@ END_TO_END = ("vae", "sa:1", "newton:1", "newton:1,covariance=diagonal")
 BUDGET = "newton:1"
 LEARNING_RATES = {"model.log_sigma": 1e-2}
 #: Importance samples for each image and proposal of the reference estimate, without annealing.
-REFERENCE_SAMPLES = 2000
+REFERENCE_SAMPLES = 500
 BATCH = 128
 REPEATS = 60
 #: The columns of the training from scratch, and their digits.
