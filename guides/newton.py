@@ -244,7 +244,7 @@ class RefinementELBO(DifferentiableELBO):
         num_particles: The number of draws, each of which runs the whole guide.
 
     Raises:
-        ValueError: If start_weight is negative.
+        ValueError: If start_weight is negative, or from the loss, if the guide is no NewtonGuide.
     """
 
     def __init__(self, start_weight: float = 1.0, num_particles: int = 1) -> None:
@@ -257,10 +257,15 @@ class RefinementELBO(DifferentiableELBO):
         model_trace.compute_log_prob()
         elbo: Any = sum(site["log_prob_sum"] for site in sample_sites(model_trace))
         for site in sample_sites(guide_trace):
+            if _STARTS not in site["infer"]:
+                raise ValueError(
+                    f"the guide's site {site['name']!r} is not refined by a NewtonGuide: "
+                    "use Trace_ELBO or TraceMeanField_ELBO"
+                )
             q = _detached(site["fn"])
             log_q = scale_and_mask(q.log_prob(site["value"]), site["scale"], site["mask"]).sum()
             elbo = elbo - log_q
-            for start in site["infer"][_STARTS] if self.start_weight else ():
+            for start in site["infer"][_STARTS]:
                 loss = 0.5 * _whitened(start - q.mean, q).square().sum(-1)
                 loss = self.start_weight * scale_and_mask(loss, site["scale"], site["mask"]).sum()
                 elbo = elbo - (loss - loss.detach())

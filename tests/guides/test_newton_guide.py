@@ -197,6 +197,13 @@ def test_the_safeguard_never_lowers_the_log_joint(width):
         assert (model.log_joint(x, free) < model.log_joint(x, z)).any()
 
 
+def test_the_number_of_steps_can_be_changed():
+    model, x = curved_model(), images(3)
+    one, two = build(model, 1), build(model, 2)
+    one.num_steps = 2
+    torch.testing.assert_close(one.posterior(x).mean, two.posterior(x).mean, rtol=0, atol=0)
+
+
 def test_steps_work_under_no_grad_and_leave_no_sites():
     model, x = curved_model(), images(3)
     guide = build(model, 2)
@@ -221,6 +228,15 @@ def test_steps_work_under_no_grad_and_leave_no_sites():
 def test_bad_options_are_named(option, message):
     with pytest.raises(ValueError, match=message):
         NewtonGuide(linear_model(), encoder=linear_encoder(), **option)
+
+
+def test_bad_arguments_of_its_objective_are_named():
+    with pytest.raises(ValueError, match="start_weight must not be negative, got -1"):
+        RefinementELBO(-1)
+    model = linear_model()
+    vae = GaussianGuide(model, linear_encoder()).double()
+    with pytest.raises(ValueError, match="the guide's site 'z' is not refined by a NewtonGuide"):
+        RefinementELBO().differentiable_loss(model, vae, images(2))
 
 
 def test_a_model_without_log_joint_is_named():
