@@ -33,6 +33,9 @@ class ConstantNoise(TorchDispatchMode):
             return out.copy_(torch.as_tensor(a + self.NORMAL * b))
         if name in ("rand", "rand_like", "uniform_"):
             return out.fill_(a + self.UNIFORM * (b - a))
+        if name in ("_standard_gamma", "_sample_dirichlet"):  # their means
+            total = args[0].sum(-1, keepdim=True) if name == "_sample_dirichlet" else 1.0
+            return out.copy_(args[0] / total)
         if name == "multinomial":
             mass = args[0]
             # the last category is not counted: rounding may keep the sum below one

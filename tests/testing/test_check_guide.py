@@ -1,5 +1,6 @@
 """The kit passes sound guides, and names what is wrong with broken ones."""
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -8,7 +9,7 @@ from broken_guides import BUGS, SOUND, WORDS, Flow, Global, Mixture, Small, Trac
 from torch import nn
 
 from pyro_gpvae import ImageModel, make_guide
-from pyro_gpvae.testing import GuideError, check_guide, linear_gaussian
+from pyro_gpvae.testing import GuideError, _batches, _structure, check_guide, linear_gaussian
 
 SHAPE = (1, 4, 4)
 
@@ -145,3 +146,66 @@ def test_real_size_without_make():
     images = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8)
     report = check_guide(make_guide("guides:GPGuide", model), model, images)
     assert report["evidence"].verdict == "ok"
+
+
+def rates(counts, exposure):
+    """Counts with two latent sites for each row: a positive rate, and the place of two numbers."""
+    with pyro.plate("rows", dim=-1):
+        rate = pyro.sample("rate", dist.Gamma(torch.full((len(counts),), 2.0), 1.0))
+        place = pyro.sample("place", dist.Normal(torch.zeros(len(counts), 2), 1.0).to_event(1))
+        mean = (exposure * rate).unsqueeze(-1) * place.exp()
+        pyro.sample("counts", dist.Poisson(mean).to_event(1), obs=counts)
+
+
+class OfRows(nn.Module):
+    def __init__(self, bug=None):
+        super().__init__()
+        self.bug = bug
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6))
+
+    def forward(self, counts, exposure):
+        features = torch.cat([counts.to(exposure).log1p(), exposure.unsqueeze(-1)], -1)
+        out = self.net(features)
+        if self.bug == "batch mean":
+            out = out - out.mean(0)
+        with pyro.plate("rows", dim=-1):
+            pyro.sample("rate", dist.LogNormal(out[:, 0], out[:, 1].exp()))
+            place = dist.Normal(out[:, 2:4], out[:, 4:].exp()).to_event(1)
+            with pyro.poutine.mask(mask=torch.tensor(self.bug != "mask")):
+                pyro.sample("place", place)
+
+
+@torch.no_grad()
+def weights_of_rows(model, guide, data, num_samples, chunk_size=None):
+    def densities(trace):
+        trace.compute_log_prob()
+        nodes = trace.nodes.values()
+        return sum(s["log_prob"] for s in nodes if s["type"] == "sample" and s["name"] != "rows")
+
+    rows = []
+    for _ in range(num_samples):
+        q = pyro.poutine.trace(guide).get_trace(*data)
+        p = pyro.poutine.trace(pyro.poutine.replay(model, trace=q)).get_trace(*data)
+        rows.append(densities(p) - densities(q))
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    for module in (_structure, _batches):
+        monkeypatch.setattr(module, "log_weights", weights_of_rows)
+    torch.manual_seed(0)
+    return torch.poisson(torch.full((5, 2), 3.0)).long(), torch.rand(5) + 0.5
+
+
+def test_a_program_of_counts_with_two_sites_in_any_plate(counts):
+    report = check_guide(OfRows(), rates, counts)
+    assert {p.name for p in report.promises if p.kept is None} == {"trace"}
+    assert report["sites"].figure == "rate: ('B',), place: ('B', 2)"
+
+
+@pytest.mark.parametrize(("bug", "promise"), [("batch mean", "batch"), ("mask", "sites")])
+def test_what_is_wrong_with_a_guide_of_counts_is_named(counts, bug, promise):
+    with pytest.raises(GuideError) as caught:
+        check_guide(OfRows(bug), rates, counts)
+    assert caught.value.promise.name == promise, str(caught.value)
