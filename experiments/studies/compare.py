@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 import tyro
 from _gap_against_time import gap_against_time
+from _study import RunOptions
 
 from pyro_gpvae.core._files import read_json, write_json, write_text
 from pyro_gpvae.data.batch import to_batch
@@ -49,36 +50,18 @@ BATCH = 128
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(RunOptions):
     """Options of the comparison.
 
     Attributes:
-        data: Name of a data set or path of an .npz file.
-        root: Folder of data sets.
-        epochs: Passes over the training images, of every run.
-        seeds: Number of seeds, starting from 0.
-        latent_dim: Dimension p of z.
-        train_images: Use only the first so many training images; None is all.
         test_images: Evaluate the first so many test images.
         num_samples: Importance samples K per image.
-        guides: Only these guides and the VAE; by default all.
-        device: "cpu" or "cuda"; None is CUDA if there is one.
         out: Folder of runs and results.
-        render: Only make table and figure again from compare.json in --out.
     """
 
-    data: str = "mnist5k"
-    root: str | None = None
-    epochs: int = 20
-    seeds: int = 1
-    latent_dim: int = 10
-    train_images: int | None = None
     test_images: int = 200
     num_samples: int = 100
-    guides: tuple[str, ...] = ()
-    device: str | None = None
     out: Path = Path("runs/compare")
-    render: bool = False
 
 
 def main(options: Options) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import tyro
+from _study import RunOptions
 
 from pyro_gpvae.core._files import read_json, write_text
 from pyro_gpvae.evaluation.importance import ParetoWarning
@@ -49,44 +50,26 @@ _IRRELEVANT = (*PLACE, "test_images", "num_samples")
 
 
 @dataclass(kw_only=True)
-class Options:
+class Options(RunOptions):
     """Options of the table.
 
     Attributes:
-        data: Name of a data set or path of an .npz file.
-        root: Folder of data sets.
-        epochs: Passes over the training images.
-        seeds: Number of seeds, starting from 0.
-        latent_dim: Dimension p of z.
-        train_images: Use only the first so many training images; None is all.
         images: Decompose the gaps of the first so many test images.
-        guides: Only these guides; by default all.
         num_samples: Samples K per image for each ELBO.
         reference_samples: Samples K per image from the best full Gaussian.
         ais_chains: Chains per image of annealed importance sampling; 0 for none.
         ais_steps: Its steps.
-        device: "cpu" or "cuda"; None is CUDA if there is one.
         runs: Folder of runs and of finished images.
         docs: Folder of the results.
-        render: Only make text and picture again.
     """
 
-    data: str = "mnist5k"
-    root: str | None = None
-    epochs: int = 20
-    seeds: int = 1
-    latent_dim: int = 10
-    train_images: int | None = None
     images: int = 100
-    guides: tuple[str, ...] = ()
     num_samples: int = 500
     reference_samples: int = 1000
     ais_chains: int = 8
     ais_steps: int = 30
-    device: str | None = None
     runs: Path = Path("runs/gap_table")
     docs: Path = Path("docs")
-    render: bool = False
 
 
 def main(options: Options) -> None:
@@ -142,20 +125,11 @@ def collect(options: Options) -> None:
 
 def configurations(options: Options) -> list[RunConfig]:
     """Returns the configurations of the runs."""
+    names = ("data", "root", "epochs", "latent_dim", "train_images", "device")
+    shared = {name: getattr(options, name) for name in names} | {"test_images": options.images}
+    guides = options.guides or GUIDES
     return [
-        RunConfig(
-            data=options.data,
-            root=options.root,
-            guide=guide,
-            epochs=options.epochs,
-            latent_dim=options.latent_dim,
-            train_images=options.train_images,
-            test_images=options.images,
-            seed=seed,
-            device=options.device,
-        )
-        for guide in (options.guides or GUIDES)
-        for seed in range(options.seeds)
+        RunConfig(guide=g, seed=seed, **shared) for g in guides for seed in range(options.seeds)
     ]
 
 
