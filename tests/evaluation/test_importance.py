@@ -4,7 +4,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,9 +14,7 @@ from guides import GaussianGuide, GPGuide
 from pyro_gpvae import (
     ImageModel,
     NonFiniteError,
-    PerImage,
     evidence_curve,
-    fit,
     log_evidence,
     log_weights,
     make_guide,
@@ -456,10 +453,6 @@ def test_images_in_another_plate_are_refused(plate, message):
     x, guide = images(4), Guide()
     with pytest.raises(ValueError, match=message):
         log_evidence(model, guide, x, 3)
-    with pytest.raises(ValueError, match=message):
-        fit(model, guide, (255 * x).byte(), epochs=1)
-    with pytest.raises(ValueError, match=message):
-        Trace_ELBO().loss(PerImage(model, 20), PerImage(guide, 20), x)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 100])
