@@ -78,12 +78,14 @@ def _explain(training_step: TrainingStep, step: int, batch: Batch, index: Tensor
     if broken:
         terms = [f"before it, {', '.join(broken[:3])} is not finite"]
     else:
-        for objective, programs in zip(
-            training_step.objectives, training_step.programs, strict=True
+        for block, objective, programs in zip(
+            training_step.blocks, training_step.objectives, training_step.programs, strict=True
         ):
             terms, bad = _not_finite_terms(programs, batch)
             if not terms:
-                terms, bad = _not_finite_gradients(objective, programs, batch, parameters)
+                own = {id(p) for p in block.parameters}
+                trained = {name: p for name, p in parameters.items() if id(p) in own}
+                terms, bad = _not_finite_gradients(objective, programs, batch, trained)
             if terms:
                 break
         terms = [training_step.reason] if training_step.reason else terms
@@ -127,12 +129,11 @@ def _not_finite_gradients(
     objective: Objective,
     programs: tuple[PerImage, PerImage],
     batch: Batch,
-    parameters: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
 ) -> tuple[list[str], Tensor]:
-    """The parameters whose gradient is not finite, and for which images alone, (B,)."""
+    """The trained parameters whose gradient is not finite, and for which images alone, (B,)."""
     bad = torch.zeros(len(batch[0]), dtype=torch.bool, device=batch[0].device)
     names: dict[str, None] = {}
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
     for module in itertools.chain(*(program.modules() for program in programs)):
         if isinstance(module, _BatchNorm):  # a single image has no batch statistics
             module.eval()

@@ -2,8 +2,8 @@ r"""The parameters that a training changes: their names and their learning rates
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -98,14 +98,16 @@ def parameter_groups(
     """Returns for each block the groups of its parameters, one for each learning rate.
 
     Raises:
-        ValueError: If a learning rate is of a parameter that no block trains, or two blocks train
-            the same parameter.
+        ValueError: If a learning rate is of a parameter that no block trains, or a parameter
+            is in two blocks.
     """
-    counts = Counter(id(p) for block in blocks for p in block.parameters)
-    shared = [name for name, p in parameters.items() if counts[id(p)] > 1]
-    if shared:
-        raise ValueError(f"the parameters {shared[:3]} are in several blocks: each needs one")
-    trained = set(counts)
+    names = {id(p): name for name, p in parameters.items()}
+    trained: set[int] = set()
+    for p in itertools.chain(*(block.parameters for block in blocks)):
+        if id(p) in trained:  # a parameter that no module holds has no name
+            name = names.get(id(p), f"of shape {tuple(p.shape)}")
+            raise ValueError(f"the parameter {name} is in several blocks, or twice in one")
+        trained.add(id(p))
     rates = {}
     for name, rate in learning_rates.items():
         if name not in parameters or id(parameters[name]) not in trained:

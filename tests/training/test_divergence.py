@@ -83,6 +83,29 @@ class Second(Breaking):
         ]
 
 
+class WithRoot(TraceMeanField_ELBO):
+    """Adds 0, whose derivative in a parameter is not a number."""
+
+    def __init__(self, parameter):
+        super().__init__()
+        self.parameter = parameter
+
+    def differentiable_loss(self, *args):
+        root = (0 * self.parameter).sum().sqrt()
+        return super().differentiable_loss(*args) + root
+
+
+class Unused(GaussianGuide):
+    """The first block's loss has no finite gradient, but only in what the second one trains."""
+
+    def blocks(self, model):
+        theirs = list(model.parameters())
+        return [
+            Block(WithRoot(theirs[0]), list(self.parameters())),
+            Block(WithRoot(theirs[-1]), theirs),
+        ]
+
+
 def with_white(*numbers):
     """Images of which some break the guide."""
     data = GOOD.clone()
@@ -197,4 +220,11 @@ def test_broken_parameters_are_named_as_such():
     with torch.no_grad():
         guide.head.weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"step 1: before it, guide.head.weight is not finite"):
+        trained(lambda: (model, guide), epochs=1)
+
+
+def test_a_block_is_blamed_only_for_what_it_trains():
+    model, guide = of(Unused)
+    *_, (last, _) = model.named_parameters()
+    with pytest.raises(NonFiniteError, match=f"step 1: gradient of model.{last}, in"):
         trained(lambda: (model, guide), epochs=1)

@@ -127,12 +127,19 @@ def test_blocks_are_differentiated_at_the_same_parameters():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_parameter_in_two_blocks_is_refused():
+@pytest.mark.parametrize(
+    ("nameless", "name"), [(False, "guide.head.bias"), (True, r"of shape \(5,\)")]
+)
+def test_a_parameter_in_two_blocks_is_refused(nameless, name):
+    hidden = torch.nn.Parameter(torch.zeros(5))  # no module holds it, so it has no name
+
     class Blocks(GaussianGuide):
         def blocks(self, model):
-            return [Block(Trace_ELBO(), list(self.parameters()))] * 2
+            parts = [self.parameters(), model.parameters()]
+            shared = [hidden if nameless else self.head.bias]
+            return [Block(Trace_ELBO(), [*part, *shared]) for part in parts]
 
-    with pytest.raises(ValueError, match=r"\['guide.encoder.* are in several blocks"):
+    with pytest.raises(ValueError, match=f"the parameter {name} is in several blocks"):
         fit(*pair(Blocks), uint8(10), epochs=1, progress=False)
 
 
