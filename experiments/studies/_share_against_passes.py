@@ -32,7 +32,7 @@ def share_against_passes(rows: list[dict[str, Any]], caption: str = "") -> Figur
         passes = statistics.mean(row["decoder_passes"] for row in group)
         points.append((passes, statistics.mean(shares), spread, name))
     points.sort()
-    figure = Figure(figsize=(6.5, 4.5), dpi=150)
+    figure = Figure(figsize=(6.5, 4.8), dpi=150)
     axes = figure.subplots()
     highest = [*accumulate((share for _, share, *_ in points), max)]
     axes.step([point[0] for point in points], highest, where="post", color="0.6", label="frontier")

@@ -284,12 +284,13 @@ def markdown(record: dict[str, Any]) -> str:
             group = [row for row in joint if (row["guide"], row["decoder"]) == (name, budget)]
             cells = [_mean(group, key, digits) for key, digits in _JOINT.items()]
             lines.append(f"| `{name}` ({len(group)}) | {budget} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", caption(record), ""])
+    text = caption(record) + (joint_caption(record) if joint else "")
+    return "\n".join([*lines, "", text, ""])
 
 
 def caption(record: dict[str, Any]) -> str:
     """Returns the data, the budget, the seeds and the machine, in sentences."""
-    text = (
+    return (
         f"{record['data']}: {record['train_images']:,} training and {record['test_images']} "
         f"test images, p = {record['latent_dim']}, networks of the paper's tables, "
         f"{record['epochs']} epochs for the VAE and as many again for every trained guide, "
@@ -300,16 +301,18 @@ def caption(record: dict[str, Any]) -> str:
         f"vectors, the fastest of {REPEATS} each, the encoder included, on one thread of "
         f"{record['device']}, which other processes used at the same time."
     )
-    if record["end_to_end"]:
-        untrusted = max(row.get("untrusted", 0) for row in record["rows"])
-        text += (
-            " Trained together: from random weights, the learning rate of σ is 1e-2; log p(x) by "
-            f"`reference_evidence` with {REFERENCE_SAMPLES} samples of each proposal and no "
-            f"annealing (not reliable for at most {untrusted} images of a guide); the CPU time of "
-            "a training step is in units of that of the VAE, and equal time is that of "
-            f"{record['epochs']} epochs of `{BUDGET}`."
-        )
-    return text
+
+
+def joint_caption(record: dict[str, Any]) -> str:
+    """Returns what the second table needs in addition."""
+    untrusted = max(row.get("untrusted", 0) for row in record["rows"])
+    return (
+        " Trained together: from random weights, the learning rate of σ is 1e-2; log p(x) by "
+        f"`reference_evidence` with {REFERENCE_SAMPLES} samples of each proposal and no "
+        f"annealing (not reliable for at most {untrusted} images of a guide); the CPU time of "
+        "a training step is in units of that of the VAE, and equal time is that of "
+        f"{record['epochs']} epochs of `{BUDGET}`."
+    )
 
 
 def _mean(rows: list[dict[str, Any]], key: str, digits: int, factor: float = 1.0) -> str:
