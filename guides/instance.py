@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import BorrowedModules, Program
 from pyro_gpvae.evaluation import (
     Autoguide,
@@ -19,6 +17,7 @@ from pyro_gpvae.evaluation import (
     optimise_autoguide,
     optimise_gaussian,
 )
+from pyro_gpvae.model.density import sample_posterior
 
 __all__ = ["InstanceGuide", "InstanceOptimum"]
 
@@ -31,9 +30,9 @@ class InstanceGuide(Program):
     batch, and serves as the proposal of :func:`pyro_gpvae.log_evidence` for any model.
 
     Arguments:
-        model: The model, whose decoder and likelihood are used.
+        model: The model, any Pyro program whose latents are continuous.
         covariance: "diagonal" or "full".
-        warm_start: Any guide with ``posterior(x)``, whose mean is the start; by default zero.
+        warm_start: A guide, whose posterior mean is the start where its q(z|x) is known.
         tolerance: The tolerance of the ELBO of an image, in nats.
         max_steps: The largest number of steps; by default 200, and 3000 of Adam with an autoguide.
         num_starts: The number of starting points of the search for a mode.
@@ -70,8 +69,7 @@ class InstanceGuide(Program):
             )
         if max_steps is None:
             max_steps = 200 if autoguide is None else 3000
-        check_optimum_options(covariance, warm_start, tolerance, max_steps, num_starts)
-        self.latent_dim: int = model.latent_dim
+        check_optimum_options(covariance, tolerance, max_steps, num_starts)
         self.covariance: Covariance = covariance
         self.tolerance = tolerance
         self.max_steps = max_steps
@@ -80,8 +78,8 @@ class InstanceGuide(Program):
         # in tuples, so that their parameters are not this guide's
         self._model, self._start = BorrowedModules((model,)), BorrowedModules((warm_start,))
 
-    def optimise(self, x: Tensor) -> InstanceOptimum:
-        """Optimises the posterior of each image of x (B, C, H, W).
+    def optimise(self, *batch: Tensor) -> InstanceOptimum:
+        """Optimises the posterior of each member of a batch, such as images (B, C, H, W).
 
         Raises:
             torch.linalg.LinAlgError: If the curvature of an image's log joint is not finite;
@@ -95,17 +93,22 @@ class InstanceGuide(Program):
             "num_starts": self.num_starts,
         }
         if self.autoguide is not None:
-            return optimise_autoguide(model, x, self.autoguide, **options)
-        return optimise_gaussian(model, x, self.covariance, **options)
+            return optimise_autoguide(model, batch, self.autoguide, **options)
+        return optimise_gaussian(model, batch, self.covariance, **options)
 
-    def posterior(self, x: Tensor) -> TorchDistribution:
-        """Returns q*(z|x), batch shape (B,), event shape (p,); warns of images not converged."""
-        optimum = self.optimise(x)
+    def posterior(self, *batch: Tensor) -> TorchDistribution:
+        """Returns q*(z|x), batch shape (B,), event shape (p,); warns of images not converged.
+
+        For a model with several latent sites, or constrained ones, it is a
+        :class:`pyro_gpvae.model.density.LatentPosterior`.
+        """
+        optimum = self.optimise(*batch)
         optimum.warn_unless_converged()
         return optimum.posterior
 
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.posterior(x)
-        with pyro.plate(DATA_PLATE, len(x), dim=-1):
-            z: Tensor = pyro.sample("z", q)
-        return z
+    def forward(self, *batch: Tensor) -> None:
+        optimum = self.optimise(*batch)
+        optimum.warn_unless_converged()
+        density = optimum.density
+        name, plate = next(iter(density.sites)), density.structure.plate
+        sample_posterior(optimum.posterior, len(density), plate, name)

@@ -2,6 +2,7 @@ r"""VLAE: the Laplace approximation at a refined mean, by Jacobians of the decod
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, get_args
 
 import pyro.distributions as dist
@@ -104,7 +105,7 @@ class LaplaceGuide(GaussianGuide):
             factor, _ = inverse_cholesky(precision)
             direction = (factor @ (factor.mT @ gradient.unsqueeze(-1))).squeeze(-1)
             sizes = STEP_SIZES if self.step == "line_search" else (0.5 / (t + 1),)
-            loc = line_search(model, x, loc, direction.to(loc.dtype), sizes)
+            loc = line_search(partial(model.log_joint, x), loc, direction.to(loc.dtype), sizes)
             check_finite(f"the mean after step {t + 1}", loc)
         _, precision = linearize(model, x, loc)
         factor, jitter = inverse_cholesky(precision)

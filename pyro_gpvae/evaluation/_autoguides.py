@@ -14,15 +14,17 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.distributions.transforms import AffineTransform
 from pyro.infer import Trace_ELBO, autoguide
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
+from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.batch import to_batch
-from pyro_gpvae.evaluation._common import check_images, evaluator
+from pyro_gpvae.data.batch import Data, to_batch
+from pyro_gpvae.evaluation._common import evaluator
 from pyro_gpvae.evaluation.optimum import InstanceOptimum, check_optimum_options, laplace_start
-from pyro_gpvae.model.guide import HasPosterior
-from pyro_gpvae.model.image_model import ImageModel
+from pyro_gpvae.model._local import is_point
+from pyro_gpvae.model.density import JointDensity
+from pyro_gpvae.model.guide import check_program_data
 
 Autoguide = Callable[[Any], Any] | str
 
@@ -32,25 +34,25 @@ _PARTICLES, _WINDOW, _RATES = 16, 50, (0.05, 0.015, 0.005)
 
 @evaluator
 def optimise_autoguide(
-    model: ImageModel,
-    x: Tensor,
+    model: PyroProgram,
+    data: Data,
     guide: Autoguide,
     *,
-    start: HasPosterior | None = None,
+    start: Any = None,
     tolerance: float = 0.05,
     max_steps: int = 3000,
     num_starts: int = 2,
 ) -> InstanceOptimum:
     """Fits one of Pyro's autoguides to the posterior of each image, one after the other, by Adam.
 
-    The latent site of an image is ``"u"``, with z = μ + s u for the mode μ and the scale s of the
-    Laplace approximation. The gap is the gain of the last 50 steps. This is slow, and meant as a
-    check of :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`.
+    The guide's site is ``"v"``, with u = μ + s v for the mode μ and the scale s of the Laplace
+    approximation. The gap is the gain of the last 50 steps. This is slow, and meant as a check of
+    :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`.
 
     Arguments:
         guide: A class of :mod:`pyro.infer.autoguide` with a density, such as
             ``AutoMultivariateNormal``, its name, or a function from a Pyro model to a guide.
-        model, x, start, tolerance, max_steps, num_starts: See
+        model, data, start, tolerance, max_steps, num_starts: See
             :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`.
 
     Raises:
@@ -58,20 +60,20 @@ def optimise_autoguide(
             density.
     """
     make = load_autoguide(guide)
-    check_optimum_options("diagonal", start, tolerance, max_steps, num_starts)
-    check_images(model, x)
-    x = to_batch(x, model)[0]
-    loc, factor, jitter = laplace_start(model, x, "diagonal", start, num_starts)
+    check_optimum_options("diagonal", tolerance, max_steps, num_starts)
+    check_program_data(model, data)
+    density = JointDensity(model, to_batch(data, model))
+    loc, factor, jitter = laplace_start(density, "diagonal", start, num_starts)
     scale = factor.diagonal(dim1=-2, dim2=-1)
     found = [
-        _fit(model, image[None], mu, s, make, tolerance, max_steps)
-        for image, mu, s in zip(x, loc, scale, strict=True)
+        _fit(density[n : n + 1], loc[n], scale[n], make, tolerance, max_steps)
+        for n in range(len(density))
     ]
     posteriors, elbos, gaps, steps = zip(*found, strict=True)
-    elbo, gap = x.new_tensor(elbos), x.new_tensor(gaps)
-    counts = torch.tensor(steps, device=x.device)
-    joint = Stack(posteriors)
-    return InstanceOptimum(joint, elbo, gap, gap < tolerance, counts, jitter, tolerance)
+    elbo, gap = loc.new_tensor(elbos), loc.new_tensor(gaps)
+    counts = torch.tensor(steps, device=loc.device)
+    q = density.posterior(Stack(posteriors))
+    return InstanceOptimum(q, elbo, gap, gap < tolerance, counts, jitter, tolerance, density)
 
 
 def load_autoguide(spec: Autoguide) -> Callable[[Any], Any]:
@@ -85,32 +87,33 @@ def load_autoguide(spec: Autoguide) -> Callable[[Any], Any]:
 
 
 def _fit(
-    model: ImageModel,
-    image: Tensor,
+    density: JointDensity,
     loc: Tensor,
     scale: Tensor,
     make: Callable[[Any], Any],
     tolerance: float,
     max_steps: int,
 ) -> tuple[TorchDistribution, float, float, int]:
-    """Returns q(z|x) of one image (1, C, H, W), its ELBO, last gain and number of steps."""
+    """Returns q(u|x) of one image, its ELBO, last gain and number of steps."""
 
     def program() -> None:
         flat = dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1).mask(False)
-        u = pyro.sample("u", flat)
-        log_joint = model.log_joint(image, (loc + scale * u).unsqueeze(-2)).squeeze(-1)
-        pyro.factor("log_joint", log_joint + scale.log().sum())
+        v = pyro.sample("v", flat)
+        log_joint = density.log_prob((loc + scale * v).reshape(-1, 1, len(loc)))
+        pyro.factor("log_joint", log_joint.reshape(v.shape[:-1]) + scale.log().sum())
 
     with (
-        pyro.get_param_store().scope(),  # else the guide would start with the last image's values
-        seeded(0, image.device),  # the same numbers for every image, wherever it is in the batch
+        _without_modules(),  # else the guide would start with the last image's values
+        seeded(0, loc.device),  # the same numbers for every image, wherever it is in the batch
         torch.enable_grad(),
     ):
         with _defaults(loc):
             guide = make(program)
             guide()  # creates the parameters
             _posterior(guide)  # refuses a guide without a density before the work
-        objective = Trace_ELBO(_PARTICLES, vectorize_particles=True, max_plate_nesting=0)
+        # the plate of particles must leave the dimensions of the model's plates free
+        dims = density.structure.nesting + 1
+        objective = Trace_ELBO(_PARTICLES, vectorize_particles=True, max_plate_nesting=dims)
         parameters = list(guide.parameters())
         optimizer = torch.optim.Adam(parameters, _RATES[0])
         elbo, gap, steps = -math.inf, math.inf, 0
@@ -133,18 +136,29 @@ def _fit(
 
 
 def _posterior(guide: Any) -> Any:
-    """The distribution of the site "u", or of its unconstrained value, in an autoguide."""
+    """The distribution of the site "v", or of its unconstrained value, in an autoguide."""
     if isinstance(guide, autoguide.AutoContinuous):
         q = guide.get_posterior()
     else:
         nodes = poutine.trace(guide).get_trace().nodes
-        q = nodes.get("u_unconstrained", nodes["u"])["fn"]
-    if isinstance(getattr(q, "base_dist", q), dist.Delta) or isinstance(q, dist.Delta):
+        q = nodes.get("v_unconstrained", nodes["v"])["fn"]
+    if is_point(q):
         raise ValueError(
             f"the posterior of {type(guide).__name__} is a point and has no density: use another "
             "autoguide, such as AutoNormal"
         )
     return q
+
+
+@contextmanager
+def _without_modules() -> Iterator[None]:
+    """Hides parameters of PyroModules in Pyro's store, which a new guide would take as its own."""
+    store = pyro.get_param_store()
+    state: Any = store.get_state()
+    own = {n for n, p in state["params"].items() if "$$$" in n or not isinstance(p, nn.Parameter)}
+    kept: Any = {key: {n: v for n, v in part.items() if n in own} for key, part in state.items()}
+    with store.scope(kept):
+        yield
 
 
 @contextmanager

@@ -7,21 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-import pyro
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 from tqdm.auto import tqdm
 
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
-from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.evaluation._common import check_posterior, local_sites, log_joint_of, name_of
-from pyro_gpvae.model.guide import posterior_of
+from pyro_gpvae.evaluation._common import find_posterior
+from pyro_gpvae.model._local import name_of
+from pyro_gpvae.model.density import JointDensity, LatentPosterior, base_of
 
-# the target acceptance, and the rate of log step += rate * (accepted - target)
+# log step += accepted - target after each move, so that short schedules reach the target, too
 _TARGET_ACCEPTANCE = 0.65
-_RATE = 0.2
 # each pilot chain adapts the step size of so many chains, and is then discarded
 _CHAINS_PER_PILOT = 4
 # draws of the start, for each latent dimension, to estimate its covariance
@@ -29,9 +27,9 @@ _DRAWS_PER_DIMENSION = 100
 
 
 class _State(NamedTuple):
-    """Chains at z (C, B, p), both log densities there (C, B), and their gradients."""
+    """Chains at u (C, B, n), both log densities there (C, B), and their gradients."""
 
-    z: Tensor
+    u: Tensor
     log_q: Tensor
     log_p: Tensor
     grad_q: Tensor
@@ -61,37 +59,35 @@ class Forward:
 
 @dataclass
 class AnnealingPath:
-    """The densities between q0(z|x) and p(x, z) for B images, with the start of the chains.
+    """The densities between q0(u) and p(x, u) for B images, with the start of the chains.
 
-    ``log_q`` and ``log_p`` map z (C, B, p) to (C, B); ``z`` (P + C, B, p) is the start of P pilots
-    and C chains; momenta are N(0, (S Sᵀ)⁻¹) with S = ``scale`` (B, p, p), S Sᵀ the covariance of
+    ``log_q`` and ``log_p`` map u (C, B, n) to (C, B); ``u`` (P + C, B, n) is the start of P pilots
+    and C chains; momenta are N(0, (S Sᵀ)⁻¹) with S = ``scale`` (B, n, n), S Sᵀ the covariance of
     the start.
     """
 
     log_q: Callable[[Tensor], Tensor]
     log_p: Callable[[Tensor], Tensor]
-    z: Tensor
+    u: Tensor
     scale: Tensor
     generators: list[torch.Generator]
     num_pilots: int
 
     @staticmethod
-    def start(
-        model: PyroProgram,
-        x: Tensor,
-        starts: Sequence[Distribution],
-        seed: int,
-        indices: Sequence[int],
-        num_chains: int,
-    ) -> AnnealingPath:
-        """Draws the start of images x from their distributions, each with its own stream."""
-        num_draws = chains_with_pilots(num_chains)
+    def of(start: Start, seed: int, indices: Sequence[int], num_chains: int) -> AnnealingPath:
+        """Draws the start of the chains of each image, each with its own stream."""
+        density, num_draws = start.density, chains_with_pilots(num_chains)
         chains, scales = [], []
-        for q, index in zip(starts, indices, strict=True):
-            with seeded(image_seed(seed, index, "start"), x.device):
-                z = q.sample(torch.Size((num_draws,)))
-                draws = q.sample(torch.Size((_DRAWS_PER_DIMENSION * z.shape[-1],)))[:, 0]
-            chains.append(z)
+        for n, index in enumerate(indices):
+            with seeded(image_seed(seed, index, "start"), density.batch[0].device):
+                u = start.sample(n, num_draws)
+                draws = start.sample(n, _DRAWS_PER_DIMENSION * density.dim)[:, 0]
+            if not bool(u.isfinite().all()):
+                raise ValueError(
+                    f"the start of annealing of image {index} lies outside the support of "
+                    f"{' or '.join(map(repr, density.sites))}: give guide and model the same one"
+                )
+            chains.append(u)
             covariance = torch.atleast_2d(draws.double().mT.cov())
             scale, failed = torch.linalg.cholesky_ex(covariance)
             if failed:
@@ -99,22 +95,22 @@ class AnnealingPath:
                     f"annealing cannot start from q(z|x) of image {index}, which has no density: "
                     "its draws do not fill the latent space"
                 )
-            scales.append(scale.to(z.dtype))
+            scales.append(scale.to(u.dtype))
         return AnnealingPath(
-            _joined(starts),
-            log_joint_of(model, x),
+            start.log_prob,
+            density.log_prob,
             torch.cat(chains, dim=1),
             torch.stack(scales),
-            [torch.Generator().manual_seed(image_seed(seed, n, "moves")) for n in indices],
+            [torch.Generator("cpu").manual_seed(image_seed(seed, n, "moves")) for n in indices],
             num_draws - num_chains,
         )
 
     def forward(self, schedule: Sequence[float], num_leapfrog: int, bar: tqdm) -> Forward:
         """Anneals chains from the start to the posterior."""
-        state, pilots = self.at(self.z), self.num_pilots
-        leader = torch.arange(len(self.z) - pilots) % pilots
+        state, pilots = self.at(self.u), self.num_pilots
+        leader = torch.arange(len(self.u) - pilots) % pilots
         # with this step a standard normal has about the target acceptance, in any dimension
-        log_step = torch.full_like(state.log_p[:pilots], -math.log(self.z.shape[-1]) / 4)
+        log_step = torch.full_like(state.log_p[:pilots], -math.log(self.u.shape[-1]) / 4)
         log_weights = torch.zeros_like(state.log_p)
         acceptance = torch.zeros_like(state.log_p)
         steps = []
@@ -129,22 +125,22 @@ class AnnealingPath:
                 state, schedule[t], torch.cat([step, step[leader]]), num_leapfrog
             )
             acceptance += accepted
-            log_step = log_step + _RATE * (accepted[:pilots] - _TARGET_ACCEPTANCE)
+            log_step = log_step + accepted[:pilots] - _TARGET_ACCEPTANCE
         acceptance = acceptance / len(steps) if steps else torch.full_like(acceptance, torch.nan)
         return Forward(log_weights[pilots:], acceptance[pilots:], steps)
 
     def back(
         self,
-        z: Tensor,
+        u: Tensor,
         steps: Sequence[Tensor],
         schedule: Sequence[float],
         num_leapfrog: int,
         bar: tqdm,
     ) -> Tensor:
-        """Anneals chains back from z (B, p), drawn from the posterior; log weights (C, B)."""
-        num_chains = len(self.z) - self.num_pilots
+        """Anneals chains back from u (B, n), drawn from the posterior; log weights (C, B)."""
+        num_chains = len(self.u) - self.num_pilots
         leader = torch.arange(num_chains) % self.num_pilots
-        state = self.at(z.expand(num_chains, *z.shape))
+        state = self.at(u.expand(num_chains, *u.shape))
         log_weights = torch.zeros_like(state.log_p)
         for t in reversed(range(1, len(schedule))):
             bar.update()
@@ -154,32 +150,32 @@ class AnnealingPath:
                 state, _ = self.move(state, schedule[t - 1], step, num_leapfrog)
         return log_weights
 
-    def at(self, z: Tensor) -> _State:
-        """Evaluates both densities at z (C, B, p)."""
+    def at(self, u: Tensor) -> _State:
+        """Evaluates both densities at u (C, B, n)."""
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            log_q, log_p = self.log_q(z), self.log_p(z)
-            (grad_q,) = torch.autograd.grad(log_q.sum(), z)
-            (grad_p,) = torch.autograd.grad(log_p.sum(), z)
-        return _State(z.detach(), log_q.detach(), log_p.detach(), grad_q, grad_p)
+            u = u.detach().requires_grad_()
+            log_q, log_p = self.log_q(u), self.log_p(u)
+            (grad_q,) = torch.autograd.grad(log_q.sum(), u)
+            (grad_p,) = torch.autograd.grad(log_p.sum(), u)
+        return _State(u.detach(), log_q.detach(), log_p.detach(), grad_q, grad_p)
 
     def move(
         self, state: _State, beta: float, step: Tensor, num_leapfrog: int
     ) -> tuple[_State, Tensor]:
-        """Makes one HMC move of each chain with its step size (C, B), where z = S u.
+        """Makes one HMC move of each chain with its step size (C, B), where u = S v.
 
         Returns the new state and the acceptance probabilities (C, B).
         """
-        momentum, log_uniform = self._noise(len(state.z))
+        momentum, log_uniform = self._noise(len(state.u))
         step = step.unsqueeze(-1)
         first = momentum
         new, alive = state, torch.ones_like(state.log_p, dtype=torch.bool)
         for _ in range(num_leapfrog):
             momentum = momentum + step / 2 * self._transformed(new.gradient(beta), self.scale)
-            z = new.z + step * self._transformed(momentum, self.scale.mT)
-            # where a step is so long that z overflows, the chain stays, and is rejected below
-            alive = alive & z.isfinite().all(-1)
-            new = self.at(torch.where(alive.unsqueeze(-1), z, state.z))
+            u = new.u + step * self._transformed(momentum, self.scale.mT)
+            # where a step is so long that u overflows, the chain stays, and is rejected below
+            alive = alive & u.isfinite().all(-1)
+            new = self.at(torch.where(alive.unsqueeze(-1), u, state.u))
             momentum = momentum + step / 2 * self._transformed(new.gradient(beta), self.scale)
         kinetic = (momentum.square() - first.square()).sum(-1) / 2
         log_ratio = new.log_density(beta) - state.log_density(beta) - kinetic
@@ -188,10 +184,10 @@ class AnnealingPath:
 
     def _noise(self, num_chains: int) -> tuple[Tensor, Tensor]:
         """Standard normal momenta (C, B, p) and log uniform numbers (C, B)."""
-        shape = num_chains, self.z.shape[-1] + 1
+        shape = num_chains, self.u.shape[-1] + 1
         noise = [torch.randn(shape, generator=g, dtype=torch.float64) for g in self.generators]
-        both = torch.stack(noise, dim=1).to(self.z.device)
-        return both[..., :-1].to(self.z.dtype), torch.special.log_ndtr(both[..., -1])
+        both = torch.stack(noise, dim=1).to(self.u.device)
+        return both[..., :-1].to(self.u.dtype), torch.special.log_ndtr(both[..., -1])
 
     @staticmethod
     def _transformed(vectors: Tensor, matrix: Tensor) -> Tensor:
@@ -199,53 +195,79 @@ class AnnealingPath:
         return torch.einsum("cbi,bij->cbj", vectors, matrix)
 
 
-def start_distributions(
-    model: PyroProgram, x: Tensor, guide: Any, seed: int, indices: Sequence[int]
-) -> list[Distribution]:
-    """Returns q(z|x) of each image, or the prior without a guide: batch shape (1,) each."""
-    if guide is None:
-        return [_prior(model, image) for image in x.split(1)]
-    _prior(model, x[:1])
-    check_posterior(guide, "annealing needs its density q(z|x), or starts from the prior")
-    try:
-        with seeded(image_seed(seed, indices[0], "posterior"), x.device), nonfinite_as_error():
-            q: Any = posterior_of(guide, x)
-    except NonFiniteError as error:
-        where = f"{name_of(guide)}, for images {indices[0]} to {indices[-1]}"
-        raise NonFiniteError(
-            f"posterior(x) of the guide {where}: {error}", images=indices
-        ) from error
-    if q.batch_shape != (len(x),):
-        raise ValueError(
-            f"posterior(x) of the guide {name_of(guide)} has batch shape {tuple(q.batch_shape)}, "
-            f"expected ({len(x)},), one distribution per image"
-        )
-    starts = _split(q)
-    if not starts:
-        for image, index in zip(x.split(1), indices, strict=True):
-            with seeded(image_seed(seed, index, "posterior"), x.device):
-                starts.append(cast(Distribution, posterior_of(guide, image)))
-    try:
-        with seeded(0, x.device):
-            starts[0].log_prob(starts[0].sample())
-    except NotImplementedError:
-        raise ValueError(
-            f"the guide {name_of(guide)} has no density: its {type(q).__name__} has no log_prob"
-        ) from None
-    return starts
+class Start:
+    """The start q0(u) of annealing: the prior of a density, or one distribution for each image.
 
+    Arguments:
+        density: The joint density of the images.
+        parts: Distributions of batch shape (1,); by default, the start is the prior.
+        is_latent: Whether they are distributions of u, and not of the value of the only site.
+    """
 
-def _prior(model: PyroProgram, image: Tensor) -> Distribution:
-    """The model's distribution of z for one image; refuses models with other latent sites."""
-    # only the sites of this draw matter, not whether the decoder is finite there
-    with pyro.validation_enabled(False):
-        latent = local_sites(model, image).latent
-    if list(latent) != ["z"]:
-        raise ValueError(
-            "annealing needs a model whose only latent site in plate('data') is 'z', "
-            f"found {', '.join(map(repr, latent)) or 'none'}"
-        )
-    return cast(Distribution, latent["z"]["fn"])
+    def __init__(
+        self, density: JointDensity, parts: Sequence[Distribution] = (), is_latent: bool = True
+    ) -> None:
+        self.density, self.parts, self.is_latent = density, parts, is_latent
+        self._log_prob = _joined(parts) if parts else density.log_prior
+
+    @staticmethod
+    def of(density: JointDensity, guide: Any, seed: int, indices: Sequence[int]) -> Start:
+        """Returns the start from q(z|x) of a guide, or from the prior without a guide."""
+        if guide is None:
+            return Start(density)
+        device, name = density.batch[0].device, name_of(guide)
+        try:
+            with seeded(image_seed(seed, indices[0], "posterior"), device), nonfinite_as_error():
+                q: Any = find_posterior(guide, density.batch)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"posterior(x) of the guide {name}, for images {indices[0]} to {indices[-1]}: "
+                f"{error}", images=indices,
+            ) from error  # fmt: skip
+        if q is None or (len(density.sites) > 1 and not isinstance(q, LatentPosterior)):
+            raise ValueError(
+                f"the guide {name} has no posterior(x) of the sites {list(density.sites)}: "
+                "annealing needs its density q(z|x), or starts from the prior"
+            )
+        if q.batch_shape != (len(density),):
+            raise ValueError(
+                f"posterior(x) of the guide {name} has batch shape {tuple(q.batch_shape)}, "
+                f"expected ({len(density)},), one distribution per image"
+            )
+        parts = _split(base_of(q))
+        if not parts:
+            for n, index in enumerate(indices):
+                with seeded(image_seed(seed, index, "posterior"), device):
+                    parts.append(find_posterior(guide, density[n : n + 1].batch))
+        try:
+            with seeded(0, device):
+                parts[0].log_prob(parts[0].sample())
+        except NotImplementedError:
+            raise ValueError(
+                f"the guide {name} has no density: its {type(q).__name__} has no log_prob"
+            ) from None
+        return Start(density, parts, density.is_plain or isinstance(q, LatentPosterior))
+
+    def __getitem__(self, part: slice) -> Start:
+        return Start(self.density[part], self.parts[part], self.is_latent)
+
+    def sample(self, n: int, count: int) -> Tensor:
+        """Returns draws of u of the n-th image, (count, 1, n)."""
+        if not self.parts:
+            return self.density[n : n + 1].sample_prior(count)
+        z = self.parts[n].sample(torch.Size((count,)))
+        if self.is_latent:
+            return z
+        (name,) = self.density.sites
+        return self.density[n : n + 1].unconstrain({name: z}, count)
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Returns log q0(u), (K, B)."""
+        if self.is_latent:
+            return self._log_prob(u)
+        latents = self.density.constrain(u)
+        ((_, site),) = latents.sites.items()
+        return self._log_prob(site["value"]) + latents.log_jacobian
 
 
 def _gaussian_parts(q: Any) -> tuple[type[Distribution], str, Any] | None:

@@ -11,13 +11,13 @@ from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.evaluation._common import (
     batches,
     check_at_least,
-    check_images,
     device_of,
     evaluator,
     posterior_mean,
     progress_bar,
     seeded_if,
 )
+from pyro_gpvae.model.guide import check_program_data
 
 __all__ = ["ActiveUnits", "active_units"]
 
@@ -73,7 +73,7 @@ def active_units(
     Raises:
         ValueError: If there are fewer than two images, or the threshold is negative.
     """
-    check_images(model, images)
+    check_program_data(model, images)
     check_at_least(2, num_images=len(images))
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")

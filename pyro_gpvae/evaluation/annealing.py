@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, Unpack, cast
 
 import torch
+from pyro import poutine
+from pyro.distributions import Unit
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -14,25 +17,24 @@ from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.data.batch import to_batch
+from pyro_gpvae.data.batch import Batch, Data, take, to_batch
 from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
+    Settings,
+    Work,
     batches,
+    check_amortised,
     check_at_least,
-    check_images,
     check_log_weights,
     device_of,
     evaluator,
-    local_sites,
     progress_bar,
+    size_of,
 )
-from pyro_gpvae.evaluation._hmc import (
-    AnnealingPath,
-    Forward,
-    chains_with_pilots,
-    start_distributions,
-)
-from pyro_gpvae.evaluation.importance import Evidence
+from pyro_gpvae.evaluation._hmc import AnnealingPath, Forward, Start, chains_with_pilots
+from pyro_gpvae.evaluation.importance import Evidence, ParetoWarning
+from pyro_gpvae.model.density import JointDensity
+from pyro_gpvae.model.guide import check_program_data
 from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
 
 _Result = TypeVar("_Result")
 _WEIGHT = "a log p(x, z) or log q(z|x) in annealing"
+#: The smallest effective number of chains that is not warned of.
+_MIN_EFFECTIVE = 3
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,15 @@ class Sandwich:
     Attributes:
         lower, lower_error: From the start to the posterior, and its Monte-Carlo standard error.
         upper, upper_error: From the posterior back to the start, and its error for this z.
-        x: The simulated images, (B, C, H, W), not confined to [0, 1].
-        z: The latent vectors that they were simulated from, (B, p).
+        x: The simulated data, (B, ...), not confined to [0, 1]; a tuple for a model of tuples.
+        z: The latent vectors u that they were simulated from, (B, n).
     """
 
     lower: Tensor
     upper: Tensor
     lower_error: Tensor
     upper_error: Tensor
-    x: Tensor
+    x: Any
     z: Tensor
 
     @property
@@ -92,51 +96,48 @@ class Sandwich:
 @evaluator
 def annealed_evidence(
     model: PyroProgram,
-    x: Tensor,
+    data: Data,
     guide: PyroProgram | None = None,
     *,
     num_chains: int = 16,
     num_steps: int = 100,
     num_leapfrog: int = 3,
-    chunk_size: int | None = None,
-    seed: int | None = None,
-    first_image: int = 0,
-    progress: bool | str = False,
+    **work: Unpack[Work],
 ) -> AnnealedEvidence:
     r"""Estimates log p(x) of every image by annealed importance sampling (AIS, Neal 2001).
 
     .. math::
-        \log f_\beta(z) = (1 - \beta) \log q_0(z) + \beta \log p(x, z), \qquad
+        \log f_\beta(u) = (1 - \beta) \log q_0(u) + \beta \log p(x, u), \qquad
         \log w = \sum_{t=1}^{T} (\beta_t - \beta_{t-1})
-                 [\log p(x, z_{t-1}) - \log q_0(z_{t-1})]
+                 [\log p(x, u_{t-1}) - \log q_0(u_{t-1})]
 
-    Chains start at :math:`z_0 \sim q_0`, the prior or the guide's q(z|x), and follow a sigmoidal
-    schedule β with one HMC move after each step. The mean of w is p(x) exactly. For every four
-    chains a pilot chain adapts the step size to 65 % acceptance and is then discarded: a chain that
-    adapted to its own past would have a biased weight. Momenta have the inverse covariance of the
-    start. Every image has its own random numbers, so results do not depend on batches or chunks,
-    except for rounding and for guides whose ``posterior(x)`` draws random numbers.
+    for unconstrained latents u, see :class:`pyro_gpvae.model.density.JointDensity`. Chains start at
+    :math:`u_0 \sim q_0`, the prior or the guide's q(z|x), and follow a sigmoidal schedule β with
+    one HMC move after each step. The mean of w is p(x) exactly. For every four chains a pilot chain
+    adapts the step size to 65 % acceptance and is then discarded: a chain that adapted to its own
+    past would have a biased weight. Momenta have the inverse covariance of the start. Every image
+    has its own random numbers, so results do not depend on batches or chunks, except for rounding
+    and for guides whose ``posterior(x)`` draws random numbers. Warns of images for which fewer than
+    about three chains carry the weight.
 
     References:
         Wu, Burda, Salakhutdinov and Grosse, *On the quantitative analysis of decoder-based
         generative models*, 2017. https://arxiv.org/abs/1611.04273
 
     Arguments:
-        model, x: See :func:`pyro_gpvae.log_weights`.
-        guide: A guide with ``posterior(x)`` to start from; None starts from the model's prior.
+        model, data: See :func:`pyro_gpvae.log_weights`. All latents must be continuous.
+        guide: A guide with ``posterior(x)``, or whose only site is q(z|x), to start from; None
+            starts from the model's prior.
         num_chains: The number of chains per image.
         num_steps: The number T of steps of the schedule.
         num_leapfrog: The number of gradients per HMC move.
-        chunk_size: The number of chains, pilots included, that are moved at once.
-        seed: The same seed gives the same numbers. None draws a seed.
-        first_image: The index of the first image of x, if x is a part of a data set.
-        progress: Whether to show a progress bar; a text is its label.
+        work: See :class:`pyro_gpvae.evaluation._common.Work`.
 
     Raises:
-        ValueError: If a number is not positive, x is not a batch of images, the guide has no
-            density, or the model has latent sites other than z.
-        NonFiniteError: If log p(x, z) or log q(z|x) is NaN or +∞ where a chain starts; names the
-            images. Moves to such a z are rejected.
+        ValueError: If a number is not positive, the data do not fit the model, the guide has no
+            density, or the model has a discrete latent site or observes nothing.
+        NonFiniteError: If log p(x, u) or log q(u) is NaN or +∞ where a chain starts; names the
+            images. Moves to such a u are rejected.
 
     Example:
         >>> from pyro_gpvae.testing import linear_gaussian
@@ -146,12 +147,12 @@ def annealed_evidence(
         >>> bool(((result.log_evidence - model.log_evidence(x)).abs() < 0.2).all())
         True
     """
-    check_images(model, x)
-    annealing = _Annealing(model, guide, num_chains, num_steps, num_leapfrog, seed, first_image)
+    check_program_data(model, data)
+    annealing = _Annealing(model, guide, num_chains, num_steps, num_leapfrog, Settings(**work))
 
-    def work(size: int) -> AnnealedEvidence:
-        with progress_bar(progress, "annealing", -(-len(x) // size) * num_steps) as bar:
-            parts = [chains for chains, _ in annealing.forward(x, size, bar)]
+    def run(size: int) -> AnnealedEvidence:
+        with annealing.bar(-(-size_of(data) // size) * num_steps) as bar:
+            parts = [chains for chains, _ in annealing.forward(data, size, bar)]
         evidence = Evidence.from_log_weights(torch.cat([part.log_weights for part in parts], 1))
         return AnnealedEvidence(
             evidence.log_evidence,
@@ -162,7 +163,17 @@ def annealed_evidence(
             num_steps,
         )
 
-    return annealing.run(work, x, chunk_size)
+    result = annealing.run(run, data)
+    few = int((result.effective_sample_size < min(_MIN_EFFECTIVE, num_chains / 2)).sum())
+    if few:
+        warnings.warn(
+            f"fewer than {_MIN_EFFECTIVE} of {num_chains} chains carry the weight of {few} of "
+            f"{size_of(data)} images: their log p(x) by annealing is too low by an unknown amount, "
+            "and so is its standard error. Raise num_steps, or start from a better guide",
+            ParetoWarning,
+            stacklevel=4,
+        )
+    return result
 
 
 @evaluator
@@ -171,14 +182,11 @@ def bidirectional(
     guide: PyroProgram | None = None,
     *,
     num_images: int,
+    like: Data | None = None,
     num_chains: int = 16,
     num_steps: int = 100,
     num_leapfrog: int = 3,
-    chunk_size: int | None = None,
-    seed: int | None = None,
-    first_image: int = 0,
-    like: Tensor | None = None,
-    progress: bool | str = False,
+    **work: Unpack[Work],
 ) -> Sandwich:
     r"""Bounds log p(x) on both sides for images simulated from the model (BDMC).
 
@@ -196,12 +204,13 @@ def bidirectional(
         Monte Carlo*, 2016. https://arxiv.org/abs/1606.02275
 
     Arguments:
-        model: As in :func:`annealed_evidence`; its observations must be one site.
+        model: As in :func:`annealed_evidence`.
         num_images: The number of images to simulate. An image of a seed is the same in every call.
-        like: Images (1, C, H, W) that give the model the shape; by default zeros of the shape of
-            an :class:`pyro_gpvae.ImageModel`.
-        guide, num_chains, num_steps, num_leapfrog, chunk_size, seed, first_image, progress: As in
-            :func:`annealed_evidence`, and so are the errors.
+        like: Data with one member, whose observations are simulated, and whose other tensors, such
+            as labels, are kept; by default zeros of the shape of an
+            :class:`pyro_gpvae.ImageModel`.
+        guide, num_chains, num_steps, num_leapfrog, work: As in :func:`annealed_evidence`, and so
+            are the errors.
 
     Example:
         >>> from pyro_gpvae.testing import linear_gaussian
@@ -212,30 +221,33 @@ def bidirectional(
     check_at_least(1, num_images=num_images)
     if like is None:
         if not isinstance(model, ImageModel):
-            raise ValueError("the model has no image_shape: pass an image of its shape as like=")
+            raise ValueError("the model has no image_shape: pass data of one member as like=")
         like = torch.zeros(1, *model.image_shape)
-    blank = to_batch(like[:1], model, guide)[0]
-    annealing = _Annealing(model, guide, num_chains, num_steps, num_leapfrog, seed, first_image)
+    blank = to_batch(take(like, slice(1)), model, guide)
+    annealing = _Annealing(model, guide, num_chains, num_steps, num_leapfrog, Settings(**work))
+    indices = range(annealing.first_image, annealing.first_image + num_images)
 
-    def work(size: int) -> Sandwich:
-        indices = range(first_image, first_image + num_images)
-        pairs = [_simulate(model, blank, annealing.seed, index) for index in indices]
-        x, z = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    def run(size: int) -> Sandwich:
+        density = JointDensity(model, blank, vectorized=True)
+        pairs = [_simulate(density, annealing.seed, index) for index in indices]
+        data = tuple(map(torch.cat, zip(*(batch for batch, _ in pairs), strict=True)))
+        u = torch.cat([u for _, u in pairs])
         lower: list[Tensor] = []
         upper: list[Tensor] = []
-        with progress_bar(progress, "annealing", -(-num_images // size) * 2 * num_steps) as bar:
-            for forward, path in annealing.forward(x, size, bar):
-                image = sum(part.shape[1] for part in lower)
-                end = z[image : image + forward.log_weights.shape[1]]
+        with annealing.bar(-(-num_images // size) * 2 * num_steps) as bar:
+            for forward, path in annealing.forward(data, size, bar):
+                begin = sum(part.shape[1] for part in lower)
+                end = u[begin : begin + forward.log_weights.shape[1]]
                 back = path.back(end, forward.steps, annealing.schedule, num_leapfrog, bar)
-                check_log_weights(back, first_image + image, _WEIGHT)
+                check_log_weights(back, indices[begin], _WEIGHT)
                 lower.append(forward.log_weights)
                 upper.append(-back)
         below, above = (Evidence.from_log_weights(torch.cat(part, 1)) for part in (lower, upper))
         errors = below.standard_error, above.standard_error
-        return Sandwich(below.log_evidence, -above.log_evidence, *errors, x, z)
+        x = data[0] if isinstance(like, Tensor) else data
+        return Sandwich(below.log_evidence, -above.log_evidence, *errors, x, u)
 
-    return annealing.run(work, blank, chunk_size)
+    return annealing.run(run, blank)
 
 
 def sigmoidal_schedule(num_steps: int, steepness: float = 4.0) -> list[float]:
@@ -260,54 +272,79 @@ class _Annealing:
         num_chains: int,
         num_steps: int,
         num_leapfrog: int,
-        seed: int | None,
-        first_image: int,
+        settings: Settings,
     ) -> None:
         check_at_least(1, num_chains=num_chains, num_leapfrog=num_leapfrog)
+        check_amortised(guide)
         self.model, self.guide = model, guide
         self.num_chains, self.num_leapfrog = num_chains, num_leapfrog
         self.schedule = sigmoidal_schedule(num_steps)
-        self.seed = int(torch.randint(2**31, ())) if seed is None else seed
-        self.first_image = first_image
+        self.settings, self.first_image = settings, settings.first_image
+        self.vectorized = settings.vectorized
+        seed = settings.seed
+        self.seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
 
-    def run(self, work: Callable[[int], _Result], x: Tensor, chunk_size: int | None) -> _Result:
+    def run(self, work: Callable[[int], _Result], data: Data) -> _Result:
         """Calls the work with the number of images whose chains fit into a chunk."""
-        device = device_of(x, self.model, self.guide)
-        chains = chains_with_pilots(self.num_chains)
+        device = device_of(data, self.model, self.guide)
+        chains, size = chains_with_pilots(self.num_chains), self.settings.chunk_size
         with seeded(self.seed, device):
-            return halving_chunks(lambda size: work(max(1, size // chains)), chunk_size, device)
+            return halving_chunks(lambda size: work(max(1, size // chains)), size, device)
 
-    def forward(self, x: Tensor, size: int, bar: tqdm) -> Iterator[tuple[Forward, AnnealingPath]]:
+    def bar(self, total: int) -> tqdm:
+        return progress_bar(self.settings.progress, "annealing", total)
+
+    def forward(self, data: Data, size: int, bar: tqdm) -> Iterator[tuple[Forward, AnnealingPath]]:
         """Yields the forward chains and the paths of ``size`` images at a time."""
         index = self.first_image
         # the guide is asked for whole parts, of at least MAX_IMAGES images
-        for images in batches(x, self.model, self.guide, size=-(-MAX_IMAGES // size) * size):
-            indices = range(index, index + len(images))
-            starts = start_distributions(self.model, images, self.guide, self.seed, indices)
-            for at in range(0, len(images), size):
+        for batch in batches(data, self.model, self.guide, size=-(-MAX_IMAGES // size) * size):
+            density = JointDensity(self.model, batch, vectorized=self.vectorized)
+            self.vectorized = density.vectorized
+            indices = range(index, index + len(density))
+            start = Start.of(density, self.guide, self.seed, indices)
+            for at in range(0, len(density), size):
                 part = slice(at, at + size)
-                own = starts[part], self.seed, indices[part], self.num_chains
-                path = AnnealingPath.start(self.model, images[part], *own)
+                path = AnnealingPath.of(start[part], self.seed, indices[part], self.num_chains)
                 chains = path.forward(self.schedule, self.num_leapfrog, bar)
                 check_log_weights(chains.log_weights, index + at, _WEIGHT)
                 yield chains, path
-            index += len(images)
+            index += len(density)
 
 
-def _simulate(model: PyroProgram, like: Tensor, seed: int, index: int) -> tuple[Tensor, Tensor]:
-    """Draws one image (1, C, H, W) and its z (1, p) from the model."""
-    with seeded(image_seed(seed, index, "simulation"), like.device):
+def _simulate(density: JointDensity, seed: int, index: int) -> tuple[Batch, Tensor]:
+    """Draws one member of the data from the model, and its u (1, n)."""
+    structure, batch = density.structure, list(density.batch)
+    program = poutine.uncondition(poutine.block(density.model, hide_fn=structure.is_global))
+    with seeded(image_seed(seed, index, "simulation"), batch[0].device):
         try:
             with nonfinite_as_error():
-                sites = local_sites(model, like, simulate=True)
+                nodes: Any = poutine.trace(program).get_trace(*batch).nodes
         except NonFiniteError as error:
             raise NonFiniteError(
                 f"image {index} cannot be simulated: {error}", images=[index]
             ) from error
-    if len(sites.observed) != 1 or "z" not in sites.latent:
-        raise ValueError(
-            "images can be simulated from a model with the site 'z' and one observed site, "
-            f"found {len(sites.observed)} of them"
-        )
-    (image,) = sites.observed.values()
-    return image["value"], sites.latent["z"]["value"]
+    simulated: dict[int, Tensor] = {}
+    for name, site in nodes.items():
+        if not structure.is_local(site) or not site["infer"].get("was_observed"):
+            continue
+        if site["infer"].get("_deterministic"):
+            continue
+        number = _tensor_of(site["infer"]["obs"], batch)
+        if number is None or number in simulated or isinstance(site["fn"], Unit):
+            raise ValueError(
+                f"the data cannot be simulated: the observation {name!r} is not one of their "
+                "tensors, or another site observes the same one"
+            )
+        simulated[number] = site["value"].reshape(batch[number].shape).to(batch[number].dtype)
+    latents = {name: nodes[name]["value"] for name in density.sites}
+    data = tuple(simulated.get(number, tensor) for number, tensor in enumerate(batch))
+    return data, density.unconstrain(latents)
+
+
+def _tensor_of(value: Tensor, batch: Sequence[Tensor]) -> int | None:
+    """The number of the tensor that is observed as this value, perhaps in another shape."""
+    alike = [n for n, tensor in enumerate(batch) if tensor.numel() == value.numel()]
+    same = [n for n in alike if batch[n].data_ptr() == value.data_ptr()]
+    equal = [n for n in alike if torch.equal(batch[n].flatten(), value.flatten().to(batch[n]))]
+    return next(iter(same or equal), None)

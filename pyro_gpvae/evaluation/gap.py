@@ -5,33 +5,43 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import pandas as pd
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal
 
 from pyro_gpvae.core._chunks import check_chunk_size
+from pyro_gpvae.core._plates import is_sampled
+from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.data.batch import to_batch
+from pyro_gpvae.data.batch import Batch, Data, take, to_batch
 from pyro_gpvae.evaluation._common import (
+    Settings,
+    Work,
     batches,
+    check_amortised,
     check_at_least,
-    check_images,
     evaluator,
-    name_of,
     progress_bar,
+    size_of,
 )
 from pyro_gpvae.evaluation.importance import ParetoWarning, evidence_curve, log_weights
-from pyro_gpvae.evaluation.optimum import optimise_gaussian
+from pyro_gpvae.evaluation.optimum import optimise
 from pyro_gpvae.evaluation.reference import reference_evidence
 from pyro_gpvae.evaluation.uncertainty import weight_information
+from pyro_gpvae.model._local import agree, is_point
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
-from pyro_gpvae.model.guide import HasGlobalPrior, HasMoments, HasPosterior, posterior_of
-from pyro_gpvae.model.image_model import ImageModel
+from pyro_gpvae.model.density import JointDensity, LatentPosterior, base_of
+from pyro_gpvae.model.guide import (
+    HasGlobalPrior,
+    HasMoments,
+    HasPosterior,
+    check_program_data,
+    posterior_of,
+)
 
 __all__ = ["BATCH", "LADDER", "Gap", "decompose"]
 
@@ -155,9 +165,9 @@ class Gap:
 
 @evaluator
 def decompose(
-    model: ImageModel,
+    model: PyroProgram,
     guide: Any,
-    x: Tensor,
+    data: Data,
     *,
     num_train: int | None = None,
     num_samples: int = 500,
@@ -165,10 +175,7 @@ def decompose(
     num_chains: int = 0,
     num_steps: int = 50,
     max_optimum_steps: int = 200,
-    chunk_size: int | None = None,
-    seed: int = 0,
-    first_image: int = 0,
-    progress: bool | str = False,
+    **work: Unpack[Work],
 ) -> Gap:
     """Measures the parts of the inference gap of each image; see :class:`Gap`.
 
@@ -182,48 +189,48 @@ def decompose(
         https://arxiv.org/abs/1801.03558
 
     Arguments:
-        model: An :class:`pyro_gpvae.ImageModel`.
-        guide: Any guide for it.
+        model, data: See :func:`pyro_gpvae.log_weights`. All latents must be continuous.
+        guide: Any amortised guide for it.
         num_train: The number N of training images, by which eq. (2) divides KL(q(W, U) ‖ p);
             needed only for a guide with ``kl_weights()``.
         num_samples: The number of draws per image for each ELBO.
         reference_samples: The number of draws per image from the guide and from the full optimum,
             for log p(x).
         max_optimum_steps: The largest number of steps of the optimisation of each Gaussian.
-        x, num_chains, num_steps, chunk_size, seed, first_image, progress: See
-            :func:`pyro_gpvae.reference_evidence`.
+        num_chains, num_steps, work: See :func:`pyro_gpvae.reference_evidence`.
 
     Raises:
         ValueError: If the guide has no density, a number is too small, ``num_train`` is missing,
-            x is not a batch of images, or ``moments(x)`` is not four tensors (B, p).
+            the data do not fit the model, or ``moments(x)`` is not four tensors (B, p).
         NonFiniteError: If a density is NaN or +∞; names the images.
         torch.linalg.LinAlgError: If the curvature of an image's log joint is not finite.
     """
     check_at_least(2, num_samples=num_samples, reference_samples=reference_samples)
-    check_chunk_size(chunk_size)
-    if not isinstance(model, ImageModel):
-        raise ValueError(f"the optimum of each image needs an ImageModel, got {name_of(model)}")
-    check_images(model, x)
-    first = to_batch(x[:1], model, guide)[0]
-    kl_global = _kl_global(guide, num_train, first)
-    family = _family(guide, first)
-    _weight_information(guide, first)  # an error before the work, not after it
+    settings = Settings(**work)
+    size = settings.chunk_size
+    check_chunk_size(size)
+    check_program_data(model, data)
+    check_amortised(guide)
+    first = to_batch(take(data, slice(1)), model, guide)
+    with seeded(0, first[0].device):
+        like = log_weights(model, guide, first, 1)[0]  # an error before the work, not after it
+    kl_global = _kl_global(guide, num_train, like)
+    _weight_information(guide, first, like)
+    family = _family(guide, JointDensity(model, first, vectorized=True))
     reference: Any = {
         "num_samples": reference_samples, "num_chains": num_chains, "num_steps": num_steps,
-        "seed": seed, "chunk_size": chunk_size,
+        "seed": settings.seed, "chunk_size": size, "vectorized": settings.vectorized,
     }  # fmt: skip
     parts: list[dict[str, Any]] = []
-    index = first_image
-    with progress_bar(progress, "inference gap", len(x), unit="image") as bar:
-        for images in batches(x, model, guide, size=min(BATCH, chunk_size or BATCH)):
+    index = settings.first_image
+    with progress_bar(settings.progress, "inference gap", size_of(data), unit="image") as bar:
+        for batch in batches(data, model, guide, size=min(BATCH, size or BATCH)):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ParetoWarning)  # the result tells it of each image
-                found = reference_evidence(model, images, guide, first_image=index, **reference)
+                found = reference_evidence(model, batch, guide, first_image=index, **reference)
             values = {name: estimate[0] for name, estimate in found.estimates.items()}
             parts.append(
-                _elbos(
-                    model, guide, images, num_samples, max_optimum_steps, chunk_size, seed, index
-                )
+                _elbos(model, guide, batch, num_samples, max_optimum_steps, settings, index)
                 | {
                     "log_evidence": found.log_evidence,
                     "evidence_error": found.standard_error,
@@ -232,12 +239,12 @@ def decompose(
                     "trusted": found.trusted,
                     "refined": values[f"IWAE({reference_samples}), instance:full"],
                     "annealed": values.get(f"AIS({num_steps})", found.log_evidence * math.nan),
-                    "weight_information": _weight_information(guide, images).to(images),
-                    "kl_global": kl_global.expand(len(images)),
+                    "weight_information": _weight_information(guide, batch, like),
+                    "kl_global": kl_global.expand(len(batch[0])),
                 }
             )
-            bar.update(len(images))
-            index += len(images)
+            bar.update(len(batch[0]))
+            index += len(batch[0])
     columns = {name: [part[name] for part in parts] for name in parts[0]}
     estimator = tuple(name for names in columns.pop("estimator") for name in names)
     joined = {name: torch.cat(values) for name, values in columns.items()}
@@ -245,29 +252,30 @@ def decompose(
 
 
 def _elbos(
-    model: ImageModel,
+    model: PyroProgram,
     guide: Any,
-    images: Tensor,
+    batch: Batch,
     num_samples: int,
     max_steps: int,
-    chunk_size: int | None,
-    seed: int,
+    settings: Settings,
     index: int,
 ) -> dict[str, Tensor]:
     """The ELBOs of the guide and of both optima with common noise, and the guide's IWAE."""
-    start = guide if isinstance(guide, HasPosterior) else None
-    proposals, converged = {"elbo": guide}, torch.ones(len(images), dtype=torch.bool)
+    seed, size, device = settings.seed or 0, settings.chunk_size, batch[0].device
+    density = JointDensity(model, batch, vectorized=settings.vectorized)
+    proposals, converged = {"elbo": guide}, torch.ones(len(density), dtype=torch.bool)
     for covariance in ("full", "diagonal"):
-        with seeded(image_seed(seed, index, f"best {covariance}"), images.device):
-            best = optimise_gaussian(
-                model, images, covariance, start=start, max_steps=max_steps, chunk_size=chunk_size
-            )
+        with seeded(image_seed(seed, index, f"best {covariance}"), device):
+            best = optimise(density, covariance, start=guide, max_steps=max_steps, chunk_size=size)
         proposals[f"elbo_{covariance}"] = PrecomputedPosterior(best.posterior)
-        converged = converged.to(best.converged.device) & best.converged
+        converged = converged.to(device) & best.converged
     columns = {"converged": converged}
     for name, q in proposals.items():
-        with seeded(image_seed(seed, index, "elbo"), images.device):
-            log_w = log_weights(model, q, images, num_samples, chunk_size=chunk_size)
+        with seeded(image_seed(seed, index, "elbo"), device):
+            log_w = log_weights(
+                model, q, batch, num_samples, chunk_size=size,
+                vectorized=None if density.vectorized else False,
+            )  # fmt: skip
         columns[name] = log_w.mean(0)
         columns[f"{name}_error"] = log_w.std(0) / math.sqrt(num_samples)
         if q is guide:
@@ -289,42 +297,48 @@ def _kl_global(guide: Any, num_train: int | None, like: Tensor) -> Tensor:
     return kl.to(like) / num_train
 
 
-def _weight_information(guide: Any, x: Tensor) -> Tensor:
+def _weight_information(guide: Any, batch: Batch, like: Tensor) -> Tensor:
     """I(z; (W, U) | x), NaN if it is not known, zero if nothing is random: (B,)."""
     # without posterior(x), z is scored given the weights, and the ELBO includes their cost
     if not (_is_random(guide) and isinstance(guide, HasPosterior)):
-        return x.new_zeros(len(x))
+        return like.new_zeros(len(batch[0]))
     if not isinstance(guide, HasMoments):
-        return x.new_full((len(x),), math.nan)
-    return weight_information(guide, x)
+        return like.new_full((len(batch[0]),), math.nan)
+    return weight_information(guide, batch[0]).to(like)
 
 
 def _is_random(guide: Any) -> bool:
     return isinstance(guide, HasGlobalPrior) and bool(guide.global_prior())
 
 
-def _family(guide: Any, x: Tensor) -> Family:
-    """The family whose optimum is the guide's own; an error if the guide has no density."""
-    with seeded(0, x.device):
-        q: Any = posterior_of(guide, x)
-        if q is None:
-            q = poutine.trace(guide).get_trace(x).nodes["z"]["fn"]
-        z = q.sample()
-    inner = q
-    while not isinstance(inner, Delta) and hasattr(inner, "base_dist"):
-        inner = inner.base_dist
-    try:
-        if isinstance(inner, Delta):
-            raise NotImplementedError
-        q.log_prob(z)
-    except NotImplementedError:
-        raise ValueError(
-            f"the guide {name_of(guide)} has no density: its z is "
-            f"{'a point' if isinstance(inner, Delta) else type(q).__name__}, so that its ELBO is "
-            "minus infinity or unknown. The gap needs a guide whose q(z|x) has a log_prob."
-        ) from None
-    if not isinstance(guide, HasPosterior):
-        return "other"
-    if isinstance(q, Independent):
+def _family(guide: Any, density: JointDensity) -> Family:
+    """The family whose optimum is the guide's own."""
+    batch = density.batch
+    with seeded(0, batch[0].device):
+        q: Any = posterior_of(guide, *batch)
+    if q is not None:
+        known = density.is_plain or isinstance(q, LatentPosterior)
+        return _family_of([base_of(q)]) if known else "other"
+    traces: list[Any] = []
+    for seed in (0, 1):
+        with seeded(seed, batch[0].device):
+            traces.append(poutine.trace(guide).get_trace(*batch).nodes)
+    nodes = traces[0]
+    free = [name for name, s in nodes.items() if is_sampled(s) and not is_point(s["fn"])]
+    scores = [
+        [trace[name]["fn"].log_prob(nodes[name]["value"]) for name in free] for trace in traces
+    ]
+    # the draws are u itself, and none depends on another
+    values = [nodes[name]["value"].reshape(len(density), -1) for name in free]
+    u = density.unconstrain({name: nodes[name]["value"] for name in density.sites})
+    drawn = torch.cat(values, dim=-1)
+    same = u.shape == drawn.shape and agree(u.sort(-1).values, drawn.sort(-1).values)
+    independent = all(agree(a, b) for a, b in zip(*scores, strict=True))
+    return _family_of([nodes[name]["fn"] for name in free]) if same and independent else "other"
+
+
+def _family_of(parts: list[Any]) -> Family:
+    if all(isinstance(part, Independent) or part.event_dim == 0 for part in parts):
         return "diagonal"
-    return "full" if isinstance(q, MultivariateNormal | LowRankMultivariateNormal) else "other"
+    full = len(parts) == 1 and isinstance(parts[0], MultivariateNormal | LowRankMultivariateNormal)
+    return "full" if full else "other"

@@ -8,23 +8,24 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import pyro
 import torch
+from pyro import poutine
+from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_gpvae.core._chunks import halving_chunks
-from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import (
     batches,
     check_at_least,
-    check_images,
     device_of,
     draws,
     evaluator,
-    local_sites,
     posterior_mean,
     seeded_if,
 )
+from pyro_gpvae.model._local import Structure
+from pyro_gpvae.model.guide import check_program_data
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.networks import ImageShape
 
@@ -146,7 +147,7 @@ def reconstruct(
     Raises:
         ValueError: If x is not a batch of images, or model or guide lack their sites.
     """
-    check_images(model, x)
+    check_program_data(model, x)
     with seeded_if(seed, device_of(x, model, guide)):
         parts = [
             draws(guide, batch, 1)[0] if draw else posterior_mean(guide, batch)[0]
@@ -233,14 +234,20 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def prior_and_likelihood(model: PyroProgram, x: Tensor, z: Tensor | None = None) -> tuple[Any, Any]:
     """Returns the distributions of z and of x given z, where z is drawn if it is not given."""
-    latent, observed = local_sites(model, x, z)
-    if "z" not in latent or len(observed) != 1:
+    structure, _ = Structure.of(model, (x,))
+    program = poutine.block(model, hide_fn=structure.is_global)
+    if z is not None:
+        program = poutine.condition(program, data={"z": z})
+    nodes: dict[str, Any] = poutine.trace(program).get_trace(x).nodes
+    sites = {name: s for name, s in nodes.items() if structure.is_local(s)}
+    seen = [s for name, s in sites.items() if s["is_observed"] and name != "z"]
+    observed = [s for s in seen if not isinstance(s["fn"], Unit)]
+    if "z" not in sites or len(observed) != 1:
         raise ValueError(
-            f"the model must have a site 'z' and one observed site in plate({DATA_PLATE!r}), found "
-            f"{len(observed)} observed sites {'and' if 'z' in latent else 'and no'} 'z'"
+            "the model must have a site 'z' and one observed site in its data plate, found "
+            f"{len(observed)} observed sites {'and' if 'z' in sites else 'and no'} 'z'"
         )
-    (site,) = observed.values()
-    return latent["z"]["fn"], site["fn"]
+    return sites["z"]["fn"], observed[0]["fn"]
 
 
 def _image_shape(model: PyroProgram, given: ImageShape | None) -> ImageShape:

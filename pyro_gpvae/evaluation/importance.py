@@ -14,29 +14,28 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.core._chunks import halving_chunks
-from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error, unvalidated
+from pyro_gpvae.core._errors import NonFiniteError, unvalidated
 from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.data.batch import Batch, Data
 from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
     batches,
     check_at_least,
-    check_images,
     check_log_weights,
     device_of,
     evaluator,
-    local_programs,
     seeded_if,
-    weights_of_traces,
 )
+from pyro_gpvae.evaluation._weights import Weights
+from pyro_gpvae.model.guide import check_program_data
 
 __all__ = [
     "PARETO_LIMIT", "Evidence", "ParetoWarning", "evidence_curve", "log_evidence", "log_weights",
-    "pareto_k", "weights_in_chunks",
+    "pareto_k",
 ]  # fmt: skip
 
 #: Above this k̂, importance sampling does not converge at any practical rate.
 PARETO_LIMIT = 0.7
-_WEIGHT = "log p(x, z) - log q(z|x)"
 
 
 class ParetoWarning(UserWarning):
@@ -47,10 +46,11 @@ class ParetoWarning(UserWarning):
 def log_weights(
     model: PyroProgram,
     guide: PyroProgram,
-    x: Tensor,
+    data: Data,
     num_samples: int,
     *,
     chunk_size: int | None = None,
+    vectorized: bool | None = None,
 ) -> Tensor:
     r"""Returns :math:`\log w_i = \log p(x, z_i) - \log q(z_i|x)`, :math:`z_i \sim q(z|x)`: (K, B).
 
@@ -58,20 +58,29 @@ def log_weights(
     other guide is replayed: its global and auxiliary variables are drawn anew for every sample,
     which is unbiased but looser. Global sites (W, U) never enter the weights.
 
+    Latent sites may have any names and supports, continuous or discrete. Those that the guide does
+    not sample are summed out if they are marked ``infer={"enumerate": "parallel"}``, and otherwise
+    drawn from their prior. If the guide's latents are functions of auxiliary sites, as in Pyro's
+    autoguides, the density of these sites is used.
+
     Arguments:
-        model: A Pyro model with the site ``"z"`` and observations in ``plate("data", B)``.
+        model: A Pyro model, called as ``model(*data)``, with observations in its data plate.
         guide: A Pyro guide for it.
-        x: Images (B, C, H, W): uint8, which are divided by 255, or floats.
-        num_samples: The number K of samples per image.
+        data: A tensor (B, ...), such as images, or a tuple of them; uint8 is divided by 255.
+        num_samples: The number K of samples of each member of the data.
         chunk_size: The number of latent vectors decoded at once; by default 640 on a CPU and 65,536
             on a GPU, halved until it fits. It limits the memory of decoding and density evaluation,
             and changes the order of random numbers.
+        vectorized: Whether samples are drawn at once, under a plate. By default this is tried, and
+            programs that give another weight to a single draw run in a loop, with a warning.
 
     Raises:
-        ValueError: If x is not a batch of the model's images, or K or chunk_size is less than 1.
+        ValueError: If the data do not fit the model, the model observes nothing, the guide's
+            latents are points without a density, or K or chunk_size is less than 1.
+        TypeError: If data are no tensors.
         NonFiniteError: If a log weight is NaN or +∞; names the images. -∞ is an impossible draw.
     """
-    return _weights_and_chunk_size(model, guide, x, num_samples, chunk_size)[0]
+    return _weights_and_chunk_size(model, guide, data, num_samples, chunk_size, vectorized)[0]
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,11 +153,12 @@ class Evidence:
 def log_evidence(
     model: PyroProgram,
     guide: PyroProgram,
-    x: Tensor,
+    data: Data,
     num_samples: int = 100,
     *,
     chunk_size: int | None = None,
     seed: int | None = None,
+    vectorized: bool | None = None,
 ) -> Evidence:
     r"""Estimates log p(x) of every image by IWAE: :math:`\log \frac1K \sum_i p(x,z_i)/q(z_i|x)`.
 
@@ -156,7 +166,8 @@ def log_evidence(
     0.7.
 
     Arguments:
-        model, guide, x, num_samples, chunk_size: See :func:`log_weights`.
+        model, guide, data, num_samples, chunk_size, vectorized: See :func:`log_weights`, also for
+            the errors.
         seed: The same seed gives the same numbers, and leaves the global random state as it was.
 
     Example:
@@ -167,16 +178,18 @@ def log_evidence(
         >>> result.log_evidence.shape
         torch.Size([3])
     """
-    check_images(model, x)
-    with seeded_if(seed, device_of(x, model, guide)):
-        weights, used = _weights_and_chunk_size(model, guide, x, num_samples, chunk_size)
+    check_program_data(model, data)
+    with seeded_if(seed, device_of(data, model, guide)):
+        weights, used = _weights_and_chunk_size(
+            model, guide, data, num_samples, chunk_size, vectorized
+        )
     evidence = Evidence.from_log_weights(weights, used)
     heavy = int((evidence.pareto_k > PARETO_LIMIT).sum())
     if heavy:
         warnings.warn(
-            f"Pareto k above {PARETO_LIMIT} for {heavy} of {len(x)} images: their log p(x) by "
-            f"importance sampling (K = {num_samples}) is too low by an unknown amount, and so is "
-            "its standard error. Use the optimum of each image as the proposal "
+            f"Pareto k above {PARETO_LIMIT} for {heavy} of {len(evidence.elbo)} images: their log "
+            f"p(x) by importance sampling (K = {num_samples}) is too low by an unknown amount, and "
+            "so is its standard error. Use the optimum of each image as the proposal "
             '(make_guide("instance:full", model, warm_start=guide), or --guide instance:full), '
             "or more samples",
             ParetoWarning,
@@ -204,61 +217,51 @@ def evidence_curve(log_weights: Tensor, num_samples: Sequence[int]) -> dict[int,
 
 
 def _weights_and_chunk_size(
-    model: PyroProgram, guide: PyroProgram, x: Tensor, num_samples: int, chunk_size: int | None
-) -> tuple[Tensor, int]:
-    check_at_least(1, num_samples=num_samples)
-    check_images(model, x)
-    return halving_chunks(
-        lambda size: (weights_in_chunks(model, guide, x, num_samples, size), size),
-        chunk_size,
-        device_of(x, model, guide),
-    )
-
-
-def weights_in_chunks(
     model: PyroProgram,
     guide: PyroProgram,
-    x: Tensor,
+    data: Data,
     num_samples: int,
-    chunk_size: int,
-    first_image: int = 0,
+    chunk_size: int | None,
+    vectorized: bool | None,
+) -> tuple[Tensor, int]:
+    check_at_least(1, num_samples=num_samples)
+    check_program_data(model, data)
+    first = next(batches(data, model, guide))
+    weights = Weights(model, guide, first, vectorized)
+
+    def work(size: int) -> tuple[Tensor, int]:
+        columns, begin = [], 0
+        for batch in batches(data, model, guide, size=min(size, MAX_IMAGES)):
+            columns.append(checked_weights(weights, batch, num_samples, size, begin))
+            begin += len(batch[0])
+        return torch.cat(columns, dim=1), size
+
+    return halving_chunks(work, chunk_size, first[0].device)
+
+
+def checked_weights(
+    weights: Weights, batch: Batch, num_samples: int, chunk_size: int, first_image: int = 0
 ) -> Tensor:
-    """Computes :func:`log_weights` without its checks; counts images from ``first_image``."""
-    columns: list[Tensor] = []
-    for batch in batches(x, model, guide, size=min(chunk_size, MAX_IMAGES)):
-        start = first_image + sum(column.shape[1] for column in columns)
-        try:
-            with nonfinite_as_error():
-                weights = _weights_of_batch(model, guide, batch, num_samples, chunk_size)
-            check_log_weights(weights, start, _WEIGHT)
-        except LinAlgError as error:
-            if start == 0:
-                raise
-            where = f"{error} (images are counted from image {start} of the batch)"
-            raise LinAlgError(where) from error
-        except NonFiniteError as error:
-            if error.images:
-                raise
-            # A distribution has refused its parameters. Without validation the same work shows in
-            # the weights which images these belong to.
-            with unvalidated():
-                weights = _weights_of_batch(model, guide, batch, num_samples, chunk_size)
-            check_log_weights(weights, start, _WEIGHT, f": {error}")
+    """Draws log weights (K, B) of a batch, and names images that are not finite."""
+    what = "log p(x, z) - log q(z|x)"
+    try:
+        found = weights.draw(batch, num_samples, chunk_size)
+        check_log_weights(found, first_image, what)
+        return found
+    except LinAlgError as error:
+        if first_image == 0:
             raise
-        columns.append(weights)
-    return torch.cat(columns, dim=1)
-
-
-def _weights_of_batch(
-    model: PyroProgram, guide: PyroProgram, x: Tensor, num_samples: int, chunk_size: int
-) -> Tensor:
-    programs = local_programs(model, guide, x)
-    particles = max(1, chunk_size // len(x))
-    counts = [min(particles, num_samples - k) for k in range(0, num_samples, particles)]
-    first = weights_of_traces(*programs, x, counts[0])
-    with unvalidated():  # the programs have been checked; the log weights are checked at the end
-        rest = [weights_of_traces(*programs, x, count) for count in counts[1:]]
-    return torch.cat([first, *rest])
+        where = f"{error} (images are counted from image {first_image} of the batch)"
+        raise LinAlgError(where) from error
+    except NonFiniteError as error:
+        if error.images:
+            raise
+        # A distribution has refused its parameters. Without validation the same work shows in the
+        # weights which images these belong to.
+        with unvalidated():
+            found = weights.draw(batch, num_samples, chunk_size)
+        check_log_weights(found, first_image, what, f": {error}")
+        raise
 
 
 @torch.no_grad()

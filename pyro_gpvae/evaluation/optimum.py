@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
@@ -15,22 +14,23 @@ from torch import Tensor
 
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.batch import to_batch
+from pyro_gpvae.data.batch import Data, take, to_batch
 from pyro_gpvae.evaluation._common import (
     check_at_least,
-    check_images,
-    check_posterior,
     estimated_mean,
     evaluator,
+    find_posterior,
     known_mean,
 )
 from pyro_gpvae.model.curvature import inverse_cholesky, line_search, linearize
-from pyro_gpvae.model.guide import HasPosterior, posterior_of
+from pyro_gpvae.model.density import JointDensity, LatentPosterior
+from pyro_gpvae.model.guide import check_program_data
 from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = [
-    "Covariance", "InstanceOptimum", "check_optimum_options", "climb", "laplace_start",
+    "Covariance", "InstanceOptimum", "check_optimum_options", "climb", "laplace_start", "optimise",
     "optimise_gaussian",
 ]  # fmt: skip
 
@@ -48,7 +48,7 @@ class InstanceOptimum:
     """The result of the optimisation of B images; tensors have shape (B,), in nats.
 
     Attributes:
-        posterior: The optimised q(z|x), batch shape (B,), event shape (p,).
+        posterior: The optimised Gaussian of u, batch shape (B,), event shape (n,).
         elbo: Its ELBO, as estimated during the last steps.
         gap: The estimated distance of the ELBO from the nearest local optimum.
         converged: Whether the gap is below the tolerance.
@@ -56,6 +56,7 @@ class InstanceOptimum:
         jitter: See :func:`pyro_gpvae.model.curvature.inverse_cholesky`, for the precision at the
         mode.
         tolerance: The tolerance of the ELBO.
+        density: The joint density of model and data.
     """
 
     posterior: TorchDistribution
@@ -65,6 +66,7 @@ class InstanceOptimum:
     steps: Tensor
     jitter: Tensor
     tolerance: float
+    density: JointDensity
 
     def warn_unless_converged(self, stacklevel: int = 2) -> None:
         """Warns of images that have not converged."""
@@ -80,11 +82,11 @@ class InstanceOptimum:
 
 @evaluator
 def optimise_gaussian(
-    model: ImageModel,
-    x: Tensor,
+    model: PyroProgram,
+    data: Data,
     covariance: Covariance = "full",
     *,
-    start: HasPosterior | None = None,
+    start: Any = None,
     tolerance: float = 0.05,
     max_steps: int = 200,
     num_starts: int = 2,
@@ -92,16 +94,18 @@ def optimise_gaussian(
 ) -> InstanceOptimum:
     r"""Finds the Gaussian of highest ELBO of each image, without amortisation.
 
-    .. math:: q^*(z|x) = \arg\max_q E_q[\log p(x, z) - \log q(z)],
+    .. math:: q^*(u|x) = \arg\max_q E_q[\log p(x, u) - \log q(u)],
         \qquad q = N(\mu, \mathrm{diag}\, s^2) \text{ or } N(\mu, \Sigma)
 
-    Gauss-Newton steps with a line search find a mode. From the Laplace approximation there, mean
-    and covariance :math:`\Sigma = S S^\top` follow the natural gradient,
+    for unconstrained latents u, see :class:`pyro_gpvae.model.density.JointDensity`. Newton steps
+    with a line search find a mode; an ImageModel uses the Gauss-Newton curvature of its decoder.
+    From the Laplace approximation there, mean and covariance :math:`\Sigma = S S^\top` follow the
+    natural gradient,
 
     .. math::
-        \mu \leftarrow \mu + \rho_t S a, \quad a = S^\top E_q[\nabla \log p(x, z)], \qquad
+        \mu \leftarrow \mu + \rho_t S a, \quad a = S^\top E_q[\nabla \log p(x, u)], \qquad
         S \leftarrow S e^{\rho_t A / 2}, \quad
-        A = I + S^\top E_q[\nabla \log p(x, z)\, \varepsilon^\top], \quad z = \mu + S\varepsilon
+        A = I + S^\top E_q[\nabla \log p(x, u)\, \varepsilon^\top], \quad u = \mu + S\varepsilon
 
     (the symmetric part of A, or its diagonal). Expectations are randomly rotated cubatures of 2p +
     1 points (Monahan and Genz 1997). The rotations are the same for all images, so a result does
@@ -113,41 +117,56 @@ def optimise_gaussian(
     when four times this, for the average of the latest gradients, is below the tolerance.
 
     Arguments:
-        model: The model, whose decoder and likelihood are used.
-        x: Images (B, C, H, W), uint8 or floats.
+        model, data: See :func:`pyro_gpvae.log_weights`. All latents must be continuous.
         covariance: "diagonal" or "full".
-        start: Any guide with ``posterior(x)``, whose mean is the start; by default zero.
+        start: A guide, whose posterior mean is the start where its q(z|x) is known; else u = 0.
         tolerance: The tolerance of the ELBO of an image, in nats.
         max_steps: The largest number of steps.
         num_starts: The number of starting points of the search for a mode: the start, and others
-            about half a prior standard deviation away. The mode of highest Laplace evidence is
+            at a distance of about 0.5 in each dimension. The mode of highest Laplace evidence is
             taken.
         chunk_size: See :func:`pyro_gpvae.log_weights`. It does not change the result.
 
     Raises:
         ValueError: If an option is unknown, or a number is not positive.
-        torch.linalg.LinAlgError: If the curvature of an image's log joint is not finite; names
-            the image.
+        torch.linalg.LinAlgError: If the curvature of an image is not finite; names the image.
 
     Example:
         >>> model = ImageModel((1, 28, 28), latent_dim=2)
         >>> optimise_gaussian(model, torch.rand(3, 1, 28, 28)).converged
         tensor([True, True, True])
     """
-    check_optimum_options(covariance, start, tolerance, max_steps, num_starts)
-    check_images(model, x)
-    images = to_batch(x, model)[0]
-    loc, factor, jitter = laplace_start(model, images, covariance, start, num_starts)
+    check_program_data(model, data)
+    density = JointDensity(model, to_batch(data, model))
+    return optimise(
+        density, covariance, start=start, tolerance=tolerance, max_steps=max_steps,
+        num_starts=num_starts, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def optimise(
+    density: JointDensity,
+    covariance: str = "full",
+    *,
+    start: Any = None,
+    tolerance: float = 0.05,
+    max_steps: int = 200,
+    num_starts: int = 2,
+    chunk_size: int | None = None,
+) -> InstanceOptimum:
+    """Computes :func:`optimise_gaussian` of a joint density."""
+    check_optimum_options(covariance, tolerance, max_steps, num_starts)
+    loc, factor, jitter = laplace_start(density, covariance, start, num_starts)
 
     def work(size: int) -> InstanceOptimum:
         begin = loc.clone(), factor.clone(), jitter
-        return climb(model, images, begin, covariance, tolerance, max_steps, size)
+        return climb(density, begin, covariance, tolerance, max_steps, size)
 
-    return halving_chunks(work, chunk_size, images.device)
+    return halving_chunks(work, chunk_size, loc.device)
 
 
 def check_optimum_options(
-    covariance: str, start: Any, tolerance: float, max_steps: int, num_starts: int
+    covariance: str, tolerance: float, max_steps: int, num_starts: int
 ) -> None:
     """Raises ValueError if an option of :func:`optimise_gaussian` is wrong."""
     if covariance not in get_args(Covariance):
@@ -155,22 +174,20 @@ def check_optimum_options(
     if not (tolerance > 0 and math.isfinite(tolerance)):
         raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
     check_at_least(1, max_steps=max_steps, num_starts=num_starts)
-    if start is not None:
-        check_posterior(start, "the optimisation starts from the mean of q(z|x)")
 
 
 def laplace_start(
-    model: ImageModel, x: Tensor, covariance: str, start: HasPosterior | None, num_starts: int
+    density: JointDensity, covariance: str, start: Any, num_starts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the mode of highest Laplace evidence, (B, p), S with S Sᵀ = Λ⁻¹, and the jitter."""
-    origin = x.new_zeros(len(x), model.latent_dim) if start is None else _mean(start, x)
-    generator = torch.Generator().manual_seed(0)
+    """Returns the mode of highest Laplace evidence, (B, n), S with S Sᵀ = Λ⁻¹, and the jitter."""
+    origin = _origin(density, start)
+    generator = torch.Generator("cpu").manual_seed(0)
     best: list[Tensor] = []
     for index in range(num_starts):
-        shift = torch.randn(model.latent_dim, generator=generator, dtype=torch.float64) / 2
-        mode, precision = _mode(model, x, origin + shift.to(origin) if index else origin)
+        shift = torch.randn(density.dim, generator=generator, dtype=torch.float64, device="cpu") / 2
+        mode, precision = _mode(density, origin + shift.to(origin) if index else origin)
         factor, jitter = inverse_cholesky(precision)
-        evidence = model.log_joint(x, mode) + _log_volume(factor)
+        evidence = density.log_prob(mode[None])[0] + _log_volume(factor)
         if covariance == "diagonal":
             # the mean-field optimum for a Gaussian posterior: variances 1 / Λ_jj
             factor = torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
@@ -186,8 +203,7 @@ def laplace_start(
 
 
 def climb(
-    model: ImageModel,
-    x: Tensor,
+    density: JointDensity,
     begin: tuple[Tensor, Tensor, Tensor],
     covariance: str,
     tolerance: float,
@@ -200,16 +216,16 @@ def climb(
     entropy = _log_volume(factor) + p / 2 * math.log(2 * math.pi * math.e)
     elbo, gap = torch.zeros_like(entropy), torch.full_like(entropy, torch.inf)
     mean_a, mean_A = torch.zeros_like(loc), torch.zeros_like(factor)
-    steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    steps = torch.zeros(len(loc), dtype=torch.long, device=loc.device)
     age = torch.zeros_like(entropy)  # the t of the rates, which is reset while gradients agree
     eye = torch.eye(p, dtype=loc.dtype, device=loc.device)
-    generator = torch.Generator().manual_seed(0)
-    active = torch.arange(len(x), device=x.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    active = torch.arange(len(loc), device=loc.device)
     for t in range(max_steps):
         points, weights = (tensor.to(loc) for tensor in _cubature(p, generator))
         S = factor[active]
-        z = loc[active] + torch.einsum("bij,sj->sbi", S, points)
-        log_joint, gradient = _gradient(model, x[active], z, chunk_size)
+        u = loc[active] + torch.einsum("bij,sj->sbi", S, points)
+        log_joint, gradient = _gradient(density[active], u, chunk_size)
         check_finite("the gradient of log p(x, z)", gradient, active)
         a = torch.einsum("bji,sbj,s->bi", S, gradient, weights)
         A = eye + torch.einsum("bji,sbj,sk,s->bik", S, gradient, points, weights)
@@ -235,8 +251,8 @@ def climb(
             active = active[gap[active] >= tolerance]
         if len(active) == 0:
             break
-    posterior = _gaussian(loc, factor, diagonal)
-    return InstanceOptimum(posterior, elbo, gap, gap < tolerance, steps, jitter, tolerance)
+    posterior = density.posterior(_gaussian(loc, factor, diagonal))
+    return InstanceOptimum(posterior, elbo, gap, gap < tolerance, steps, jitter, tolerance, density)
 
 
 def _gaussian(loc: Tensor, factor: Tensor, diagonal: bool) -> TorchDistribution:
@@ -248,51 +264,61 @@ def _gaussian(loc: Tensor, factor: Tensor, diagonal: bool) -> TorchDistribution:
     return dist.MultivariateNormal(loc, scale_tril=root)
 
 
-def _gradient(model: ImageModel, x: Tensor, z: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """log p(x, z) (S, B) and its gradient (S, B, p) for latents z (S, B, p)."""
-    size = max(1, chunk_size // len(z))
-    values, gradients = [], []
-    for images, latents in zip(x.split(size), z.split(size, dim=1), strict=True):
-        with torch.enable_grad(), pyro.validation_enabled(False):
-            latents = latents.detach().requires_grad_()
-            log_joint = model.log_joint(images, latents)
-            (gradient,) = torch.autograd.grad(log_joint.sum(), latents)
-        values.append(log_joint.detach())
-        gradients.append(gradient)
+def _gradient(density: JointDensity, u: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """log p(x, u) (S, B) and its gradient (S, B, n) for latents u (S, B, n)."""
+    size = max(1, chunk_size // len(u))
+    parts = [slice(begin, begin + size) for begin in range(0, len(density), size)]
+    found = [density[part].gradient(u[:, part]) for part in parts]
+    values, gradients = zip(*found, strict=True)
     return torch.cat(values, dim=1), torch.cat(gradients, dim=1)
 
 
-def _mode(model: ImageModel, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """A mode of log p(x, z), (B, p), by Gauss-Newton steps, and the precision there."""
-    z = z.clone()
-    precision = z.new_zeros(*z.shape, z.shape[-1], dtype=torch.float64)
-    active = torch.arange(len(z), device=z.device)
+def _mode(density: JointDensity, u: Tensor) -> tuple[Tensor, Tensor]:
+    """A mode of log p(x, u), (B, n), by Newton steps, and the precision there."""
+    u = u.clone()
+    precision = u.new_zeros(*u.shape, u.shape[-1], dtype=torch.float64)
+    active = torch.arange(len(u), device=u.device)
     for _ in range(_MODE_STEPS):
-        gradient, precision[active] = linearize(model, x[active], z[active])
+        part = density[active]
+        gradient, precision[active] = _curvature(part, u[active])
         factor, _ = inverse_cholesky(precision[active], active)
         whitened = (factor.mT @ gradient.unsqueeze(-1)).squeeze(-1)
-        direction = (factor @ whitened.unsqueeze(-1)).squeeze(-1).to(z.dtype)
-        new = line_search(model, x[active], z[active], direction)
+        direction = (factor @ whitened.unsqueeze(-1)).squeeze(-1).to(u.dtype)
+        new = line_search(part.log_prob, u[active], direction)
         # an image stops where the Newton decrement is small, or no shorter step helps
-        move = (whitened.square().sum(-1) / 2 > _MODE_TOLERANCE) & (new != z[active]).any(-1)
+        move = (whitened.square().sum(-1) / 2 > _MODE_TOLERANCE) & (new != u[active]).any(-1)
         active = active[move]
-        z[active] = new[move]
+        u[active] = new[move]
         if len(active) == 0:
             break
-    return z, precision
+    return u, precision
 
 
-def _mean(guide: HasPosterior, x: Tensor) -> Tensor:
-    """The mean of a guide's posterior, (B, p), estimated from draws where it is not known."""
-    mean = known_mean(guide.posterior(x))
-    if mean is not None:
-        return mean.clone()
+def _curvature(density: JointDensity, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of log p(x, u), (B, n), and a positive precision, (B, n, n), in float64."""
+    if isinstance(density.model, ImageModel):  # p products with the Jacobian of its decoder
+        return linearize(density.model, density.batch[0], u)
+    return density.curvature(u)
+
+
+def _origin(density: JointDensity, guide: Any) -> Tensor:
+    """The mean of a guide's posterior, (B, n), from draws where it is not known, or zero."""
+    batch = density.batch
+    if guide is None:
+        return density.origin
+    q = find_posterior(guide, batch)
+    if q is None or (len(density.sites) > 1 and not isinstance(q, LatentPosterior)):
+        return density.origin
+    mean = known_mean(q)
     means = []
-    for image in x:
-        with seeded(0, x.device):  # the same draws for every image, wherever it is in the batch
-            q: Any = posterior_of(guide, image[None])
-            means.append(estimated_mean(q)[0])
-    return torch.cat(means)
+    for n in range(len(density)) if mean is None else ():
+        with seeded(0, batch[0].device):  # the same draws for every image, in any batch
+            means.append(estimated_mean(find_posterior(guide, take(batch, slice(n, n + 1))))[0])
+    mean = torch.cat(means) if mean is None else mean
+    if density.is_plain or isinstance(q, LatentPosterior):
+        return mean.clone()
+    (name,) = density.sites
+    return density.unconstrain({name: mean})
 
 
 def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -300,11 +326,11 @@ def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
     The radius √(p + 2) gives E‖ε‖² and E‖ε‖⁴ exactly.
     """
-    normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
     axes, triangle = torch.linalg.qr(normal)
     axes = axes * triangle.diagonal().sign() * math.sqrt(dim + 2)  # uniform over rotations
     points = torch.cat([axes.mT, -axes.mT, torch.zeros_like(axes[:1])])
-    weights = torch.full((2 * dim + 1,), 0.5 / (dim + 2), dtype=torch.float64)
+    weights = points.new_full((2 * dim + 1,), 0.5 / (dim + 2))
     weights[-1] = 2 / (dim + 2)
     return points, weights
 

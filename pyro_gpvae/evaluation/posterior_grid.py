@@ -14,9 +14,9 @@ from torch import Tensor
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import to_batch
-from pyro_gpvae.evaluation._common import check_at_least, check_images, check_posterior, evaluator
+from pyro_gpvae.evaluation._common import check_at_least, check_posterior, evaluator
 from pyro_gpvae.evaluation.uncertainty import moments_of
-from pyro_gpvae.model.guide import posterior_of
+from pyro_gpvae.model.guide import check_program_data, posterior_of
 from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = ["PosteriorGrid", "posterior_grid", "posterior_record"]
@@ -60,7 +60,7 @@ def posterior_grid(
     if model.latent_dim != 2:
         raise ValueError(f"a posterior on a grid needs latent_dim = 2, got {model.latent_dim}")
     check_at_least(16, num_points=num_points)
-    check_images(model, x)
+    check_program_data(model, x)
     images = to_batch(x, model)[0]
 
     def work(size: int) -> list[PosteriorGrid]:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -17,27 +17,33 @@ from tqdm.auto import tqdm
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
+from pyro_gpvae.data.batch import Batch, Data
 from pyro_gpvae.evaluation._common import (
+    Settings,
+    Work,
     batches,
+    check_amortised,
     check_at_least,
-    check_images,
     device_of,
     estimated_mean,
     evaluator,
+    find_posterior,
     progress_bar,
+    size_of,
 )
+from pyro_gpvae.evaluation._weights import Weights
 from pyro_gpvae.evaluation.annealing import annealed_evidence
 from pyro_gpvae.evaluation.importance import (
     PARETO_LIMIT,
     Evidence,
     ParetoWarning,
+    checked_weights,
     evidence_curve,
-    weights_in_chunks,
 )
-from pyro_gpvae.evaluation.optimum import optimise_gaussian
+from pyro_gpvae.evaluation.optimum import optimise
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
-from pyro_gpvae.model.guide import HasPosterior, posterior_of
-from pyro_gpvae.model.image_model import ImageModel
+from pyro_gpvae.model.density import JointDensity, base_of
+from pyro_gpvae.model.guide import check_program_data
 
 __all__ = ["WIDTHS", "ReferenceEvidence", "reference_evidence"]
 
@@ -88,38 +94,32 @@ class ReferenceEvidence:
 @evaluator
 def reference_evidence(
     model: PyroProgram,
-    x: Tensor,
+    data: Data,
     guide: PyroProgram | None = None,
     *,
     num_samples: int = 5000,
     num_chains: int = 16,
     num_steps: int = 50,
     widths: Sequence[float] = (),
-    chunk_size: int | None = None,
-    seed: int = 0,
-    first_image: int = 0,
-    progress: bool | str = False,
+    **work: Unpack[Work],
 ) -> ReferenceEvidence:
     """Estimates log p(x) of every image by several estimators, and takes the most reliable one.
 
-    The estimators, as far as model and guide allow them, are lower bounds in expectation:
+    The estimators are lower bounds in expectation:
 
-    * ``IWAE(K)``: importance sampling from the guide;
-    * ``IWAE(K), width c``, if ``widths`` are given and the guide has ``posterior(x)``: from q(z|x)
+    * ``IWAE(K)``, if there is a guide: importance sampling from it;
+    * ``IWAE(K), width c``, if ``widths`` are given and the guide's q(z|x) is known: from q(z|x)
       widened about its mean by the factor c of highest IWAE(K/10), chosen for each image on other
       draws. What it gains over ``IWAE(K)`` is due to a better proposal, not to a better model;
     * ``IWAE(K), instance:full``: from the Gaussian of highest ELBO of each image, see
-      :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`, for an ImageModel;
-    * ``AIS(T)``: annealing from that Gaussian, else from the guide, else from the prior, see
-      :func:`pyro_gpvae.annealed_evidence`;
-    * ``AIS(T), prior``: from the prior as well, where ``AIS(T)`` starts from the guide. All chains
-      from a guide that is too narrow agree on a value that is too low.
+      :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`;
+    * ``AIS(T)``: annealing from that Gaussian, see :func:`pyro_gpvae.annealed_evidence`.
 
     The highest of noisy estimates is too high, so the choice is by reliability:
 
     1. Importance sampling is trusted if its Pareto k̂ is at most 0.7. Annealing is trusted if it
-       has at least 8 chains, an effective number of at least a quarter of them, and, if it starts
-       from the guide or has T = 1, a k̂ of its start of at most 0.7.
+       has at least 8 chains, an effective number of at least a quarter of them, and, if T = 1, a k̂
+       of its start of at most 0.7.
     2. An estimate is refuted by a trusted one that is more than three joint standard errors
        higher, and by an untrusted one that is higher by three nats more. (By Markov's inequality
        weights overshoot p(x) by a factor :math:`e^t` with probability at most :math:`e^{-t}`.)
@@ -130,17 +130,16 @@ def reference_evidence(
     same ones. :func:`pyro_gpvae.bidirectional` shows such a case on simulated images.
 
     Arguments:
-        model, x, chunk_size: See :func:`pyro_gpvae.log_weights`.
+        model, data: See :func:`pyro_gpvae.log_weights`. All latents must be continuous.
         guide: A guide for it; None leaves out what needs one.
         num_samples: K.
         num_chains: The number of chains of annealing; 0 leaves it out.
         num_steps: Its number T of steps.
         widths: The factors c to choose from, such as :data:`WIDTHS`; by default none.
-        seed, first_image, progress: See :func:`pyro_gpvae.annealed_evidence`.
+        work: See :class:`pyro_gpvae.evaluation._common.Work`; the seed is 0 by default.
 
     Raises:
-        ValueError: If a number is not positive, x is not a batch of images, or no estimator is
-            possible: no guide, no ImageModel and no chains.
+        ValueError: If a number is not positive, or the data do not fit the model.
         NonFiniteError: If a density is NaN or +∞; names the images.
 
     Example:
@@ -153,27 +152,26 @@ def reference_evidence(
     check_at_least(2, num_samples=num_samples)
     if num_chains < 0 or num_chains == 1:
         raise ValueError(f"num_chains must be 0 (no annealing) or at least 2, got {num_chains}")
-    check_images(model, x)
-    if guide is None and not isinstance(model, ImageModel) and not num_chains:
-        raise ValueError(
-            "log p(x) cannot be estimated without a guide, an ImageModel or chains: give one"
-        )
+    check_program_data(model, data)
+    check_amortised(guide)
+    settings = Settings(**work)
+    progress = settings.progress
     label = progress if isinstance(progress, str) else "reference"
 
-    def work(size: int) -> list[_Part]:
-        options = {"num_chains": num_chains, "num_steps": num_steps, "chunk_size": size}
-        parts, index = [], first_image
-        with progress_bar(progress, label, len(x), unit="image") as bar:
-            for images in batches(x, model, guide):
-                part = _Part(model, images, guide, num_samples, seed, index)
+    def run(size: int) -> list[_Part]:
+        parts, index = [], settings.first_image
+        with progress_bar(progress, label, size_of(data), unit="image") as bar:
+            for batch in batches(data, model, guide):
+                part = _Part(model, batch, guide, num_samples, settings, index)
                 part.sample(widths, size, bar)
                 if num_chains:
-                    part.anneal(f"{label}: annealing" if progress else False, **options)
+                    shown = f"{label}: annealing" if progress else False
+                    part.anneal(num_chains, num_steps, chunk_size=size, progress=shown)
                 parts.append(part)
-                index += len(images)
+                index += len(batch[0])
         return parts
 
-    parts = halving_chunks(work, chunk_size, device_of(x, model, guide))
+    parts = halving_chunks(run, settings.chunk_size, device_of(data, model, guide))
     estimates: dict[str, Estimate] = {}
     for name in parts[0].estimates:
         columns = zip(*(part.estimates[name] for part in parts), strict=True)
@@ -191,26 +189,26 @@ class _Part:
     def __init__(
         self,
         model: PyroProgram,
-        images: Tensor,
+        batch: Batch,
         guide: Any,
         num_samples: int,
-        seed: int,
+        settings: Settings,
         first_image: int,
     ) -> None:
-        self.model, self.images, self.guide = model, images, guide
-        self.num_samples, self.seed, self.first_image = num_samples, seed, first_image
+        self.model, self.guide, self.num_samples = model, guide, num_samples
+        self.seed, self.first_image = settings.seed or 0, first_image
+        self.device = batch[0].device
         self.own, self.full = f"IWAE({num_samples})", f"IWAE({num_samples}), instance:full"
-        self.start: Any = guide if isinstance(guide, HasPosterior) else None
-        self.best: Any = None
-        if isinstance(model, ImageModel):
-            with seeded(image_seed(seed, first_image, "optimum"), images.device):
-                optimum = optimise_gaussian(model, images, "full", start=self.start)
-            optimum.warn_unless_converged(stacklevel=6)
-            self.best = optimum.posterior
-            self.start = PrecomputedPosterior(self.best)
+        self.density = JointDensity(model, batch, vectorized=settings.vectorized)
+        # a guide may fail in particles where the model does not
+        self.vectorized = None if self.density.vectorized else False
+        with seeded(image_seed(self.seed, first_image, "optimum"), self.device):
+            optimum = optimise(self.density, "full", start=guide)
+        optimum.warn_unless_converged(stacklevel=6)
+        self.best: Any = optimum.posterior
         self.estimates: dict[str, Estimate] = {}
         self.trust: dict[str, Tensor] = {}
-        self.width = images.new_full((len(images),), math.nan)
+        self.width = self.density.origin.new_full((len(self.density),), math.nan)
 
     def sample(self, widths: Sequence[float], chunk_size: int, bar: tqdm) -> None:
         """Adds the estimates by importance sampling, which take one image at a time."""
@@ -218,21 +216,23 @@ class _Part:
 
         def sampled(n: int, q: Any, noise: str) -> Tensor:
             """Log weights (K, 1) of the n-th image, with random numbers that the noise names."""
-            first, image = self.first_image + n, self.images[n : n + 1]
-            with seeded(image_seed(self.seed, first, noise), image.device):
-                return weights_in_chunks(self.model, q, image, self.num_samples, chunk_size, first)
+            first, batch = self.first_image + n, self.density[n : n + 1].batch
+            with seeded(image_seed(self.seed, first, noise), self.device):
+                weights = Weights(self.model, q, batch, self.vectorized)
+                found = checked_weights(weights, batch, self.num_samples, chunk_size, first)
+            if q is self.guide:
+                self.vectorized = weights.vectorized
+            return found
 
-        for n in range(len(self.images)):
+        for n in range(len(self.density)):
             proposals = {} if self.guide is None else {self.own: self.guide}
-            if widths and isinstance(self.guide, HasPosterior):
-                wider = self._widened(n, widths)
+            if widths and (wider := self._widened(n, widths)):
                 scores = {c: sampled(n, q, "choice of width") for c, q in wider.items()}
                 # one estimate from all draws may be high by chance: the mean of ten is safer
                 count = max(1, self.num_samples // 10)
                 c = max(scores, key=lambda c: float(evidence_curve(scores[c], [count])[count]))
                 proposals[f"{self.own}, width c"], self.width[n] = wider[c], c
-            if self.best is not None:
-                proposals[self.full] = self._optimum(n)
+            proposals[self.full] = self._optimum(n)
             for name, q in proposals.items():
                 columns.setdefault(name, []).append(sampled(n, q, name))
             bar.update()
@@ -242,37 +242,38 @@ class _Part:
             self.trust[name] = found.pareto_k <= PARETO_LIMIT
 
     def _optimum(self, n: int) -> PrecomputedPosterior:
-        loc, scale = (t[n : n + 1] for t in (self.best.loc, self.best.scale_tril))
-        return PrecomputedPosterior(type(self.best)(loc, scale_tril=scale))
+        q = base_of(self.best)
+        part = type(q)(q.loc[n : n + 1], scale_tril=q.scale_tril[n : n + 1])
+        return PrecomputedPosterior(self.density[n : n + 1].posterior(part))
 
     def _widened(self, n: int, widths: Sequence[float]) -> dict[float, PrecomputedPosterior]:
         """q(z|x) of the n-th image, widened about its mean, for each width."""
-        image = self.images[n : n + 1]
-        with seeded(image_seed(self.seed, self.first_image + n, "widened"), image.device):
-            q: Any = posterior_of(self.guide, image)
+        density = self.density[n : n + 1]
+        if self.guide is None or not density.is_plain:
+            return {}
+        with seeded(image_seed(self.seed, self.first_image + n, "widened"), self.device):
+            q: Any = find_posterior(self.guide, density.batch)
+            if q is None:
+                return {}
             mean = estimated_mean(q)[0]
         return {c: PrecomputedPosterior(Widened(q, mean, c)) for c in widths}
 
-    def anneal(self, progress: bool | str, **options: int) -> None:
-        """Adds the estimates by annealing from the optimum, the guide and the prior."""
-        name = f"AIS({options['num_steps']})"
-        starts = {name: self.start}
-        if self.start is not None and self.start is self.guide:
-            starts[f"{name}, prior"] = None
-        seed = {"seed": self.seed, "first_image": self.first_image}
-        for name, q in starts.items():
+    def anneal(self, num_chains: int, num_steps: int, **work: Any) -> None:
+        """Adds the estimate by annealing from the optimum."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ParetoWarning)  # the trust tells it of each image
             found = annealed_evidence(
-                self.model, self.images, q, progress=progress, **seed, **options
-            )
-            no_k = torch.full_like(found.log_evidence, math.nan)
-            self.estimates[name] = found.log_evidence, found.standard_error, no_k
-            trust = found.effective_sample_size >= MIN_EFFECTIVE * found.num_chains
-            trust &= found.num_chains >= MIN_CHAINS
-            if q is None:
-                trust &= found.num_steps > 1  # else it is IWAE with few draws, and without k̂
-            elif q is self.guide or found.num_steps == 1:
-                trust &= self.trust[self.own if q is self.guide else self.full]
-            self.trust[name] = trust
+                self.model, self.density.batch, PrecomputedPosterior(self.best),
+                num_chains=num_chains, num_steps=num_steps, seed=self.seed,
+                first_image=self.first_image, vectorized=self.density.vectorized, **work,
+            )  # fmt: skip
+        name, no_k = f"AIS({num_steps})", torch.full_like(found.log_evidence, math.nan)
+        self.estimates[name] = found.log_evidence, found.standard_error, no_k
+        trust = found.effective_sample_size >= MIN_EFFECTIVE * num_chains
+        trust &= num_chains >= MIN_CHAINS
+        if num_steps == 1:  # then it is importance sampling with few draws, and without k̂
+            trust &= self.trust[self.full]
+        self.trust[name] = trust
 
 
 def choose(
@@ -297,8 +298,7 @@ def choose(
 
 
 def warn_of_distrust(result: ReferenceEvidence) -> None:
-    count = int((~result.trusted).sum())
-    if count:
+    if count := int((~result.trusted).sum()):
         warnings.warn(
             f"no estimate of log p(x) is reliable for {count} of {len(result.trusted)} images, "
             "so that it may be arbitrarily low (see rule 1 of reference_evidence). Raise "

@@ -13,8 +13,9 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_gpvae.data.batch import to_batch
-from pyro_gpvae.evaluation._common import batches, check_images, evaluator, name_of
-from pyro_gpvae.model.guide import HasMoments, HasUncertainty
+from pyro_gpvae.evaluation._common import batches, evaluator
+from pyro_gpvae.model._local import name_of
+from pyro_gpvae.model.guide import HasMoments, HasUncertainty, check_program_data
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 
@@ -104,14 +105,14 @@ def uncertainty_scores(model: ImageModel, guide: Any, x: Tensor) -> pd.DataFrame
         (:math:`\sum_j b_j`), ``distance`` (:math:`\|a\|^2`) and ``reconstruction``
         (:math:`-\log p(x|z=a)`, nats).
     """
-    check_images(model, x)
+    check_program_data(model, x)
     if not isinstance(guide, HasUncertainty):
         raise ValueError(
             f"the guide {name_of(guide)} has no uncertainty(x): only a random encoder, such as "
             "'gp', has an inference uncertainty"
         )
     parts = []
-    for images in batches(x, model, guide):
+    for (images,) in batches(x, model, guide):
         a, _, b, _ = moments_of(guide, images)
         columns = {
             "uncertainty": guide.uncertainty(images),

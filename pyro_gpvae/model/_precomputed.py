@@ -1,18 +1,17 @@
-r"""A guide with given posteriors of one batch of images."""
+r"""A guide with given posteriors of one batch."""
 
 from __future__ import annotations
 
-import pyro
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_gpvae.core._plates import DATA_PLATE
+from pyro_gpvae.model.density import sample_posterior
 
 __all__ = ["PrecomputedPosterior"]
 
 
 class PrecomputedPosterior:
-    """A guide that returns given posteriors q of B images: batch shape (B,), event shape (p,).
+    """A guide that returns a given posterior q of B images, batch shape (B,).
 
     It raises ValueError if it is called with another number of images.
     """
@@ -20,16 +19,14 @@ class PrecomputedPosterior:
     def __init__(self, q: TorchDistribution) -> None:
         self.q = q
 
-    def posterior(self, x: Tensor) -> TorchDistribution:
+    def posterior(self, *batch: Tensor) -> TorchDistribution:
         known = self.q.batch_shape[-1]
-        if len(x) != known:
+        if len(batch[0]) != known:
             raise ValueError(
-                f"this guide knows the posteriors of {known} images, and was asked for {len(x)}: "
-                "pass fewer images at a time, or a larger chunk_size"
+                f"this guide knows the posteriors of {known} images, and was asked for "
+                f"{len(batch[0])}: pass fewer images at a time, or a larger chunk_size"
             )
         return self.q
 
-    def __call__(self, x: Tensor) -> None:
-        q = self.posterior(x)
-        with pyro.plate(DATA_PLATE, len(x), dim=-1):
-            pyro.sample("z", q)
+    def __call__(self, *batch: Tensor) -> None:
+        sample_posterior(self.posterior(*batch), len(batch[0]))

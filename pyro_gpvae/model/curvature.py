@@ -2,6 +2,7 @@ r"""Jacobians of the decoder, and the Gauss-Newton precision of the posterior.""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import pyro
@@ -25,15 +26,21 @@ _MAX_TANGENTS = {"cpu": 2048, "cuda": 8192}
 
 
 def line_search(
-    model: Any, x: Tensor, z: Tensor, direction: Tensor, sizes: tuple[float, ...] = STEP_SIZES
+    log_joint: Callable[[Tensor], Tensor],
+    z: Tensor,
+    direction: Tensor,
+    sizes: tuple[float, ...] = STEP_SIZES,
 ) -> Tensor:
-    """Returns z + α direction, (B, p), with the α of highest log p(x, z) for each image."""
+    """Returns z + α direction, (B, p), with the α of highest log p(x, z) for each image.
+
+    ``log_joint`` maps z (S, B, p) to log p(x, z), (S, B).
+    """
     alpha = z.new_tensor(sizes)
     if len(sizes) > 1:
         # the choice has no gradient; validation would raise an error for a step that is too long
         with torch.no_grad(), pyro.validation_enabled(False):
-            log_joint = model.log_joint(x, z + alpha[:, None, None] * direction)
-            best = log_joint.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argmax(0)
+            values = log_joint(z + alpha[:, None, None] * direction)
+            best = values.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argmax(0)
         alpha = alpha[best].unsqueeze(-1)
     return z + alpha * direction
 

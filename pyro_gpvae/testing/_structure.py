@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pyro
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from pyro_gpvae.core._plates import data_plate, is_sampled
 from pyro_gpvae.data.batch import Batch, take
-from pyro_gpvae.evaluation.importance import log_weights
+from pyro_gpvae.evaluation import importance
 from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.testing import _kit
 from pyro_gpvae.testing._gradients import gradients, without_gradient
 from pyro_gpvae.testing._kit import Finding, Kit, module_of, not_checked, posterior
+
+# a bug in a vectorised guide must show, so nothing falls back to a loop
+log_weights = partial(importance.log_weights, vectorized=True)
 
 
 def check_model(kit: Kit) -> Finding:

@@ -145,7 +145,7 @@ def test_reconstructions_are_decoded_from_the_mean_of_the_posterior():
 def test_a_mean_that_is_known_has_no_error():
     model = linear()
     x = model.images(3)
-    mean, variance = posterior_mean(Exact(model), x)
+    mean, variance = posterior_mean(Exact(model), (x,))
     assert torch.equal(mean, model.posterior(x).mean)
     assert torch.equal(variance, torch.zeros_like(mean))
 
@@ -232,7 +232,7 @@ def test_traversals_move_one_dimension():
     ("call", "message"),
     [
         (lambda m, g, x: sample_images(m, 0), "num_images must be at least 1, got 0"),
-        (lambda m, g, x: reconstruct(m, g, x[:0]), "at least one image"),
+        (lambda m, g, x: reconstruct(m, g, x[:0]), "at least one member"),
         (lambda m, g, x: reconstruct(m, g, x[:, :, 1:]), "the model expects images"),
         (lambda m, g, x: latent_path(x, x, 1), "steps must be at least 2"),
         (lambda m, g, x: latent_path(x, x, 3, kind="cubic"), "kind must be one of"),

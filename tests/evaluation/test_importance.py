@@ -250,7 +250,7 @@ def test_curve_uses_disjoint_groups():
         (images(2) * 255, {}, "255|range|0, 1"),
         (images(2) * math.nan, {}, "(?i)nan"),
         (images(2)[0], {}, r"expects images \(B, 1, 2, 3\), got \(1, 2, 3\)"),
-        (images(2)[:0], {}, "at least one image"),
+        (images(2)[:0], {}, "at least one member"),
         (images(2) * 255 - 128, {}, "divide values 0 to 255 by 255"),
         ((images(2) * 255).long(), {}, "images must be uint8"),
         (torch.rand(2, 1, 5, 5), {}, r"expects images \(B, 1, 2, 3\), got \(2, 1, 5, 5\)"),
@@ -271,7 +271,7 @@ def test_a_replayed_guide_draws_its_weights_for_every_sample():
 
     model = linear_model()
     log_weights(model, Watching(model).double(), images(4), 10, chunk_size=20)
-    assert drawn == [(5, 1, 2, 3), (5, 1, 2, 3)]
+    assert [shape for shape in drawn if len(shape) == 4] == [(5, 1, 2, 3), (5, 1, 2, 3)]
 
 
 def test_the_tail_of_known_weights():
@@ -423,17 +423,12 @@ def test_a_function_as_model_has_the_dtype_of_the_guide():
     assert found.dtype == torch.float64
 
 
-@pytest.mark.parametrize(
-    ("plate", "message"),
-    [
-        (lambda x: pyro.plate("batch", len(x)), r"'z' lies in plate\('batch'\): what belongs to"),
-        (lambda x: pyro.plate("data", 20, subsample=torch.arange(len(x))), "of which 4 are taken"),
-    ],
-    ids=["another name", "subsampled"],
-)
-def test_images_in_another_plate_are_refused(plate, message):
-    """They would be weighed as global sites, or twice."""
+def test_a_plate_that_subsamples_is_refused():
+    """Its sites would be weighed twice."""
     encoder = linear_encoder(2).double()
+
+    def plate(x):
+        return pyro.plate("data", 20, subsample=torch.arange(len(x)))
 
     def model(x):
         with plate(x):
@@ -451,7 +446,7 @@ def test_images_in_another_plate_are_refused(plate, message):
                 pyro.sample("z", dist.Normal(self.encoder(x), 1.0).to_event(1))
 
     x, guide = images(4), Guide()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="would be scaled twice"):
         log_evidence(model, guide, x, 3)
 
 

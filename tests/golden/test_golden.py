@@ -19,6 +19,7 @@ import pytest
 
 from tests.golden.cases import CASES, SAME, compute
 
+pytestmark = pytest.mark.filterwarnings("ignore:fewer than 3 of")
 RECORD = json.loads((Path(__file__).parent / "record.json").read_text())
 
 

@@ -17,6 +17,7 @@ from guides.gaussian import GaussianGuide
 from guides.instance import InstanceGuide
 from pyro_gpvae.evaluation.importance import log_evidence
 from pyro_gpvae.evaluation.optimum import climb, optimise_gaussian
+from pyro_gpvae.model.density import JointDensity
 from pyro_gpvae.model.image_model import ImageModel
 
 both_covariances = pytest.mark.parametrize("covariance", ["diagonal", "full"])
@@ -73,7 +74,8 @@ def test_the_ascent_finds_the_optimum_from_elsewhere(covariance):
     best = InstanceGuide(model, covariance, tolerance=1e-6, max_steps=1000).optimise(x).posterior
     loc = best.mean + torch.tensor([0.5, -0.3, 0.2]).double()
     factor = 2 * torch.eye(3).double().repeat(4, 1, 1)
-    found = climb(model, x, (loc, factor, torch.zeros(len(x))), covariance, 1e-6, 1000, 640)
+    begin = loc, factor, torch.zeros(len(x))
+    found = climb(JointDensity(model, (x,)), begin, covariance, 1e-6, 1000, 640)
     assert found.converged.all()
     assert found.steps.min() > 5
     close(found.posterior.mean, best.mean, 1e-3)

@@ -1,0 +1,128 @@
+r"""The local sites of a Pyro program: those of each member of a batch, in the data plate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_gpvae.core._plates import DATA_PLATE, data_plate, in_plate, is_sampled
+from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.data.batch import Batch
+
+__all__ = [
+    "PARTICLES", "Structure", "agree", "check_observed", "is_point", "is_real", "name_of",
+    "warn_of_loop",
+]  # fmt: skip
+
+#: The name of the plate of K particles.
+PARTICLES = "_particles"
+
+
+class Structure(NamedTuple):
+    """The data plate of a program, and the number of dimensions that all its plates take."""
+
+    plate: str
+    nesting: int
+
+    @staticmethod
+    def of(program: PyroProgram, batch: Batch) -> tuple[Structure, dict[str, Any]]:
+        """Runs a program once, and returns its structure and its local sites by name.
+
+        Raises:
+            ValueError: If it has sample statements, but no data plate.
+        """
+        # validation would refuse what a draw from the prior may give, and evaluation reports
+        with (
+            seeded(0, batch[0].device), torch.no_grad(), pyro.validation_enabled(False),
+            poutine.block(),
+        ):  # fmt: skip
+            nodes: Any = poutine.trace(program).get_trace(*batch).nodes
+        sampled = [site for site in nodes.values() if is_sampled(site)]
+        plate = data_plate(nodes, len(batch[0])) if sampled else DATA_PLATE
+        frames = [frame for site in sampled for frame in site["cond_indep_stack"]]
+        depth = max([1, *(-frame.dim for frame in frames if frame.vectorized)])
+        structure = Structure(plate, depth)
+        return structure, {name: s for name, s in nodes.items() if structure.is_local(s)}
+
+    def is_local(self, site: Any) -> bool:
+        """Returns whether a node of a trace is a sample statement in the data plate."""
+        return is_sampled(site) and in_plate(site, self.plate)
+
+    def is_global(self, site: Any) -> bool:
+        """Returns whether a node of a trace is a sample statement outside the data plate."""
+        return is_sampled(site) and not in_plate(site, self.plate)
+
+    def particles(self, count: int | None) -> AbstractContextManager[Any]:
+        """Returns a plate of K particles around all other plates; no plate for None."""
+        if count is None:
+            return nullcontext()
+        return pyro.plate(PARTICLES, count, dim=-1 - self.nesting)
+
+    def per_member(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Sums over the plates inside the data plate: (K, ..., B) to (K, B), or (B,)."""
+        inner = [dim for dim in range(-self.nesting, -1) if -dim <= value.dim()]
+        return (value.sum(inner) if inner else value).expand(shape)
+
+    def log_prob(self, sites: Iterable[Any], shape: tuple[int, ...]) -> Tensor:
+        """Sums log densities of local sites per member, with masks, without scales."""
+        terms = [
+            self.per_member(scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]), shape)
+            for site in sites
+        ]
+        return torch.stack(terms).sum(0) if terms else torch.zeros(shape)
+
+
+def check_observed(model: PyroProgram, sites: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a local site is observed; deterministic values are not."""
+    if not any(s["is_observed"] and not s["infer"].get("_deterministic") for s in sites.values()):
+        raise ValueError(
+            f"the model {name_of(model)} observes nothing in its data plate, so that it has no "
+            "log p(x): give a sample statement obs=x"
+        )
+
+
+def is_real(support: Any) -> bool:
+    """Returns whether a support is the real numbers, or real vectors."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
+
+
+def is_point(fn: Any) -> bool:
+    """Returns whether a distribution is a point, also inside others."""
+    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Returns whether log densities are equal up to rounding errors."""
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    size = b.abs().masked_fill(~b.isfinite(), 0).max()
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(size), equal_nan=True)
+
+
+def name_of(program: Any) -> str:
+    """Returns the name of a function, or of the class of an object."""
+    return str(getattr(program, "__name__", type(program).__name__))
+
+
+def warn_of_loop(program: PyroProgram) -> None:
+    """Warns that particles are evaluated one by one."""
+    warnings.warn(
+        f"{name_of(program)} gives other numbers, or fails, where several samples are evaluated at "
+        "once, so they are evaluated one after the other, which is slow. Count its dimensions from "
+        "the right, as in softmax(dim=-1), to avoid this",
+        stacklevel=2,
+    )
