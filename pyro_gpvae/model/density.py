@@ -324,7 +324,8 @@ def base_of(q: Any) -> Any:
 
 def sample_posterior(q: Any, size: int, plate: str = "data", name: str = "z") -> None:
     """Samples the latent site, or all sites of a :class:`LatentPosterior`, in the data plate."""
-    with pyro.plate(plate, size, dim=-1):
+    plates = {plate: pyro.plate(plate, size, dim=-1)}
+    with plates[plate]:
         if not isinstance(q, LatentPosterior):
             pyro.sample(name, q)
             return
@@ -336,6 +337,9 @@ def sample_posterior(q: Any, size: int, plate: str = "data", name: str = "z") ->
         value = dist.Delta(site["value"], log_density, event_dim=site["fn"].event_dim)
         with ExitStack() as stack:
             for frame in site["cond_indep_stack"]:
-                if frame.name != PARTICLES:
-                    stack.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                if frame.name == PARTICLES:
+                    continue
+                if frame.name not in plates:
+                    plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)
+                stack.enter_context(plates[frame.name])
             pyro.sample(site_name, value)
