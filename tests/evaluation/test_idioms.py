@@ -1,0 +1,124 @@
+"""One linear-Gaussian model, written in six idioms of Pyro, has the same exact numbers in each."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_gpvae import annealed_evidence, decompose, log_evidence
+from pyro_gpvae.evaluation.optimum import optimise_gaussian
+
+LOADINGS = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.6, -1.2]]).double()
+NOISE = 0.7
+X = torch.tensor([[0.3, -1.0, 2.0], [1.5, 0.2, -0.4], [0.0, 0.0, 1.0], [-2.0, 1.0, 0.5]]).double()
+EVIDENCE = dist.MultivariateNormal(
+    torch.zeros(3).double(), LOADINGS @ LOADINGS.mT + NOISE**2 * torch.eye(3).double()
+).log_prob(X)
+COVARIANCE = torch.linalg.inv(torch.eye(2).double() + LOADINGS.mT @ LOADINGS / NOISE**2)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    """Programs without parameters get their data in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def posterior(x):
+    mean = x @ LOADINGS @ COVARIANCE / NOISE**2
+    return dist.MultivariateNormal(mean, COVARIANCE.expand(len(x), 2, 2))
+
+
+def observe(z, x):
+    pyro.sample("x", dist.Normal(z @ LOADINGS.mT, NOISE).to_event(1), obs=x)
+
+
+def idiom(plate):
+    """A model and its exact posterior in ``plate(x)``."""
+
+    def model(x):
+        with plate(x):
+            prior = dist.Normal(torch.zeros(len(x), 2).double(), 1.0).to_event(1)
+            observe(pyro.sample("z", prior), x)
+
+    def guide(x):
+        with plate(x):
+            pyro.sample("z", posterior(x))
+
+    return model, guide
+
+
+def two_sites():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            zero = torch.zeros(len(x)).double()
+            parts = [pyro.sample(name, dist.Normal(zero, 1.0)) for name in ("first", "second")]
+            observe(torch.stack(parts, -1), x)
+
+    def guide(x):
+        mean = posterior(x).mean
+        slope = COVARIANCE[0, 1] / COVARIANCE[0, 0]
+        rest = COVARIANCE[1, 1] - slope * COVARIANCE[0, 1]
+        with pyro.plate("data", len(x)):
+            first = pyro.sample("first", dist.Normal(mean[:, 0], COVARIANCE[0, 0].sqrt()))
+            centre = mean[:, 1] + slope * (first - mean[:, 0])
+            pyro.sample("second", dist.Normal(centre, rest.sqrt()))
+
+    return model, guide
+
+
+def auxiliary():
+    """As EasyGuide and Pyro's autoguides do: a draw, and the latent as a function of it."""
+    model, _ = idiom(lambda x: pyro.plate("data", len(x)))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            draw = pyro.sample("draw", posterior(x), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(draw, event_dim=1))
+
+    return model, guide
+
+
+def with_modules():
+    decoder = nn.Linear(2, 3, bias=False).double()
+    decoder.weight.data = LOADINGS.clone()
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            prior = dist.Normal(torch.zeros(len(x), 2).double(), 1.0).to_event(1)
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(decoder(z), NOISE).to_event(1), obs=x)
+
+    return model, idiom(lambda x: pyro.plate("data", len(x)))[1]
+
+
+IDIOMS = {
+    "sized plate": lambda: idiom(lambda x: pyro.plate("data", len(x))),
+    "plate without a size": lambda: idiom(lambda x: pyro.plate("data")),
+    "plate of another name": lambda: idiom(lambda x: pyro.plate("rows", len(x))),
+    "two sites": two_sites,
+    "auxiliary site and Delta": auxiliary,
+    "pyro.module": with_modules,
+}
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_the_numbers_are_exact_in_every_idiom(name):
+    pyro.clear_param_store()
+    model, guide = IDIOMS[name]()
+    exact = {"rtol": 0, "atol": 1e-8}
+    found = log_evidence(model, guide, X, 30, seed=0)
+    torch.testing.assert_close(found.log_evidence, EVIDENCE, **exact)
+    torch.testing.assert_close(found.elbo, EVIDENCE, **exact)
+    optimum = optimise_gaussian(model, X, tolerance=1e-9, max_steps=500)
+    torch.testing.assert_close(optimum.elbo, EVIDENCE, rtol=0, atol=1e-6)
+    annealed = annealed_evidence(model, X, num_chains=64, num_steps=60, seed=0)
+    error = (annealed.log_evidence - EVIDENCE) / annealed.standard_error
+    assert float(error.abs().max()) < 4
+    gap = decompose(model, guide, X, num_samples=30, reference_samples=50)
+    torch.testing.assert_close(gap.elbo, EVIDENCE, **exact)
+    torch.testing.assert_close(gap.log_evidence, EVIDENCE, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gap.elbo_full, EVIDENCE, rtol=0, atol=0.05)
