@@ -1,5 +1,7 @@
 """One linear-Gaussian model, written in six idioms of Pyro, has the same exact numbers in each."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -122,3 +124,34 @@ def test_the_numbers_are_exact_in_every_idiom(name):
     torch.testing.assert_close(gap.elbo, EVIDENCE, **exact)
     torch.testing.assert_close(gap.log_evidence, EVIDENCE, rtol=0, atol=1e-6)
     torch.testing.assert_close(gap.elbo_full, EVIDENCE, rtol=0, atol=0.05)
+
+
+def numbers(model, guide):
+    """What every evaluator gives."""
+    gap = decompose(model, guide, X, num_samples=30, reference_samples=50)
+    annealed = annealed_evidence(model, X, num_chains=8, num_steps=20, seed=0)
+    found = log_evidence(model, wide(guide), X, 30, seed=0)
+    return torch.stack([gap.elbo, gap.log_evidence, annealed.log_evidence, found.log_evidence])
+
+
+def wide(guide):
+    """A guide whose weights are random."""
+
+    def run(x):
+        with pyro.plate("data", len(x)):
+            q = posterior(x)
+            pyro.sample("z", dist.Normal(q.mean, 1.0).to_event(1))
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
+def test_inference_mode_and_threads_change_nothing():
+    programs = idiom(lambda x: pyro.plate("data", len(x)))
+    alone = numbers(*programs)
+    with torch.inference_mode():
+        torch.testing.assert_close(numbers(*programs), alone, rtol=0, atol=0)
+    with ThreadPoolExecutor(4) as pool:
+        together = [pool.submit(numbers, *programs) for _ in range(8)]
+        for future in together:
+            torch.testing.assert_close(future.result(), alone, rtol=0, atol=0)
