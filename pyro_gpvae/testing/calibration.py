@@ -14,7 +14,7 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor, nn
 
-from pyro_gpvae.core._plates import in_data_plate
+from pyro_gpvae.core._plates import data_plate, in_plate
 from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
@@ -140,14 +140,15 @@ def _p_values(ranks: np.ndarray, num_draws: int) -> np.ndarray:
 def _simulate(model: PyroProgram, x: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N, C, H, W) and their z (N, p), drawn from the model; x tells only how many."""
     trace: Any = poutine.trace(poutine.uncondition(model)).get_trace(x)
+    plate = data_plate(trace.nodes, len(x))
     sites = [
         name
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and in_data_plate(site) and "was_observed" in site["infer"]
+        if site["type"] == "sample" and in_plate(site, plate) and "was_observed" in site["infer"]
     ]
     if len(sites) != 1 or "z" not in trace.nodes:
         raise ValueError(
-            'the model must have the site "z" and one observed site in plate("data"), found '
+            'the model must have the site "z" and one observed site in its data plate, found '
             f"{sorted(trace.nodes)} with {sites} observed there"
         )
     return trace.nodes[sites[0]]["value"], trace.nodes["z"]["value"]
