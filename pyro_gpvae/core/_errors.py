@@ -55,6 +55,10 @@ def nonfinite_as_error() -> Iterator[None]:
             if not str(error).startswith("Expected parameter"):
                 raise
             raise NonFiniteError(str(error).partition(", but found")[0]) from error
+        except RuntimeError as error:  # of torch.multinomial, for draws of a mixture
+            if not str(error).startswith("probability tensor contains"):
+                raise
+            raise NonFiniteError("the weights of a mixture are not finite") from error
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from pyro.distributions import Delta
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_gpvae.core._errors import nonfinite_as_error
+
 __all__ = [
     "DATA_PLATE", "check_observes", "check_separable", "data_plate", "find_data_plate", "in_plate",
     "is_sampled",
@@ -115,6 +117,7 @@ def check_separable(nodes: Mapping[str, Any], plate: str) -> None:
 def find_data_plate(program: Any, batch: Sequence[Tensor], **kwargs: Any) -> str:
     """Runs a program once, and returns the name of its data plate, see :func:`data_plate`."""
     # validation would refuse draws of a diverged program, which others report better
-    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
+    unchecked = pyro.validation_enabled(False)
+    with poutine.block(), torch.no_grad(), unchecked, nonfinite_as_error():
         trace: Any = poutine.trace(program).get_trace(*batch, **kwargs)
     return data_plate(trace.nodes, len(batch[0]))

@@ -117,6 +117,7 @@ def test_evaluation(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fewer than 3 of:UserWarning")
 def test_ais_cost(tmp_path):
     options = ais_cost.Options(
         epochs=1, latent_dim=2, images=2, samples=[5], steps=[2], chains=4, repeats=1, out=tmp_path
