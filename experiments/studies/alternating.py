@@ -5,24 +5,24 @@
 Trains the VAE of the paper's Table 1 on the embedded digits in a plain PyTorch loop with two Adam
 optimisers, one for the encoder and one for the decoder. ``simultaneous``: both take the gradient at
 the same parameters. ``alternating``: the encoder is updated first, and the decoder takes its
-gradient, with new noise, after that. It writes ``results/alternating.json`` and ``.md`` to --docs.
+gradient, with new noise, after that. It writes alternating.json and .md; ``--render`` makes the
+latter again.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
+from _study import publish
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel, initial_sigma, load_data
-from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import write_json, write_text
 
 SCHEDULES = ("simultaneous", "alternating")
 
@@ -36,14 +36,16 @@ class Options:
         seeds: The number of seeds.
         train_images: The number of training images.
         test_images: The number of test images of the ELBO.
-        docs: Folder of the results.
+        out: Folder of the results.
+        render: Only make the page again from the record.
     """
 
     epochs: int = 20
     seeds: int = 2
     train_images: int = 4000
     test_images: int = 200
-    docs: str = "docs"
+    out: Path = Path("runs/alternating")
+    render: bool = False
 
 
 def train(schedule: str, seed: int, options: Options) -> list[float]:
@@ -81,33 +83,33 @@ def train(schedule: str, seed: int, options: Options) -> list[float]:
     return elbos
 
 
-def main(options: Options) -> None:
-    curves = {
-        name: [train(name, seed, options) for seed in range(options.seeds)] for name in SCHEDULES
-    }
-    record: dict[str, Any] = {
-        "options": {k: v for k, v in asdict(options).items() if k != "docs"},
-        **environment(torch.device("cpu")),
-        "elbo": curves,
-    }
-    shown = [n for n in (5, 10, 15, 20, 40) if n <= options.epochs] or [options.epochs]
+def measure(options: Options) -> dict[str, Any]:
+    """Trains every seed with both schedules and returns the curves."""
+    seeds = range(options.seeds)
+    return {"elbo": {name: [train(name, seed, options) for seed in seeds] for name in SCHEDULES}}
+
+
+def page(record: dict[str, Any]) -> str:
+    """Makes the Markdown page from a record."""
+    epochs = record["epochs"]
+    shown = [n for n in (5, 10, 15, 20, 40) if n <= epochs] or [epochs]
     lines = [
         "| updates | " + " | ".join(f"{n} epochs" for n in shown) + " |",
         "|---|" + "--:|" * len(shown),
     ]
-    for name, runs in curves.items():
+    for name, runs in record["elbo"].items():
         cells = [", ".join(f"{run[n - 1]:.1f}" for run in runs) for n in shown]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"ELBO of {options.test_images} test digits in nats per image, one number per seed: a VAE "
-        f"with p = 10 and the networks of the paper's Table 1, {options.train_images:,} training "
-        "images, batch size 128, Adam at 5e-4 and 1e-2 for σ.",
-    ]
-    results = Path(options.docs) / "results"
-    write_json(results / "alternating.json", record)
-    write_text(results / "alternating.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    caption = (
+        f"ELBO of {record['test_images']} test digits in nats per image, one number per seed: a "
+        "VAE with p = 10 and the networks of the paper's Table 1, "
+        f"{record['train_images']:,} training images, batch size 128, Adam at 5e-4 and 1e-2 for σ."
+    )
+    return "\n".join([*lines, "", caption, ""])
+
+
+def main(options: Options) -> None:
+    publish("alternating", options, lambda: measure(options), page)
 
 
 if __name__ == "__main__":
