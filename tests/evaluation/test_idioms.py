@@ -20,12 +20,7 @@ EVIDENCE = dist.MultivariateNormal(
 COVARIANCE = torch.linalg.inv(torch.eye(2).double() + LOADINGS.mT @ LOADINGS / NOISE**2)
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-    """Programs without parameters get their data in the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def posterior(x):

@@ -13,11 +13,7 @@ LABELS = torch.tensor([0, 1, 2, 3])
 close = {"rtol": 0, "atol": 1e-8}
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def counts(x):

@@ -17,12 +17,7 @@ from pyro_gpvae.testing import linear_gaussian
 SHAPE = (1, 4, 4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def double_precision():
-    """Also for programs that have no parameters to tell."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 @pytest.fixture(scope="module")
