@@ -16,7 +16,7 @@ from pyro_gpvae.core._errors import nonfinite_as_error
 
 __all__ = [
     "DATA_PLATE", "check_observes", "check_separable", "data_plate", "find_data_plate", "in_plate",
-    "is_sampled",
+    "is_observation", "is_sampled", "nodes_of",
 ]  # fmt: skip
 
 #: The name of the data plate in the programs of this library. Other programs may use another name.
@@ -28,6 +28,13 @@ def is_sampled(site: Any) -> bool:
     return site["type"] == "sample" and not site_is_subsample(site)
 
 
+def is_observation(site: Any) -> bool:
+    """Returns whether a node of a trace is an observed sample statement, such as a factor."""
+    # Pyro records deterministic values as observed
+    is_deterministic = site["infer"].get("_deterministic") if is_sampled(site) else True
+    return not is_deterministic and bool(site["is_observed"])
+
+
 def in_plate(site: Any, plate: str) -> bool:
     """Returns whether a site of a trace lies in a plate of this name."""
     return any(frame.name == plate for frame in site["cond_indep_stack"])
@@ -35,11 +42,7 @@ def in_plate(site: Any, plate: str) -> bool:
 
 def check_observes(nodes: Mapping[str, Any]) -> None:
     """Raises ValueError unless the trace of a model has an observed site, such as a factor."""
-    # Pyro records deterministic values as observed
-    if not any(
-        is_sampled(site) and site["is_observed"] and not site["infer"].get("_deterministic")
-        for site in nodes.values()
-    ):
+    if not any(map(is_observation, nodes.values())):
         latent = [name for name, site in nodes.items() if is_sampled(site)]
         raise ValueError(
             f"the model observes nothing; its sites are {latent}. Write "
@@ -86,9 +89,7 @@ def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:
         )
     for name, site in sites.items():
         others = [frame.name for frame in site["cond_indep_stack"] if frame.dim == -1]
-        # Pyro records deterministic values as observed
-        observed = site["is_observed"] and not site["infer"].get("_deterministic")
-        if observed and others and others != [plate]:
+        if is_observation(site) and others and others != [plate]:
             raise ValueError(
                 f"the observed site {name!r} lies in plate({others[0]!r}): what belongs to one "
                 f"member of the batch must be in plate({plate!r})"
@@ -114,10 +115,16 @@ def check_separable(nodes: Mapping[str, Any], plate: str) -> None:
         )
 
 
-def find_data_plate(program: Any, batch: Sequence[Tensor], **kwargs: Any) -> str:
-    """Runs a program once, and returns the name of its data plate, see :func:`data_plate`."""
+def nodes_of(program: Any, batch: Sequence[Tensor], **kwargs: Any) -> Mapping[str, Any]:
+    """Runs a program once to look at its sites, and returns the nodes of its trace."""
     # validation would refuse draws of a diverged program, which others report better
     unchecked = pyro.validation_enabled(False)
     with poutine.block(), torch.no_grad(), unchecked, nonfinite_as_error():
         trace: Any = poutine.trace(program).get_trace(*batch, **kwargs)
-    return data_plate(trace.nodes, len(batch[0]))
+    nodes: Mapping[str, Any] = trace.nodes
+    return nodes
+
+
+def find_data_plate(program: Any, batch: Sequence[Tensor], **kwargs: Any) -> str:
+    """Runs a program once, and returns the name of its data plate, see :func:`data_plate`."""
+    return data_plate(nodes_of(program, batch, **kwargs), len(batch[0]))

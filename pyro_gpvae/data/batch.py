@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from pyro_gpvae.core._programs import modules_of
 
-__all__ = ["Data", "batch_of", "check_data", "split_batch", "take", "to_batch"]
+__all__ = ["Data", "batch_of", "check_data", "size_of", "split_batch", "take", "to_batch"]
 
 #: What users pass: a tensor, or several with the same first dimension.
 Data = Tensor | Sequence[Tensor]
@@ -22,6 +22,11 @@ Batch = tuple[Tensor, ...]
 def batch_of(data: Data) -> Batch:
     """Returns data as a tuple of tensors, without a copy."""
     return (data,) if isinstance(data, Tensor) else tuple(data)
+
+
+def size_of(data: Data) -> int:
+    """Returns the number of members of data."""
+    return len(batch_of(data)[0])
 
 
 def check_data(data: Any, name: str = "data") -> None:
@@ -94,5 +99,5 @@ def take(data: Data, index: slice | Tensor) -> Batch:
 
 def split_batch(data: Data, size: int) -> Iterator[Batch]:
     """Yields the members of data, at most ``size`` at once."""
-    for start in range(0, len(batch_of(data)[0]), size):
+    for start in range(0, size_of(data), size):
         yield take(data, slice(start, start + size))

@@ -26,7 +26,7 @@ from pyro_gpvae.core._programs import (
     with_own_parameters,
 )
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.batch import Batch, Data, batch_of, split_batch, take, to_batch
+from pyro_gpvae.data.batch import Batch, Data, split_batch, take, to_batch
 from pyro_gpvae.model._local import agree, name_of
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
 
@@ -129,11 +129,6 @@ def check_log_weights(log_weights: Tensor, start: int, what: str, reason: str = 
         reason = reason or f": a density is NaN or overflows {log_weights.dtype}"
         where = f"is not finite for image {name_images(images)}"
         raise NonFiniteError(f"{what} {where}{reason}", images=images)
-
-
-def size_of(data: Data) -> int:
-    """Returns the number of members of data."""
-    return len(batch_of(data)[0])
 
 
 def device_of(data: Data, *programs: Any) -> torch.device:

@@ -57,7 +57,6 @@ class Weights:
         self, model: PyroProgram, guide: PyroProgram, batch: Batch, vectorized: bool | None = None
     ) -> None:
         self.model, self.guide, self.vectorized = model, guide, vectorized
-        self.checked = vectorized is not None
         self.structure, sites = Structure.of(model, batch)
         check_observed(model, sites)
         self.latent = [name for name, site in sites.items() if not site["is_observed"]]
@@ -77,9 +76,7 @@ class Weights:
         size = max(1, chunk_size // len(batch[0]))
         counts = [min(size, num_samples - k) for k in range(0, num_samples, size)]
         first = self._first(guide, batch, counts[0])
-        with (
-            unvalidated()
-        ):  # the programs have been checked; the log weights are checked at the end
+        with unvalidated():  # the programs have been checked; log weights are checked at the end
             return torch.cat([first, *(self._weights(guide, batch, k) for k in counts[1:])])
 
     def _proposal(self, batch: Batch) -> PyroProgram:
@@ -97,9 +94,9 @@ class Weights:
 
     def _first(self, guide: PyroProgram, batch: Batch, count: int) -> Tensor:
         """Weights that are compared with the weight of a single draw at the first call."""
-        if self.checked or self.vectorized is False:
+        if self.vectorized is not None:
             return self._weights(guide, batch, count)
-        self.checked = True
+        self.vectorized = True
         try:
             traces = self._traces(guide, batch, count)
             weights = self._weigh(*traces, (count, len(batch[0])))
@@ -118,7 +115,7 @@ class Weights:
         return looped
 
     def _weights(self, guide: PyroProgram, batch: Batch, count: int) -> Tensor:
-        if self.vectorized is not False:
+        if self.vectorized:
             return self._weigh(*self._traces(guide, batch, count), (count, len(batch[0])))
         shape = (len(batch[0]),)
         return torch.stack([self._weigh(*self._traces(guide, batch), shape) for _ in range(count)])
@@ -160,10 +157,8 @@ class Weights:
         _check_support(local_p)
         local_p.compute_log_prob()
         local_q.compute_log_prob()
-        if is_validation_enabled():
-            for site in (
-                [] if self.enumerates else (*local_p.nodes.values(), *local_q.nodes.values())
-            ):
+        if is_validation_enabled() and not self.enumerates:
+            for site in (*local_p.nodes.values(), *local_q.nodes.values()):
                 check_site_shape(site, depth)
         sites = local_p.nodes
         latent = [name for name, site in sites.items() if not site["is_observed"]]

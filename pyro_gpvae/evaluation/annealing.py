@@ -17,7 +17,7 @@ from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.data.batch import Batch, Data, take, to_batch
+from pyro_gpvae.data.batch import Batch, Data, size_of, take, to_batch
 from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
     Settings,
@@ -29,7 +29,6 @@ from pyro_gpvae.evaluation._common import (
     device_of,
     evaluator,
     progress_bar,
-    size_of,
 )
 from pyro_gpvae.evaluation._hmc import AnnealingPath, Forward, Start, chains_with_pilots
 from pyro_gpvae.evaluation.importance import Evidence, ParetoWarning

@@ -17,7 +17,7 @@ from pyro_gpvae.core._chunks import check_chunk_size
 from pyro_gpvae.core._plates import is_sampled
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.data.batch import Batch, Data, take, to_batch
+from pyro_gpvae.data.batch import Batch, Data, size_of, take, to_batch
 from pyro_gpvae.evaluation._common import (
     Settings,
     Work,
@@ -26,7 +26,6 @@ from pyro_gpvae.evaluation._common import (
     check_at_least,
     evaluator,
     progress_bar,
-    size_of,
 )
 from pyro_gpvae.evaluation.importance import ParetoWarning, evidence_curve, log_weights
 from pyro_gpvae.evaluation.optimum import optimise

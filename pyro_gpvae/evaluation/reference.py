@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import image_seed, seeded
-from pyro_gpvae.data.batch import Batch, Data
+from pyro_gpvae.data.batch import Batch, Data, size_of
 from pyro_gpvae.evaluation._common import (
     Settings,
     Work,
@@ -29,7 +29,6 @@ from pyro_gpvae.evaluation._common import (
     evaluator,
     find_posterior,
     progress_bar,
-    size_of,
 )
 from pyro_gpvae.evaluation._weights import Weights
 from pyro_gpvae.evaluation.annealing import annealed_evidence

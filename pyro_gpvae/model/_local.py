@@ -9,13 +9,19 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_gpvae.core._plates import DATA_PLATE, data_plate, in_plate, is_sampled
+from pyro_gpvae.core._plates import (
+    DATA_PLATE,
+    data_plate,
+    in_plate,
+    is_observation,
+    is_sampled,
+    nodes_of,
+)
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import Batch
@@ -42,12 +48,8 @@ class Structure(NamedTuple):
         Raises:
             ValueError: If it has sample statements, but no data plate.
         """
-        # validation would refuse what a draw from the prior may give, and evaluation reports
-        with (
-            seeded(0, batch[0].device), torch.no_grad(), pyro.validation_enabled(False),
-            poutine.block(),
-        ):  # fmt: skip
-            nodes: Any = poutine.trace(program).get_trace(*batch).nodes
+        with seeded(0, batch[0].device):
+            nodes = nodes_of(program, batch)
         sampled = [site for site in nodes.values() if is_sampled(site)]
         plate = data_plate(nodes, len(batch[0])) if sampled else DATA_PLATE
         frames = [frame for site in sampled for frame in site["cond_indep_stack"]]
@@ -85,7 +87,7 @@ class Structure(NamedTuple):
 
 def check_observed(model: PyroProgram, sites: Mapping[str, Any]) -> None:
     """Raises ValueError unless a local site is observed; deterministic values are not."""
-    if not any(s["is_observed"] and not s["infer"].get("_deterministic") for s in sites.values()):
+    if not any(map(is_observation, sites.values())):
         raise ValueError(
             f"the model {name_of(model)} observes nothing in its data plate, so that it has no "
             "log p(x): give a sample statement obs=x"

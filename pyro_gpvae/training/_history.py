@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.batch import Data, batch_of, split_batch, take, to_batch
+from pyro_gpvae.data.batch import Data, size_of, split_batch, take, to_batch
 from pyro_gpvae.model.elbo import elbo_terms
 from pyro_gpvae.model.guide import HasDiagnostics
 from pyro_gpvae.training._batches import SAMPLE_SIZE
@@ -85,5 +85,5 @@ def _terms(state: TrainingState, validation: Data | None) -> dict[str, float]:
         for part in split_batch(validation, SAMPLE_SIZE):
             terms = elbo_terms(model, guide, part, num_images)
             bound = terms["log_likelihood"] - terms["kl_z"]
-            row["validation_elbo"] += len(part[0]) / len(batch_of(validation)[0]) * bound
+            row["validation_elbo"] += len(part[0]) / size_of(validation) * bound
     return row
