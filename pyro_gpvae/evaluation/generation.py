@@ -31,7 +31,7 @@ from pyro_gpvae.model.networks import ImageShape
 
 __all__ = [
     "Decoded", "PathKind", "decode", "latent_path", "latent_traversals", "prior_and_likelihood",
-    "reconstruct", "sample_images", "to_uint8",
+    "reconstruct", "sample_images",
 ]  # fmt: skip
 
 PathKind = Literal["spherical", "linear"]
@@ -220,16 +220,6 @@ def latent_traversals(
     for row, dim in enumerate(dims):
         copies[:, row, :, dim] = values
     return copies
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Returns pixels in [0, 1] as integers 0 to 255; values outside are clipped.
-
-    Example:
-        >>> to_uint8(torch.tensor([-0.5, 0.5, 2.0]))
-        tensor([  0, 128, 255], dtype=torch.uint8)
-    """
-    return (255 * images.clamp(0, 1)).round().to(torch.uint8)
 
 
 def prior_and_likelihood(model: PyroProgram, x: Tensor, z: Tensor | None = None) -> tuple[Any, Any]:
