@@ -133,7 +133,7 @@ def collect(
         methods = runs[runs["guide"] != "vae"]
         epochs = int(Counter((methods if len(methods) else runs)["epochs"]).most_common(1)[0][0])
     rates = ("learning_rate", "sigma_learning_rate")
-    _check_same(runs, "batch_size", *rates, "likelihood", "num_samples")
+    _check_same(runs, "batch_size", *rates, "keep_best", "likelihood", "num_samples")
     for _, group in runs.groupby("data"):
         _check_same(group, "train_sha256", "test_sha256", "validation", "num_test")
     totals = [_totals(run, starts) for run in runs.to_dict("records")]

@@ -50,6 +50,7 @@ class RunConfig:
             reconstruction error from the first epochs on.
         validation: Number of training images held out (the same for every seed), whose ELBO is
             logged after each epoch.
+        keep_best: Keep the weights of the epoch with the highest validation ELBO, not the last.
         train_images: Number of training images to use, from the first on; None is all.
         test_images: Number of test images to evaluate, from the first on; None is all.
         num_samples: Importance samples K per image for log p(x).
@@ -78,6 +79,7 @@ class RunConfig:
     learning_rate: float = 5e-4
     sigma_learning_rate: float | None = None
     validation: int = 0
+    keep_best: bool = False
     train_images: int | None = None
     test_images: int | None = None
     num_samples: int = 100
@@ -115,6 +117,8 @@ class RunConfig:
                 raise ValueError(f"{name} must be {bound}, got {value:,}")
         if self.freeze_decoder and self.warm_start is None:
             raise ValueError("freeze_decoder needs a warm_start, whose trained decoder it keeps")
+        if self.keep_best and not self.validation:
+            raise ValueError("keep_best chooses an epoch by held-out images: give validation")
         for name in ("learning_rate", "sigma_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < float("inf"):

@@ -40,7 +40,7 @@ FULL: dict[str, int | None] = {
 BUDGET = tuple(name for name in FULL if name != "seeds")
 _CELL = ("data", "latent_dim", "decoder", "likelihood")
 _RATES = ("learning_rate", "sigma_learning_rate")
-_TRAINING = ("guide", *_RATES, "freeze_decoder", "warm_start")
+_TRAINING = ("guide", *_RATES, "keep_best", "freeze_decoder", "warm_start")
 #: Runs that agree in these are repetitions.
 _ROW = ("method", *_CELL, *BUDGET, *_TRAINING)
 _SCORES = ("log_evidence", "elbo", "monte_carlo_error", "sampling_error")

@@ -33,10 +33,14 @@ COLUMNS = [
 
 @dataclass
 class History:
-    """One row for each epoch of a training, see :func:`fit`, and how its steps were made."""
+    """One row for each epoch of a training, see :func:`fit`, and how its steps were made.
+
+    ``best_epoch`` is the epoch whose parameters were kept, with ``keep_best``.
+    """
 
     rows: list[dict[str, float]] = field(default_factory=list)
     backend: Backend = "eager"
+    best_epoch: int | None = None
 
     def frame(self) -> pd.DataFrame:
         """Returns the rows as a table."""

@@ -38,6 +38,7 @@ class TrainingState:
         self.options = {"seed": seed, **sizes, **options, **_trained(training_step)}
         self.epoch = self.batch = self.step = 0  # finished epochs, minibatches in this one, steps
         self.rows: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {}  # the epoch to keep: its number, ELBO, weights and buffers
         self.recent: list[Batch] = []  # the minibatches since skips_seen was read
         self.skips_seen = 0
         self._generator = torch.Generator().manual_seed(seed)
@@ -73,6 +74,25 @@ class TrainingState:
         self._start_of_epoch = self._generator.get_state()
         return mean
 
+    def keep_if_best(self, elbo: float) -> None:
+        """Keeps a copy of the parameters and buffers if this epoch's ELBO is the highest so far."""
+        if self.best and not (elbo > self.best["elbo"] or math.isnan(self.best["elbo"])):
+            return
+        step = self.training_step
+        self.best = {
+            "epoch": self.epoch,
+            "elbo": elbo,
+            "weights": {name: p.detach().clone() for name, p in step.parameters.items()},
+            "buffers": {name: buffer.clone() for name, buffer in step.buffers.items()},
+        }
+
+    def restore_best(self) -> int:
+        """Sets the parameters and buffers of the best epoch, and returns its number."""
+        epoch = int(self.best["epoch"])
+        copy_tensors(self.best["weights"], self.training_step.parameters, f"epoch {epoch}")
+        self._restore_buffers(self.best["buffers"])
+        return epoch
+
     def capture(self) -> Checkpoint:
         """Returns the state, to be written at once: its tensors are not copies."""
         step = self.training_step
@@ -86,6 +106,7 @@ class TrainingState:
             "position": [self.epoch, self.batch],
             "seconds": self.seconds(),
             "rows": self.rows,
+            "best": self.best,
         }
         return Checkpoint(self.step, state)
 
@@ -135,6 +156,7 @@ class TrainingState:
             getattr(counters, name).fill_(state["counters"][number])
         self.epoch, self.batch, self.step = epoch, batch, checkpoint.step
         self.rows = [dict(row) for row in state["rows"]]
+        self.best = dict(state["best"])
         self.skips_seen = self.skipped
         self._begin = time.monotonic() - state["seconds"]
 

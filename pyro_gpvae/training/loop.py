@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Unpack
@@ -27,12 +28,27 @@ from pyro_gpvae.training._state import TrainingState
 from pyro_gpvae.training.checkpoint import Checkpoints
 from pyro_gpvae.training.step import StepOptions, TrainingStep
 
-__all__ = ["History", "fit"]
+__all__ = ["FitOptions", "History", "fit"]
 
 logger = logging.getLogger(__name__)
 
 #: The number of steps between readings of a GPU, each of which makes it wait for the host.
 READ_EVERY = 100
+
+
+class FitOptions(StepOptions, total=False):
+    """Further options of :func:`fit`.
+
+    Attributes:
+        progress: Whether to show a progress bar on a terminal, or else log each epoch at the level
+            INFO; a text is the label. True by default.
+        callbacks: Functions that are called after each epoch with its row of the history, such as
+            ``lambda row: writer.add_scalar("loss", row["loss"], row["step"])`` for TensorBoard.
+            Both programs are in evaluation mode then. An exception ends the training.
+    """
+
+    progress: bool | str
+    callbacks: Sequence[Callable[[Mapping[str, float]], object]]
 
 
 def fit(
@@ -43,10 +59,10 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     validation: Data | None = None,
+    keep_best: bool = False,
     seed: int = 0,
     checkpoints: Checkpoints | str | Path | None = None,
-    progress: bool | str = True,
-    **step: Unpack[StepOptions],
+    **options: Unpack[FitOptions],
 ) -> History:
     r"""Trains a model and a guide by Adam on eq. (2), in place.
 
@@ -71,12 +87,13 @@ def fit(
         epochs: How often each image is seen, each time in a new random order.
         batch_size: The number of images in a step.
         validation: Data of the same kind, whose ELBO is logged after each epoch.
+        keep_best: Whether to end with the parameters and buffers of the epoch with the highest
+            ELBO of the validation data, instead of those of the last epoch.
         seed: The seed of the permutations and of the samples.
         checkpoints: Where and how often to write checkpoints; a folder alone means every 5
             minutes. One is written before the first step and one at the end.
-        progress: Whether to show a progress bar on a terminal, or else log each epoch at the level
-            INFO; a text is the label.
-        step: Options of :class:`pyro_gpvae.training.TrainingStep`, such as ``learning_rate=5e-4``.
+        options: ``progress`` and ``callbacks``, see :class:`FitOptions`, and the options of
+            :class:`pyro_gpvae.training.TrainingStep`, such as ``learning_rate=5e-4``.
 
     Returns:
         The history, with one row an epoch: ``epoch``, ``step``, ``loss`` (the mean over the epoch's
@@ -96,6 +113,8 @@ def fit(
         KeyboardInterrupt, Terminated: With checkpoints, after SIGINT or SIGTERM.
     """
     epochs, seed = operator.index(epochs), operator.index(seed)
+    progress, callbacks = options.pop("progress", True), options.pop("callbacks", ())
+    step: StepOptions = {**options}
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if torch.is_inference_mode_enabled():
@@ -103,6 +122,8 @@ def fit(
     batches = _load(data, batch_size, model, guide)
     if validation is not None:
         check_program_data(model, validation, "validation")
+    elif keep_best:
+        raise ValueError("keep_best chooses an epoch by the validation data: pass validation=")
     if isinstance(checkpoints, str | Path):
         checkpoints = Checkpoints(checkpoints)
     label = progress if isinstance(progress, str) else "training"
@@ -132,13 +153,14 @@ def fit(
             stack.callback(optimizer.zero_grad)
         if batches.last_size == 1:
             make_step.check_single(first)
-        options = {
+        common = {
             "learning_rate": float(step.get("learning_rate", 5e-4)),
             "learning_rates": make_step.learning_rates,
             "source": batches.source,
             "data": batches.hash(),
+            "keep_best": keep_best,
         }
-        state = TrainingState(make_step, batches, seed, options)
+        state = TrainingState(make_step, batches, seed, common)
         if checkpoints:
             saved = checkpoints.latest() if checkpoints.resume else None
             if saved is None:
@@ -164,14 +186,20 @@ def fit(
                     raise stopped(signal, f"stopped after step {state.step}")
             check_updates(state, checkpoints)
             make_step.train(False)  # evaluation must not change running statistics
-            state.rows.append(end_epoch(state, validation, checkpoints))
-            loss = f"{state.rows[-1]['loss']:.1f}"
+            row = end_epoch(state, validation, checkpoints)
+            state.rows.append(row)
+            if keep_best:
+                state.keep_if_best(row["validation_elbo"])
+            loss = f"{row['loss']:.1f}"
             bar.set_postfix(epoch=state.epoch, loss=loss)
             if progress and bar.disable:  # standard error is no terminal
                 logger.info("%s: epoch %d of %d, loss %s", label, state.epoch, epochs, loss)
             if checkpoints and state.epoch == epochs:
                 checkpoints.save(state.capture())
-    return History(state.rows, make_step.backend)
+            for callback in callbacks:
+                callback(dict(row))
+        best = state.restore_best() if keep_best else None
+    return History(state.rows, make_step.backend, best)
 
 
 def _load(

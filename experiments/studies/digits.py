@@ -1,0 +1,228 @@
+"""All guides on the embedded digits: the comparison that anyone can repeat overnight.
+
+    python experiments/studies/digits.py --seeds 3
+
+Every guide is trained together with a decoder from random weights, with the same number of epochs,
+σ at a learning rate of 1e-2, and the weights of the epoch with the highest ELBO on held-out digits.
+``vae, 2 x epochs`` has the time of guides whose steps cost twice as much, and ``gp after vae``
+starts from the trained VAE, as in the paper. Each is an ordinary run folder in --out, which is
+continued if the study is stopped, and compared by
+
+* IWAE(K), with the guide's own q: what the paper reports;
+* log p(x) by ``reference_evidence``, which does not depend on how good q is: how good the decoder
+  is that was trained with this guide;
+* the ELBO, and the gap, log p(x) - ELBO.
+
+Differences to the VAE are paired over seeds. ``digits.json``, ``digits.md`` and ``digits.png`` are
+written to --out; ``--render`` makes the last two from ``digits.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import tyro
+from _study import publish
+from scipy import stats
+
+from pyro_gpvae import load_data, load_run, reference_evidence
+from pyro_gpvae.core._files import read_json, write_json
+from pyro_gpvae.data.batch import to_batch
+from pyro_gpvae.evaluation.importance import ParetoWarning
+from pyro_gpvae.runs.config import RunConfig
+from pyro_gpvae.runs.train import train_run
+
+#: The rows: a name, the guide, the run it starts from, and a factor of the epochs.
+ROWS: dict[str, tuple[str, str | None, int]] = {
+    "vae": ("vae", None, 1),
+    "vae, 2 x epochs": ("vae", None, 2),
+    "gp": ("gp", None, 1),
+    "gp after vae": ("gp", "vae", 1),
+    "newton:1": ("newton:1,covariance=diagonal", None, 1),
+    "sa:1": ("sa:1", None, 1),
+    "iaf:2": ("iaf:2", None, 1),
+    "hf:2": ("hf:2", None, 1),
+    "me:2": ("me:2", None, 1),
+    "rme:2": ("rme:2", None, 1),
+    "full": ("full", None, 1),
+}
+#: Importance samples for each image and proposal of the reference estimate, without annealing.
+REFERENCE_SAMPLES = 500
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options of the study.
+
+    Attributes:
+        epochs: Passes over the training images.
+        seeds: The number of seeds, from 0.
+        latent_dim: Dimension p of z.
+        validation: Number of training images held out, by which the epoch is chosen.
+        train_images: Use only the first so many training images; None is all.
+        test_images: Number of test images for IWAE and ELBO; None is all.
+        reference_images: Number of test images for log p(x).
+        num_samples: Importance samples K per image.
+        rows: Only these rows; none is all. The VAE is always there.
+        out: Folder of the runs and the results.
+        render: Only make page and picture from digits.json.
+    """
+
+    epochs: int = 60
+    seeds: int = 3
+    latent_dim: int = 10
+    validation: int = 500
+    train_images: int | None = None
+    test_images: int | None = None
+    reference_images: int = 200
+    num_samples: int = 100
+    rows: tuple[str, ...] = ()
+    out: Path = Path("runs/digits")
+    render: bool = False
+
+
+def main(options: Options) -> None:
+    record = publish("digits", options, partial(measure, options), markdown)
+    picture(record).savefig(options.out / "digits.png", dpi=150)
+    plt.close("all")
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Trains and evaluates what is missing; returns a row for each seed and guide."""
+    chosen = [name for name in ROWS if not options.rows or name in ("vae", *options.rows)]
+    found = [cell(options, name, seed) for seed in range(options.seeds) for name in chosen]
+    return {"cells": found}
+
+
+def cell(options: Options, name: str, seed: int) -> dict[str, Any]:
+    """Trains and evaluates one row for one seed, unless its folder has the result."""
+    guide, start, factor = ROWS[name]
+    folder = options.out / f"{name.replace(' ', '-').replace(',', '').replace(':', '')}-seed{seed}"
+    config = RunConfig(
+        guide=guide,
+        latent_dim=options.latent_dim,
+        epochs=factor * options.epochs,
+        sigma_learning_rate=1e-2,
+        validation=options.validation,
+        keep_best=True,
+        train_images=options.train_images,
+        test_images=options.test_images,
+        num_samples=options.num_samples,
+        seed=seed,
+        device="cpu",
+        warm_start=None if start is None else str(options.out / f"{start}-seed{seed}"),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ParetoWarning)  # log p(x) is by the reference
+        record = train_run(config, folder, resume=True, progress=f"{name}, seed {seed}")
+        reference = folder / "reference.json"
+        if not reference.exists():
+            write_json(reference, reference_scores(options, folder, seed))
+    return {
+        "row": name,
+        "seed": seed,
+        "iwae": record["scores"]["log_evidence"],
+        "elbo": record["scores"]["elbo"],
+        "sigma": record["sigma"],
+        "best_epoch": record["best_epoch"],
+        "epochs": config.epochs,
+        "seconds": record["seconds"]["training"],
+        "train_images": record["data"]["train_images"],
+        "test_images": record["data"]["test_images"],
+        "validation": pd.read_csv(folder / "history.csv")["validation_elbo"].round(2).to_list(),
+        **read_json(reference),
+    }
+
+
+def reference_scores(options: Options, folder: Path, seed: int) -> dict[str, Any]:
+    """Returns the reference log p(x) and the ELBO on the same images."""
+    run = load_run(folder)
+    x = to_batch(load_data("mnist5k").test[: options.reference_images])[0]
+    found = reference_evidence(
+        run.model, x, run.guide, num_samples=REFERENCE_SAMPLES, num_chains=0, seed=seed
+    )
+    elbo = pd.read_csv(folder / "scores.csv")["elbo"][: len(x)].mean()
+    return {
+        "reference": float(found.log_evidence.mean()),
+        "gap": float(found.log_evidence.mean()) - elbo,
+        "untrusted": int((~found.trusted).sum()),
+    }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """Returns the table of the record."""
+    cells = pd.DataFrame(record["cells"])
+    lines = [
+        "| guide (seeds) | log p(x) | difference to the VAE | p | IWAE | ELBO | gap | σ | epoch |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, group in cells.groupby("row", sort=False):
+        paired = group.set_index("seed")["reference"].sub(
+            cells[cells["row"] == "vae"].set_index("seed")["reference"]
+        )
+        difference = "–" if name == "vae" else mean(paired)
+        p = math.nan if name == "vae" else paired_p(paired)
+        texts = [mean(group["reference"]), difference, "–" if math.isnan(p) else f"{p:.3f}"]
+        texts += [mean(group[key]) for key in ("iwae", "elbo", "gap")]
+        texts += [f"{group['sigma'].mean():.3f}", mean(group["best_epoch"], 0)]
+        lines.append(f"| `{name}` ({len(group)}) | " + " | ".join(texts) + " |")
+    return "\n".join([*lines, "", caption(record), ""])
+
+
+def mean(values: Any, digits: int = 1) -> str:
+    """Returns the mean with the standard deviation over seeds."""
+    values = [float(value) for value in values]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def paired_p(differences: Any) -> float:
+    """Returns p of a two-sided paired t-test, or NaN for fewer than three seeds."""
+    return float(stats.ttest_1samp(differences, 0.0).pvalue) if len(differences) > 2 else math.nan
+
+
+def caption(record: dict[str, Any]) -> str:
+    """Returns the data, the budget, the tests and the machine, in sentences."""
+    first = record["cells"][0]
+    return (
+        f"The embedded digits, {first['train_images']:,} for training, {record['validation']} held "
+        f"out and {first['test_images']:,} for the scores; p = {record['latent_dim']}, the "
+        f"convolutional networks of the paper, {record['epochs']} epochs (the paper: 2,000), Adam "
+        "at 5e-4 and 1e-2 for log σ, weights of the epoch with the highest held-out ELBO, which "
+        f"is the last column. Nats per image, means ± standard deviations over seeds. log p(x) by "
+        f"`reference_evidence` on the first {record['reference_images']} test images, with "
+        f"{REFERENCE_SAMPLES} samples of each proposal and no annealing (not reliable for at most "
+        f"{max(c['untrusted'] for c in record['cells'])} images of a run); the gap is log p(x) - "
+        f"ELBO on these images. IWAE with the guide's own q, K = {record['num_samples']}. p is "
+        "that of a two-sided paired t-test of the difference of log p(x), for at least three "
+        "seeds, not corrected for the number of rows. `newton:1` has a diagonal covariance."
+    )
+
+
+def picture(record: dict[str, Any]) -> plt.Figure:
+    """Draws the ELBO of held-out digits against the epoch, the mean over seeds."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    cells = pd.DataFrame(record["cells"])
+    for name, group in cells.groupby("row", sort=False):
+        curves = pd.DataFrame(group["validation"].to_list()).mean()
+        (line,) = axes.plot(range(1, len(curves) + 1), curves, linewidth=1.2)
+        axes.annotate(
+            str(name), (len(curves), curves.iloc[-1]), (3, 0), textcoords="offset points",
+            color=line.get_color(), fontsize=7, va="center",
+        )  # fmt: skip
+    axes.set(xlabel="epoch", ylabel="ELBO of held-out digits (nats per image)")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.12)
+    return figure
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
