@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import tyro
 from _study import publish
+from matplotlib.figure import Figure
 from scipy import stats
 
 from pyro_gpvae import load_data, load_run, reference_evidence
@@ -207,7 +208,7 @@ def caption(record: dict[str, Any]) -> str:
     )
 
 
-def picture(record: dict[str, Any]) -> plt.Figure:
+def picture(record: dict[str, Any]) -> Figure:
     """Draws the ELBO of held-out digits against the epoch, the mean over seeds."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     cells = pd.DataFrame(record["cells"])

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -114,7 +114,7 @@ def fit(
     """
     epochs, seed = operator.index(epochs), operator.index(seed)
     progress, callbacks = options.pop("progress", True), options.pop("callbacks", ())
-    step: StepOptions = {**options}
+    step = cast(StepOptions, options)
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if torch.is_inference_mode_enabled():
