@@ -1,9 +1,8 @@
-"""Helpers of the studies: shared options, and a record from which the page is made again."""
+"""Writes the record of a study, and the page that is made from it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +10,6 @@ import torch
 
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import read_json, write_json, write_text
-
-
-@dataclass(kw_only=True)
-class RunOptions:
-    """Options of a study that trains runs.
-
-    Attributes:
-        data: Name of a data set or path of an .npz file.
-        root: Folder of data sets.
-        epochs: Passes over the training images, of every run.
-        seeds: Number of seeds, starting from 0.
-        latent_dim: Dimension p of z.
-        train_images: Use only the first so many training images; None is all.
-        guides: Only these guides; by default all. The comparison always has the VAE.
-        device: "cpu" or "cuda"; None is CUDA if there is one.
-        render: Only make text and picture again from the record.
-    """
-
-    data: str = "mnist5k"
-    root: str | None = None
-    epochs: int = 20
-    seeds: int = 1
-    latent_dim: int = 10
-    train_images: int | None = None
-    guides: tuple[str, ...] = ()
-    device: str | None = None
-    render: bool = False
 
 
 def publish(

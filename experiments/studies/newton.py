@@ -52,9 +52,9 @@ from pyro_gpvae.evaluation.importance import ParetoWarning
 from pyro_gpvae.training import TrainingStep
 
 #: Guides that are trained on the frozen decoder, in the order of the table.
-TRAINED = ("vae", "iterative:3", "newton:1", "newton:2")
+TRAINED = ("vae", "gp", "full", "iaf:2", "me:2", "iterative:3", "newton:1", "newton:2")
 #: Guides that take the encoder of the VAE without further training.
-UNTRAINED = ("sa:1", "vlae:1")
+UNTRAINED = ("sa:1", "sa:2", "sa:4", "sa:8", "vlae:1", "vlae:2")
 #: Guides that are trained together with a decoder; the training step of the first is the unit.
 END_TO_END = ("vae", "sa:1", "newton:1", "newton:1,covariance=diagonal")
 #: The guide whose training time is the budget of equal time.
