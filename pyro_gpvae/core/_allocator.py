@@ -7,8 +7,6 @@ import os
 import platform
 from functools import cache
 
-__all__ = ["keep_freed_memory"]
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 

@@ -10,8 +10,6 @@ import torch
 
 from pyro_gpvae.core._seeds import random_state, set_random_state
 
-__all__ = ["check_chunk_size", "default_chunk_size", "halving_chunks"]
-
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 

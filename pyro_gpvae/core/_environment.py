@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["environment", "sha256"]
-
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Returns the versions, commit and device, on which numbers may depend."""

@@ -11,15 +11,6 @@ import pyro
 from torch import Tensor
 from torch.distributions import Distribution
 
-__all__ = [
-    "NonFiniteError",
-    "UnsupportedError",
-    "check_finite",
-    "name_images",
-    "nonfinite_as_error",
-    "unvalidated",
-]
-
 
 class NonFiniteError(ArithmeticError):
     """Raised if a loss, gradient or density is NaN or infinite.

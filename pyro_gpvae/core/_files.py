@@ -14,20 +14,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = [
-    "InUseError",
-    "check_replaceable",
-    "finished_folder",
-    "locked",
-    "new_folder",
-    "partial_folder",
-    "read_json",
-    "work_folder",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
-
 
 class InUseError(OSError):
     """Another living process writes to the same folder."""

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["exact_float32", "without_autocast"]
-
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
@@ -26,34 +24,16 @@ def exact_float32() -> Iterator[None]:
     """Switches TF32 and an enclosing autocast off inside the block, and restores both after it.
 
     By default torch computes convolutions in TF32 on NVIDIA GPUs, with 10 bits of mantissa.
-
-    Example:
-        >>> with torch.autocast("cpu", torch.bfloat16), exact_float32():
-        ...     torch.nn.Linear(2, 3)(torch.zeros(1, 2)).dtype
-        torch.float32
     """
-    cublas: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    new = (cublas, cudnn.conv, cudnn.rnn)
-    every: tuple[Any, ...] = (*new, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in every]
-    # torch has two sets of names for these settings. It refuses to read the older names once the
-    # newer ones hold a value that the older ones cannot express.
-    try:
-        old = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:
-        old = None
+    matmul: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    backends = (*matmul, cudnn.conv, cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
     with without_autocast():
         try:
-            if old is None:
-                for backend in new:
-                    backend.fp32_precision = "ieee"
-            else:
-                cublas.allow_tf32 = cudnn.allow_tf32 = False
+            for backend in backends:
+                backend.fp32_precision = "ieee"
             yield
         finally:
-            if old is not None:
-                torch.set_float32_matmul_precision(old[0])
-                cudnn.allow_tf32 = old[1]
-            for backend, value in zip(every, before, strict=True):
+            for backend, value in zip(backends, before, strict=True):
                 backend.fp32_precision = value

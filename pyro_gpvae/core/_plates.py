@@ -14,11 +14,6 @@ from torch import Tensor
 
 from pyro_gpvae.core._errors import nonfinite_as_error
 
-__all__ = [
-    "DATA_PLATE", "check_observes", "check_separable", "data_plate", "find_data_plate", "in_plate",
-    "is_observation", "is_sampled", "nodes_of",
-]  # fmt: skip
-
 #: The name of the data plate in the programs of this library. Other programs may use another name.
 DATA_PLATE = "data"
 
@@ -41,7 +36,7 @@ def in_plate(site: Any, plate: str) -> bool:
 
 
 def check_observes(nodes: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the trace of a model has an observed site, such as a factor."""
+    """Raises ValueError unless a site is observed, such as a factor; deterministic ones are not."""
     if not any(map(is_observation, nodes.values())):
         latent = [name for name, site in nodes.items() if is_sampled(site)]
         raise ValueError(

@@ -20,19 +20,6 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = [
-    "BorrowedModules",
-    "Program",
-    "PyroProgram",
-    "check_precision",
-    "evaluation_mode",
-    "kept_buffers",
-    "modules_of",
-    "own_parameters",
-    "pyro_lock",
-    "with_own_parameters",
-]
-
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 

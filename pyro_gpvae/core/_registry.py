@@ -8,8 +8,6 @@ import sys
 from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
-__all__ = ["distribution_name", "import_named", "registered_guides"]
-
 
 def registered_guides() -> dict[str, list[EntryPoint]]:
     """Returns the entry points of the group ``pyro_gpvae.guides`` by name, sorted.

@@ -14,14 +14,6 @@ from torch import Tensor
 
 from pyro_gpvae.core._programs import pyro_lock
 
-__all__ = [
-    "image_seed",
-    "preserve_rng",
-    "random_state",
-    "seeded",
-    "set_random_state",
-]
-
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:

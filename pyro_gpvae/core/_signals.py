@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupts", "Terminated", "ending_on_signals", "stopped"]
-
 #: Seconds that Python has, after a second signal to a command, to end by itself.
 GRACE = 2.0
 

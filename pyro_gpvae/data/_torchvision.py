@@ -13,8 +13,6 @@ from torch import Tensor
 
 from pyro_gpvae.data._files import Parts, open_regular, to_parts
 
-__all__ = ["import_torchvision", "read_published"]
-
 # A torch.library.Library removes its operators when it is collected, so it is kept here.
 _declared: list[torch.library.Library] = []
 

@@ -20,14 +20,13 @@ from torch.distributions import biject_to
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.core._errors import nonfinite_as_error, unvalidated
-from pyro_gpvae.core._plates import in_plate, is_sampled
+from pyro_gpvae.core._plates import check_observes, in_plate, is_sampled
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.data.batch import Batch
 from pyro_gpvae.model._local import (
     PARTICLES,
     Structure,
     agree,
-    check_observed,
     is_point,
     is_real,
     name_of,
@@ -35,8 +34,6 @@ from pyro_gpvae.model._local import (
 )
 from pyro_gpvae.model.density import LatentPosterior, sample_posterior
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
-
-__all__ = ["Weights"]
 
 _ENUMERATED = "_enumerate_dim"
 
@@ -58,7 +55,7 @@ class Weights:
     ) -> None:
         self.model, self.guide, self.vectorized = model, guide, vectorized
         self.structure, sites = Structure.of(model, batch)
-        check_observed(model, sites)
+        check_observes(sites)
         self.latent = [name for name, site in sites.items() if not site["is_observed"]]
         marks = [sites[name]["infer"].get("enumerate") for name in self.latent]
         self.enumerates = "parallel" in marks

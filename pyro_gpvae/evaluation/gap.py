@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import pandas as pd
 import torch
@@ -28,7 +28,7 @@ from pyro_gpvae.evaluation._common import (
     progress_bar,
 )
 from pyro_gpvae.evaluation.importance import ParetoWarning, evidence_curve, log_weights
-from pyro_gpvae.evaluation.optimum import optimise
+from pyro_gpvae.evaluation.optimum import Covariance, optimise_gaussian
 from pyro_gpvae.evaluation.reference import reference_evidence
 from pyro_gpvae.evaluation.uncertainty import weight_information
 from pyro_gpvae.model._local import agree, is_point
@@ -261,19 +261,20 @@ def _elbos(
 ) -> dict[str, Tensor]:
     """The ELBOs of the guide and of both optima with common noise, and the guide's IWAE."""
     seed, size, device = settings.seed or 0, settings.chunk_size, batch[0].device
-    density = JointDensity(model, batch, vectorized=settings.vectorized)
-    proposals, converged = {"elbo": guide}, torch.ones(len(density), dtype=torch.bool)
-    for covariance in ("full", "diagonal"):
+    best = {}
+    for covariance in get_args(Covariance):
         with seeded(image_seed(seed, index, f"best {covariance}"), device):
-            best = optimise(density, covariance, start=guide, max_steps=max_steps, chunk_size=size)
-        proposals[f"elbo_{covariance}"] = PrecomputedPosterior(best.posterior)
-        converged = converged.to(device) & best.converged
-    columns = {"converged": converged}
-    for name, q in proposals.items():
+            best[covariance] = optimise_gaussian(
+                model, batch, covariance, start=guide, max_steps=max_steps, chunk_size=size,
+                vectorized=settings.vectorized,
+            )  # fmt: skip
+    proposals = {f"elbo_{c}": PrecomputedPosterior(found.posterior) for c, found in best.items()}
+    columns = {"converged": best["full"].converged & best["diagonal"].converged}
+    for name, q in {"elbo": guide, **proposals}.items():
         with seeded(image_seed(seed, index, "elbo"), device):
             log_w = log_weights(
                 model, q, batch, num_samples, chunk_size=size,
-                vectorized=None if density.vectorized else False,
+                vectorized=None if best["full"].density.vectorized else False,
             )  # fmt: skip
         columns[name] = log_w.mean(0)
         columns[f"{name}_error"] = log_w.std(0) / math.sqrt(num_samples)

@@ -30,7 +30,7 @@ from pyro_gpvae.model.guide import check_program_data
 from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = [
-    "Covariance", "InstanceOptimum", "check_optimum_options", "climb", "laplace_start", "optimise",
+    "Covariance", "InstanceOptimum", "check_optimum_options", "climb", "laplace_start",
     "optimise_gaussian",
 ]  # fmt: skip
 
@@ -91,6 +91,7 @@ def optimise_gaussian(
     max_steps: int = 200,
     num_starts: int = 2,
     chunk_size: int | None = None,
+    vectorized: bool | None = None,
 ) -> InstanceOptimum:
     r"""Finds the Gaussian of highest ELBO of each image, without amortisation.
 
@@ -125,7 +126,7 @@ def optimise_gaussian(
         num_starts: The number of starting points of the search for a mode: the start, and others
             at a distance of about 0.5 in each dimension. The mode of highest Laplace evidence is
             taken.
-        chunk_size: See :func:`pyro_gpvae.log_weights`. It does not change the result.
+        chunk_size, vectorized: See :func:`pyro_gpvae.log_weights`. They do not change the result.
 
     Raises:
         ValueError: If an option is unknown, or a number is not positive.
@@ -136,26 +137,9 @@ def optimise_gaussian(
         >>> optimise_gaussian(model, torch.rand(3, 1, 28, 28)).converged
         tensor([True, True, True])
     """
-    check_program_data(model, data)
-    density = JointDensity(model, to_batch(data, model))
-    return optimise(
-        density, covariance, start=start, tolerance=tolerance, max_steps=max_steps,
-        num_starts=num_starts, chunk_size=chunk_size,
-    )  # fmt: skip
-
-
-def optimise(
-    density: JointDensity,
-    covariance: str = "full",
-    *,
-    start: Any = None,
-    tolerance: float = 0.05,
-    max_steps: int = 200,
-    num_starts: int = 2,
-    chunk_size: int | None = None,
-) -> InstanceOptimum:
-    """Computes :func:`optimise_gaussian` of a joint density."""
     check_optimum_options(covariance, tolerance, max_steps, num_starts)
+    check_program_data(model, data)
+    density = JointDensity(model, to_batch(data, model), vectorized=vectorized)
     loc, factor, jitter = laplace_start(density, covariance, start, num_starts)
 
     def work(size: int) -> InstanceOptimum:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
-from pyro.distributions import TorchDistribution
-from torch import Size, Tensor
-from torch.distributions import constraints
+from pyro.distributions import TransformedDistribution
+from pyro.distributions.transforms import AffineTransform
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_gpvae.core._chunks import halving_chunks
@@ -39,9 +39,9 @@ from pyro_gpvae.evaluation.importance import (
     checked_weights,
     evidence_curve,
 )
-from pyro_gpvae.evaluation.optimum import optimise
+from pyro_gpvae.evaluation.optimum import optimise_gaussian
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
-from pyro_gpvae.model.density import JointDensity, base_of
+from pyro_gpvae.model.density import base_of
 from pyro_gpvae.model.guide import check_program_data
 
 __all__ = ["WIDTHS", "ReferenceEvidence", "reference_evidence"]
@@ -151,6 +151,8 @@ def reference_evidence(
     check_at_least(2, num_samples=num_samples)
     if num_chains < 0 or num_chains == 1:
         raise ValueError(f"num_chains must be 0 (no annealing) or at least 2, got {num_chains}")
+    if not all(0 < width < math.inf for width in widths):
+        raise ValueError(f"widths must be positive and finite, got {list(widths)}")
     check_program_data(model, data)
     check_amortised(guide)
     settings = Settings(**work)
@@ -198,13 +200,12 @@ class _Part:
         self.seed, self.first_image = settings.seed or 0, first_image
         self.device = batch[0].device
         self.own, self.full = f"IWAE({num_samples})", f"IWAE({num_samples}), instance:full"
-        self.density = JointDensity(model, batch, vectorized=settings.vectorized)
+        with seeded(image_seed(self.seed, first_image, "optimum"), self.device):
+            optimum = optimise_gaussian(model, batch, start=guide, vectorized=settings.vectorized)
+        optimum.warn_unless_converged(stacklevel=6)
+        self.density, self.best = optimum.density, optimum.posterior
         # a guide may fail in particles where the model does not
         self.vectorized = None if self.density.vectorized else False
-        with seeded(image_seed(self.seed, first_image, "optimum"), self.device):
-            optimum = optimise(self.density, "full", start=guide)
-        optimum.warn_unless_converged(stacklevel=6)
-        self.best: Any = optimum.posterior
         self.estimates: dict[str, Estimate] = {}
         self.trust: dict[str, Tensor] = {}
         self.width = self.density.origin.new_full((len(self.density),), math.nan)
@@ -246,7 +247,7 @@ class _Part:
         return PrecomputedPosterior(self.density[n : n + 1].posterior(part))
 
     def _widened(self, n: int, widths: Sequence[float]) -> dict[float, PrecomputedPosterior]:
-        """q(z|x) of the n-th image, widened about its mean, for each width."""
+        """q(z|x) of the n-th image, widened about its mean m by c: z' = m + c (z - m)."""
         density = self.density[n : n + 1]
         if self.guide is None or not density.is_plain:
             return {}
@@ -255,7 +256,12 @@ class _Part:
             if q is None:
                 return {}
             mean = estimated_mean(q)[0]
-        return {c: PrecomputedPosterior(Widened(q, mean, c)) for c in widths}
+        # the cache scores a draw at its own z, so that a flow does not have to invert it
+        wider = {c: AffineTransform(mean - c * mean, c, event_dim=1, cache_size=1) for c in widths}
+        return {
+            c: PrecomputedPosterior(TransformedDistribution(q, [map], validate_args=False))
+            for c, map in wider.items()
+        }
 
     def anneal(self, num_chains: int, num_steps: int, **work: Any) -> None:
         """Adds the estimate by annealing from the optimum."""
@@ -305,45 +311,3 @@ def warn_of_distrust(result: ReferenceEvidence) -> None:
             ParetoWarning,
             stacklevel=5,
         )
-
-
-class Widened(TorchDistribution):
-    r"""Distribution of :math:`m + c (z - m)` with :math:`z \sim q`: q widened about its mean m.
-
-    .. math:: q_c(z') = q\bigl(m + (z' - m) / c\bigr) \, c^{-p}
-
-    The density is exact for any q with batch shape (B,) and any m (B, p). The last sample is scored
-    by the draw of q that it came from, so that an autoregressive flow does not have to invert it.
-    """
-
-    arg_constraints = {}  # noqa: RUF012
-    support = constraints.real_vector
-
-    def __init__(self, base: Any, mean: Tensor, factor: float) -> None:
-        if not (factor > 0 and math.isfinite(factor)):
-            raise ValueError(f"the width must be positive and finite, got {factor}")
-        self.base, self.centre, self.factor = base, mean, factor
-        self._last: tuple[Tensor, Tensor] | None = None
-        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
-
-    def expand(
-        self, batch_shape: Size | list[int] | tuple[int, ...], _instance: Any = None
-    ) -> Widened:
-        shape = torch.Size(batch_shape)
-        mean = self.centre.expand(shape + self.event_shape)
-        return Widened(self.base.expand(shape), mean, self.factor)
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        z = self.base.sample(torch.Size(sample_shape))
-        value: Tensor = self.centre + self.factor * (z - self.centre)
-        self._last = value, z
-        return value
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._last is not None and self._last[0] is value:
-            z = self._last[1]
-        else:
-            z = self.centre + (value - self.centre) / self.factor
-        density: Tensor = self.base.log_prob(z)
-        return density - self.event_shape.numel() * math.log(self.factor)

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ConvTranspose2d"]
-
 
 class ConvTranspose2d(nn.ConvTranspose2d):
     r"""``nn.ConvTranspose2d`` with the same parameters and values, faster on a CPU.

@@ -3,7 +3,7 @@ r"""The local sites of a Pyro program: those of each member of a batch, in the d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,18 +18,12 @@ from pyro_gpvae.core._plates import (
     DATA_PLATE,
     data_plate,
     in_plate,
-    is_observation,
     is_sampled,
     nodes_of,
 )
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import Batch
-
-__all__ = [
-    "PARTICLES", "Structure", "agree", "check_observed", "is_point", "is_real", "name_of",
-    "warn_of_loop",
-]  # fmt: skip
 
 #: The name of the plate of K particles.
 PARTICLES = "_particles"
@@ -83,15 +77,6 @@ class Structure(NamedTuple):
             for site in sites
         ]
         return torch.stack(terms).sum(0) if terms else torch.zeros(shape)
-
-
-def check_observed(model: PyroProgram, sites: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a local site is observed; deterministic values are not."""
-    if not any(map(is_observation, sites.values())):
-        raise ValueError(
-            f"the model {name_of(model)} observes nothing in its data plate, so that it has no "
-            "log p(x): give a sample statement obs=x"
-        )
 
 
 def is_real(support: Any) -> bool:

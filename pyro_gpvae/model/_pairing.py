@@ -10,8 +10,6 @@ from torch import nn
 from pyro_gpvae.core._programs import Program, PyroProgram, modules_of
 from pyro_gpvae.model.guide import HasGlobalPrior
 
-__all__ = ["Paired", "pair"]
-
 
 class Paired(Program):
     """A model that first samples the global sites of a guide, which it does not own."""

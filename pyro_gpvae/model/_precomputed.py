@@ -7,8 +7,6 @@ from torch import Tensor
 
 from pyro_gpvae.model.density import sample_posterior
 
-__all__ = ["PrecomputedPosterior"]
-
 
 class PrecomputedPosterior:
     """A guide that returns a given posterior q of B images, batch shape (B,).

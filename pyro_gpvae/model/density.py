@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Size, Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_gpvae.core._plates import check_observes
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import Batch, take
@@ -23,7 +24,6 @@ from pyro_gpvae.model._local import (
     PARTICLES,
     Structure,
     agree,
-    check_observed,
     is_real,
     name_of,
     warn_of_loop,
@@ -88,7 +88,7 @@ class JointDensity:
     def __init__(self, model: PyroProgram, batch: Batch, *, vectorized: bool | None = None) -> None:
         self.model, self.batch = model, batch
         self.structure, found = Structure.of(model, batch)
-        check_observed(model, found)
+        check_observes(found)
         self.sites: dict[str, LatentSite] = {}
         self.dim, self.is_plain = 0, False
         for name, site in found.items():

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyro_gpvae.testing._kit import largest_gap
 
-__all__ = ["gradients", "without_gradient"]
-
 
 def gradients(value: Tensor, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the gradients with respect to parameters, zero where there are none."""

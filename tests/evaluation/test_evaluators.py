@@ -41,7 +41,7 @@ EVALUATORS = {
     "bhattacharyya": lambda m, g, x: bhattacharyya_uncertainty(g, x),
     "weight_information": lambda m, g, x: weight_information(g, x),
     "uncertainty_scores": lambda m, g, x: uncertainty_scores(m, g, x),
-    "posterior_grid": lambda m, g, x: posterior_grid(m, x, num_points=20)[0].density,
+    "posterior_grid": lambda m, g, x: posterior_grid(m, x, num_points=20).density,
     "posterior_record": lambda m, g, x: posterior_record(m, g, x, num_points=20)["q"],
 }
 OF_THE_MODEL = {

@@ -271,6 +271,7 @@ def test_the_choice_errs_downwards():
     [
         ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
         ({"num_chains": 1}, r"num_chains must be 0 \(no annealing\) or at least 2, got 1"),
+        ({"widths": (1.0, 0.0)}, r"widths must be positive and finite, got \[1.0, 0.0\]"),
         ({"data": torch.rand(0, *SHAPE)}, "at least one member"),
     ],
 )
@@ -286,12 +287,3 @@ def test_progress_is_shown(toy, capsys):
     shown = capsys.readouterr().err
     assert "digits: 100%" in shown
     assert "digits: annealing: 100%" in shown
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
-def test_more_images_than_are_annealed_at_once(toy):
-    model, _, x = toy
-    many = x[:1].expand(512, *x.shape[1:])
-    result = reference_evidence(model, many, num_samples=2, num_chains=2, num_steps=1, chunk_size=9)
-    assert result.log_evidence.shape == (512,)
