@@ -138,5 +138,5 @@ def test_a_program_that_cannot_be_vectorised_runs_in_a_loop():
     asked = log_evidence(mixed_up, prior_of_three, X[:2], 500, seed=1, vectorized=False)
     error = torch.hypot(found.standard_error, asked.standard_error)
     assert bool(((found.log_evidence - asked.log_evidence).abs() < 4 * error).all())
-    with pytest.raises(ValueError, match="observes nothing in its data plate"):
+    with pytest.raises(ValueError, match="observes nothing"):
         log_evidence(prior_of_three, prior_of_three, X, 5)
