@@ -1,56 +1,17 @@
-"""The state of a sweep: finished runs, their images, and what is left."""
+"""The state of a sweep: its finished runs, and what is left."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from _plans import Plan
 
-from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._files import partial_folder, read_json
-from pyro_gpvae.data.images import ImageData, load_data
 from pyro_gpvae.runs._report import markdown_table
-from pyro_gpvae.runs.config import PLACE, RunConfig
-from pyro_gpvae.runs.folder import load_images
+from pyro_gpvae.runs.config import PLACE, RunConfig, check_same
 from pyro_gpvae.runs.results import COLUMNS, differences, over_seeds, read_results
-
-
-def load_images_once(
-    plan: Plan,
-    frame: pd.DataFrame,
-    out: Path,
-    names: set[str],
-    root: str | None = None,
-    download: bool = False,
-) -> dict[str, ImageData]:
-    """Loads whole data sets; ValueError if finished runs were on other images."""
-    images = {name: load_data(name, root=root, download=download) for name in sorted(names)}
-    finished = frame.set_index("run")
-
-    @cache
-    def hashes(name: str, *cuts: Any) -> dict[str, str]:
-        used = load_images(RunConfig(**dict(zip(_CUTS, cuts, strict=True))), images[name])
-        return {"train_sha256": sha256(used.train), "test_sha256": sha256(used.test)}
-
-    for cell in plan.cells:
-        if cell.config.data not in images:
-            continue
-        expected = hashes(cell.config.data, *(getattr(cell.config, name) for name in _CUTS))
-        for name, value in expected.items():
-            if cell.name in finished.index and finished.loc[cell.name, name] != value:
-                raise ValueError(
-                    f"{out / cell.name / 'record.json'}: data.{name} is not that of the images "
-                    f"of {cell.config.data!r} here: point --root to those, or choose another --out"
-                )
-    return images
-
-
-_CUTS = ("train_images", "test_images", "likelihood")
 
 
 def finished_runs(plan: Plan, out: Path) -> pd.DataFrame:
@@ -71,13 +32,7 @@ def finished_runs(plan: Plan, out: Path) -> pd.DataFrame:
     for name in frame["run"]:
         source = out / name / "record.json"
         found = RunConfig.from_json(read_json(source)["config"], source)
-        for option in fields(RunConfig):
-            value, wanted = getattr(found, option.name), getattr(cells[name].config, option.name)
-            if option.name not in PLACE and value != wanted:
-                raise ValueError(
-                    f"{source}: config.{option.name} is {value!r}, the plan says {wanted!r}: "
-                    "delete the folder, or choose another --out"
-                )
+        check_same(found, cells[name].config, PLACE, source)
     order = {name: number for number, name in enumerate(cells)}
     frame = frame.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
     return frame.assign(method=[cells[name].method for name in frame["run"]])

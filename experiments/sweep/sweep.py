@@ -27,13 +27,12 @@ from typing import Any
 
 import pandas as pd
 import tyro
-from _plans import Cell, Plan, parse_where
+from _plans import Cell, Plan, parse_where, read_plan
 from _ray import cluster, tune_cells
-from _read_plan import read_plan
-from _state import describe, finished_runs, load_images_once, score_table
+from _state import describe, finished_runs, score_table
 
 from pyro_gpvae.core._files import InUseError, locked, write_text
-from pyro_gpvae.data.images import ImageData
+from pyro_gpvae.data.images import ImageData, load_data
 from pyro_gpvae.runs.train import train_run
 
 
@@ -115,9 +114,8 @@ def run(plan: Plan, out: Path, frame: pd.DataFrame, options: Options) -> dict[st
     left = [cell for cell in plan.cells if cell.name not in set(frame["run"])]
     if not left:
         return {}
-    images = load_images_once(
-        plan, frame, out, {cell.config.data for cell in left}, options.root, options.download
-    )
+    names = sorted({cell.config.data for cell in left})
+    images = {n: load_data(n, root=options.root, download=options.download) for n in names}
     train_cell = partial(
         train,
         cells={cell.name: cell for cell in plan.cells},

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import sweep
 import torch
-from _plans import parse_where
-from _read_plan import read_plan
-from _state import finished_runs, load_images_once
+from _plans import parse_where, read_plan
+from _state import finished_runs
 from score_tables import TABLE_4, TABLE_5
 
 from pyro_gpvae import train_run
@@ -95,7 +94,7 @@ def test_select_takes_what_a_cell_starts_from_along(tiny):
     plan = read_plan(tiny).select(parse_where(["guide=gp", "decoder=fc", "seed=0,2"]))
     found = [(c.config.guide, c.config.decoder, c.config.seed) for c in plan.cells]
     assert found == [("vae", "fc", 0), ("vae", "fc", 2), ("gp", "fc", 0), ("gp", "fc", 2)]
-    with pytest.raises(ValueError, match=r"no cell has guide=gq; there are vae, gp"):
+    with pytest.raises(ValueError, match=r"no cell has guide=gq"):
         read_plan(tiny).select({"guide": ["gq"]})
     with pytest.raises(ValueError, match=r"'guid=gp': expected KEY=VALUE"):
         parse_where(["guid=gp"])
@@ -107,23 +106,21 @@ def test_select_takes_what_a_cell_starts_from_along(tiny):
     ("old", "new", "message"),
     [
         ("seeds = 3", "seed = 3", "budget has the unknown name 'seed'"),
-        ("epochs = 2", "epochs = 0", "budget.epochs must be a positive number, got 0"),
-        ("epochs = 2", "validation = 256", "budget.validation is 256, with 256 training images"),
+        ("epochs = 2", "epochs = 0", "epochs must be at least 1, got 0"),
+        ("seeds = 3", "seeds = 0", "budget.seeds must be at least 1, got 0"),
         ("latent_dim", "latent_dims", "grid has the unknown name 'latent_dims'"),
         ("latent_dim = 2", "latent_dim = []", "latent_dim of the method 'vae' is an empty list"),
         ('"conv", "fc"', '"conv", "conv"', "two cells are the same"),
         ('"conv", "fc"', '"cnv"', "decoder must be one of"),
-        ('data = "mnist5k"', 'data = "mnist6k"', "data of the method 'vae' is 'mnist6k'"),
-        ('guide = "vae"', 'guide = "vea"', "guide of the method 'vea': unknown guide 'vea'"),
-        ('guide = "vae"', 'guide = "vae"\nepochs = 3', r"methods\[1\].epochs would mix budgets"),
+        ('guide = "gp"', 'guide = "pg"', "guide of the method 'gp after vae': unknown guide 'pg'"),
+        ('guide = "vae"', 'guide = "vae"\nepochs = 3', r"\[1\] has the unknown name 'epochs'"),
         ('guide = "vae"', 'guide = "vae"\nlearning_rate = [1e-3, 1e-4]', "need names of their own"),
         ('guide = "gp"', 'guide = "sa:1,stepsize=2"', "does not take these options"),
-        ('guide = "gp"', 'guide = ["gp", "vae"]', r"methods\[2\].name would name 2 guides alike"),
-        ('guide = "gp"', 'guide = "gp"\nepochs_factor = 0', "epochs_factor of the method"),
-        ('warm_start = "vae"', 'warm_start = "vea"', "'vea', which is no method of this plan"),
-        ('warm_start = "vae"', 'warm_start = "gp after vae"', "starts from it in turn"),
-        ('guide = "vae"', 'guide = "vae"\ndecoder = "fc"', "has 0 cells with data=mnist5k"),
-        ("[budget]", "[budget", "is not TOML"),
+        ('guide = "gp"', 'guide = ["gp", "vae"]', "two cells are the same"),
+        ('guide = "gp"', 'guide = "gp"\nepochs_factor = 0', "epochs_factor must be"),
+        ('warm_start = "vae"', 'warm_start = "vea"', "'vea': 0 cells of earlier methods"),
+        ('guide = "vae"', 'guide = "vae"\ndecoder = "fc"', "0 cells of earlier methods have"),
+        ("[budget]", "[budget", "at line"),
     ],
 )
 def test_a_plan_that_would_fail_or_mislead_is_refused(tiny, old, new, message):
@@ -142,11 +139,6 @@ def test_finished_runs_that_do_not_fit_are_refused(tiny, tmp_path):
     frame = finished_runs(plan, out)
     assert list(frame["run"]) == [cell.name]
     assert list(frame["method"]) == ["vae"]
-    assert list(load_images_once(plan, frame, out, {"mnist5k"})) == ["mnist5k"]
-    other = frame.assign(train_sha256="0" * 64)
-    with pytest.raises(ValueError, match=rf"{cell.name}/record.json: data.train_sha256 is not"):
-        load_images_once(plan, other, out, {"mnist5k"})
-
     record = out / cell.name / "record.json"
     content = record.read_text()
     record.write_text(content.replace("log_evidence", "log_evidenc"))
@@ -154,7 +146,7 @@ def test_finished_runs_that_do_not_fit_are_refused(tiny, tmp_path):
         finished_runs(plan, out)
     write_json(record, read_json(record) | {"config": read_json(record)["config"] | {"epochs": 9}})
     record.write_text(record.read_text().replace('log_evidenc"', 'log_evidence"'))
-    with pytest.raises(ValueError, match=r"record.json: config.epochs is 9, the plan says 1"):
+    with pytest.raises(ValueError, match=r"record.json was trained with epochs = 9, not 1"):
         finished_runs(plan, out)
 
 
