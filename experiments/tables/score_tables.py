@@ -4,43 +4,34 @@
     python experiments/tables/score_tables.py table5 runs/mnist runs/omniglot
     python experiments/tables/score_tables.py main_table runs/mnist runs/omniglot runs/svhn
 
-The folders hold runs of ``pyro-gpvae train`` and evaluations of ``pyro-gpvae evaluate RUN
---reference N --out FOLDER``, at any depth. A cell without a record is "not run". Published scores
-stand beside the measured ones. The supplement does not repeat all scores of the main text, and has
-VLAE with fully-connected decoders only. Writes NAME and, if there are evaluations, NAME_proposals,
-a comparison of proposals, as Markdown, LaTeX and CSV.
+The folders hold runs of ``pyro-gpvae train`` or of a sweep, at any depth. Published scores stand
+beside the measured ones. The supplement does not repeat all scores of the main text, and has VLAE
+with fully-connected decoders only. A VAE with a multiple of the budget's epochs is a control of
+equal compute, with a row of its own. Writes NAME.md and NAME.csv.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
 import tyro
-from _records import (
-    KEY,
-    OPTIMUM,
-    OWN,
-    PROPOSALS,
-    Collected,
-    collect,
-    compare_methods,
-    read_records,
-)
+from _significance import LEAST_SEEDS, compare_methods
 
-from pyro_gpvae.core._files import write_text
-from pyro_gpvae.runs.results import FULL, seeds_text
+from pyro_gpvae.core._files import read_json, write_text
+from pyro_gpvae.runs.results import COLUMNS, FULL, differences, read_results, seeds_text
 
 PUBLISHED = Path(__file__).parent / "published"
 NAMES = ("MNIST", "OMNIGLOT", "CIFAR10", "SVHN", "CelebA")
 DATA_NAMES = {name.lower(): name for name in NAMES}
+#: A column of a table.
+KEY = ["data", "latent_dim", "decoder"]
 
 
 class Table(NamedTuple):
@@ -85,11 +76,6 @@ MAIN_TABLE = Table(
     TABLE_4.guides,
 )
 TABLES = {table.name: table for table in (TABLE_4, TABLE_5, MAIN_TABLE)}
-MARKS = (
-    "Red: the best mean of the column. Blue: no evidence of a difference from it (p > 0.01, "
-    "two-sided t-test, uncorrected as in the paper; Welch's and Holm's are in the CSV). Not "
-    "tested: a method with one seed, or all methods where the best mean has one seed."
-)
 
 
 @dataclass(kw_only=True)
@@ -98,7 +84,7 @@ class Options:
 
     Attributes:
         name: Which table.
-        records: Folders with runs and evaluations. Without any, the table shows what is published.
+        records: Folders with runs. Without any, the table shows what is published.
         epochs: The budget of the table; by default the most frequent one.
         out: Folder of the results.
     """
@@ -110,136 +96,188 @@ class Options:
 
 
 def main(table: Table, options: Options) -> None:
-    """Makes the table, and the comparison of proposals if there are evaluations."""
+    """Makes the table."""
     columns = table.frame()
-    runs, evaluations, damaged = read_records(options.records)
-    collected = collect(columns, table.guides, runs, runs, options.epochs)
-    compared = collect(columns, table.guides, evaluations, runs, options.epochs or collected.epochs)
-    flags = list(dict.fromkeys([*damaged, *collected.flags, *compared.flags]))
+    runs, flags = read_runs(options.records)
+    runs, epochs = comparable_runs(runs.merge(columns[KEY], on=KEY), options.epochs)
+    flags += differences(runs)
     for flag in flags:
         print(f"warning: {flag}", file=sys.stderr)
-    order, out = "The proposal comparison was not run.", options.out / table.name
-    if len(compared.runs):
-        frame = proposal_frame(columns, compared)
-        order = order_text(frame)
-        title = f"{table.title.partition(':')[0]}: comparison of proposals"
-        caption, path = proposal_caption(compared, order), out.with_name(f"{out.name}_proposals")
-        write(path, frame, proposal_blocks, title, caption, flags)
-    frame, caption = score_frame(columns, collected, ["IWAE"]), score_caption(collected, order)
-    print(write(out, frame, score_blocks, table.title, caption, flags))
-    print(f"written to {options.out}")
+    frame = score_frame(table, runs)
+    page = markdown(table.title, blocks_of(frame), caption(runs, epochs), flags)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / f"{table.name}.csv", frame.to_csv(index=False))
+    write_text(options.out / f"{table.name}.md", page)
+    print(page)
 
 
-def score_frame(columns: pd.DataFrame, collected: Collected, scores: list[str]) -> pd.DataFrame:
-    """Returns a row per cell and score: statistics, differences and published scores."""
-    key = [*KEY, "score"]
-    kinds = pd.DataFrame({"score": scores})
-    frame = columns.merge(kinds, how="cross").merge(collected.rows, how="cross")
-    values = collected.runs.melt([*KEY, "method"], scores, "score", "value").dropna(subset="value")
-    found = []
-    for cell, part in values.groupby(key, sort=False):
-        by_method = {str(m): v.to_list() for m, v in part.groupby("method", sort=False)["value"]}
-        statistics = compare_methods(by_method).rename_axis("method").reset_index()
-        found.append(statistics.assign(**dict(zip(key, cell, strict=True))))
-    nothing = compare_methods({"": [0.0]}).rename_axis("method").reset_index()
-    statistics = pd.concat(found or [nothing.assign(data="", latent_dim=0, decoder="", score="")])
-    frame = frame.merge(statistics, how="left", on=[*key, "method"])
-    frame = frame.fillna({"seeds": 0, "mark": "", "note": "not run"}).astype({"seeds": int})
+def read_runs(folders: Iterable[Path]) -> tuple[pd.DataFrame, list[str]]:
+    """Returns the runs below folders, and lines of text about files that are left out.
+
+    The columns are those of :func:`pyro_gpvae.runs.results.read_results`, ``file``, and ``total``,
+    the epochs of the run and of those that it started from.
+    """
+    frames, flags = [pd.DataFrame(columns=[*COLUMNS, "file", "total"])], []
+    for folder in folders:
+        frame, skipped = read_results(folder)
+        files = [folder / run / "record.json" for run in frame["run"]]
+        totals = [_total_epochs(read_json(file)) for file in files]
+        frames.append(frame.assign(run=[str(file) for file in files], file=files, total=totals))
+        flags += [f"left out: {line}" for line in skipped]
+    runs = pd.concat([f for f in frames if len(f)] or frames, ignore_index=True)
+    data = runs["data"].map(lambda name: Path(name).stem)  # also of the user's own files
+    return runs.assign(data=data).astype({"latent_dim": int, "total": int}), flags
+
+
+def _total_epochs(record: dict[str, Any]) -> int:
+    before = record.get("warm_start")
+    return int(record["config"]["epochs"]) + (_total_epochs(before) if before else 0)
+
+
+def comparable_runs(
+    runs: pd.DataFrame, epochs: int | None = None
+) -> tuple[pd.DataFrame, int | None]:
+    """Returns the runs with the ``method`` of their row, and the budget of the table.
+
+    The epochs of a method, alone or with those of its warm start, must be the budget, by default
+    the most frequent number. A VAE may have a multiple of it, and is then a control. A VAE with
+    other epochs that runs started from is left out.
+
+    Raises:
+        ValueError: If budgets or images are mixed, or a run is there twice. Names file and field.
+    """
+    for file in runs.loc[runs["freeze_decoder"].eq(True), "file"]:
+        raise ValueError(f"{file}: freeze_decoder is true: its decoder is that of another run")
+    vae = runs["guide"].eq("vae")
+    if epochs is None and len(runs):
+        methods = runs if vae.all() else runs[~vae]
+        epochs = int(Counter(methods["epochs"]).most_common(1)[0][0])
+    rates = ("learning_rate", "sigma_learning_rate")
+    _check_same(runs, "batch_size", *rates, "keep_best", "likelihood", "num_samples")
+    for _, group in runs.groupby("data"):
+        _check_same(group, "train_sha256", "test_sha256", "validation", "num_test")
+    multiple = (runs["total"] / (epochs or 1)).where(vae, 1.0)
+    fits = multiple.where(vae).mod(1).eq(0) & multiple.ge(1)
+    fits |= ~vae & (runs["epochs"].eq(epochs) | runs["total"].eq(epochs))
+    starts = {Path(name).name for name in runs["warm_start"].dropna()}
+    is_start = vae & runs["file"].map(lambda file: file.parent.name).isin(starts)
+    for odd in runs[~fits & ~is_start].itertuples():
+        raise ValueError(
+            f"{odd.file}: epochs is {odd.epochs} ({odd.total} with its warm start), expected "
+            f"{epochs}, or for a VAE a multiple of that for a control. Give only the folders of "
+            "one budget, or name it with --epochs"
+        )
+    warm = runs["warm_start"].notna()
+    labels = [_label(*row) for row in zip(runs["guide"], multiple, warm, strict=True)]
+    runs = runs.assign(method=labels, multiple=multiple)[fits]
+    for method, row in runs.groupby("method", sort=False):
+        _check_same(row, "total", where=f"the row {method}")
+        twice = row[row.duplicated([*KEY, "seed"], keep=False)].sort_values("seed")
+        if len(twice):
+            files = " and ".join(map(str, twice["file"][:2]))
+            raise ValueError(f"{files}: seed is {twice['seed'].iloc[0]} in both, of {method}")
+    return runs, epochs
+
+
+def _check_same(runs: pd.DataFrame, *names: str, where: str = "one table") -> None:
+    for name in names:
+        usual = runs[name].mode()[:1].tolist()
+        for odd in runs[~runs[name].isin(usual)].to_dict("records"):
+            other = runs.loc[runs[name].isin(usual), "file"].iloc[0]
+            raise ValueError(
+                f"{odd['file']}: {name} is {odd[name]!r}, but {usual[0]!r} in {other}: records of "
+                f"{where} must agree. Give only the folders of some of them"
+            )
+
+
+def method_label(guide: str) -> str:
+    """Returns the paper's name, such as SA(4), or the guide's own name if the paper has none."""
+    name, _, options = guide.partition(":")
+    names = {"vae": "VAE", "gp": "GPVAE"} | {
+        n: n.upper() for n in ("sa", "iaf", "hf", "me", "rme", "vlae")
+    }
+    if name in names and (not options or options.isdigit()):
+        return names[name] + (f"({options})" if options else "")
+    return guide
+
+
+def _label(guide: str, multiple: float = 1, warm: bool = False) -> str:
+    longer = f", {multiple:g} × epochs" if multiple != 1 else ""
+    return method_label(guide) + longer + (", warm start" if warm else "")
+
+
+def score_frame(table: Table, runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row per cell of the table: statistics, differences and published scores."""
+    found = runs.sort_values("multiple", kind="stable").drop_duplicates("method")
+    methods: dict[str, str] = {}
+    for guide in dict.fromkeys([*table.guides, *found["guide"]]):
+        labels = found.loc[found["guide"].eq(guide) & found["multiple"].eq(1), "method"]
+        methods |= dict.fromkeys(sorted(labels) or [_label(guide)], guide)
+    methods |= dict.fromkeys(found.loc[found["multiple"] > 1, "method"], "vae")
+    frame = pd.DataFrame(methods.items(), columns=["method", "guide"])
+    frame = table.frame().merge(frame, how="cross")
+    cells = [
+        compare_methods(part.groupby("method")["log_evidence"].agg(list).to_dict())
+        .rename_axis("method")
+        .reset_index()
+        .assign(**dict(zip(KEY, cell, strict=True)))
+        for cell, part in runs.groupby(KEY)
+    ]
+    nothing = compare_methods({"": [0.0]}).iloc[:0].assign(method="", data="", decoder="")
+    statistics = pd.concat(cells or [nothing.assign(latent_dim=0)])
+    frame = frame.merge(statistics, how="left", on=[*KEY, "method"])
+    frame = frame.fillna({"seeds": 0, "mark": ""}).astype({"seeds": int})
 
     names = ["published", "published_sd"]
     tables = [pd.read_csv(PUBLISHED / f"table{n}.csv", comment="#") for n in (4, 5)]
-    paper = pd.concat(tables).set_index(["guide", *KEY])[["score", "sd"]].sort_index()
-    paper = paper.set_axis(names, axis=1)
-    vae = paper.loc["vae", "published"].rename("vae")
-    frame = frame.join(paper, on=["guide", *KEY]).join(vae, on=KEY)
-    comparable = (frame["role"] == "method") & frame["score"].isin(["IWAE", OWN])
-    comparable &= collected.runs["likelihood"].eq("gaussian").all()  # as all published ones
-    frame[names] = frame[names].where(comparable)
-    frame["published_difference_to_vae"] = frame["published"] - frame.pop("vae")
-    means = frame[frame["method"] == "VAE"].set_index(key)["mean"].rename("vae")
-    frame = frame.join(means, on=key)
-    frame["difference_to_vae"] = frame["mean"] - frame.pop("vae")
+    paper = pd.concat(tables).set_index(["guide", *KEY])[["score", "sd"]].set_axis(names, axis=1)
+    frame = frame.join(paper, on=["guide", *KEY])
+    control = frame["method"].str.contains(" × ")
+    if not runs["likelihood"].eq("gaussian").all():  # all published scores are
+        control |= True
+    frame[names] = frame[names].mask(control)
+    vae = frame[frame["method"] == "VAE"].set_index(KEY)
+    for name, column in (("difference_to_vae", "mean"), ("published_difference", "published")):
+        frame[name] = frame[column] - frame.join(vae[column].rename("vae"), on=KEY)["vae"]
     return frame
 
 
-def proposal_frame(columns: pd.DataFrame, compared: Collected) -> pd.DataFrame:
-    """Returns the scores of all proposals with the mean factor c, where there is a record."""
-    frame = score_frame(columns, compared, PROPOSALS)
-    key = [*KEY, "method"]
-    frame = frame.join(compared.runs.groupby(key)["factor"].mean(), on=key)
-    run = frame.groupby(["panel", "column"])["seeds"].transform("max") > 0
-    run &= frame.groupby("score")["seeds"].transform("max") > 0
-    return frame[run]
-
-
-def order_text(frame: pd.DataFrame) -> str:
-    """Says whether methods have the same order with their own q and with the optimal proposal."""
-    changes = []
-    for (_, label), rows in frame.groupby(["panel", "column"], sort=False):
-        means = rows.pivot(index="method", columns="score", values="mean")
-        pairs = [*combinations(means.reindex(columns=[OWN, OPTIMUM]).dropna().to_numpy(), 2)]
-        if swapped := sum((a[0] - b[0]) * (a[1] - b[1]) < 0 for a, b in pairs):
-            changes.append(f"{label} ({rows['decoder'].iloc[0]}): {swapped} of {len(pairs)} pairs")
-    which = "between IWAE with the guide's own q and with the optimum of each image as proposal"
-    if changes:
-        return f"The order of methods changes {which}: {'; '.join(changes)}."
-    return f"The order of methods is the same {which}."
-
-
-Score = Callable[[Any], str]
 #: Texts of a table by heading: a frame with a row per method, its heads as columns.
 Blocks = dict[str, pd.DataFrame]
 
 
-def score_blocks(frame: pd.DataFrame, score: Score) -> Blocks:
+def blocks_of(frame: pd.DataFrame) -> Blocks:
     """Returns a block per panel: score, difference to the VAE and published score."""
     blocks = {}
     for panel, part in frame.groupby("panel", sort=False):
         texts = []
         for column, cells in part.set_index("method").groupby("column", sort=False):
             texts += [
-                cells.apply(score, axis=1).rename(column),
+                cells.apply(score_text, axis=1).rename(column),
                 cells["difference_to_vae"].map(signed).rename("Δ"),
                 cells.apply(published_text, axis=1).rename("paper"),
             ]
-        counts = part.groupby("method")["seeds"]
-        texts += [counts.agg(lambda n: ", ".join(map(str, n if n.nunique() > 1 else n[:1])))]
-        blocks[str(panel) if frame["panel"].nunique() > 1 else ""] = pd.concat(texts, axis=1)
+        blocks[str(panel)] = pd.concat(texts, axis=1)
     return blocks
 
 
-def proposal_blocks(frame: pd.DataFrame, score: Score) -> Blocks:
-    """Returns a block per column: all scores, and the factor c."""
-    blocks = {}
-    for (panel, column), part in frame.groupby(["panel", "column"], sort=False):
-        factors = part["factor"].map(lambda c: "–" if math.isnan(c) else f"{c:.2f}")
-        part = part.assign(text=part.apply(score, axis=1), c=factors)
-        kinds = part.set_index("method").groupby("score", sort=False)
-        texts = {str(kind): cells["text"] for kind, cells in kinds}
-        blocks[f"{column}, {panel}"] = pd.DataFrame(texts | {"c": kinds.get_group(OWN)["c"]})
-    return blocks
-
-
-def score_text(cell: Any, latex: bool = False) -> str:
+def score_text(cell: Any) -> str:
     """Returns the mean with its standard deviation, in the colour of its mark."""
     if cell["seeds"] == 0:
         return "not run"
-    colour = {"best": "red", "no difference": "blue"}.get(cell["mark"])
-    mean, sd = f"{cell['mean']:.1f}", "" if cell["seeds"] == 1 else f"{cell['sd']:.1f}"
-    if latex:
-        text = rf"\textcolor{{{colour}}}{{\textbf{{{mean}}}}}" if colour else mean
-        text += f"$^{{{sd}}}$" if sd else ""
-    else:  # Markdown has no colours, but mathematics in it has
-        text = f"{mean} ± {sd}" if sd else mean
-        coloured = text.replace("±", r"\pm")
-        text = rf"$\color{{{colour}}}{{\mathbf{{{coloured}}}}}$" if colour else text
-    untested = " (not tested)" if cell["mark"] == "untested" else ""
-    return text + (untested if sd else " (1 seed)")
+    text = f"{cell['mean']:.1f}"
+    text += f" ± {cell['sd']:.1f}" if cell["seeds"] > 1 else ""
+    if cell["seeds"] < LEAST_SEEDS:
+        return f"{text} ({seeds_text([cell['seeds']])})"
+    if colour := {"best": "red", "no difference": "blue"}.get(cell["mark"]):
+        coloured = text.replace("±", r"\pm")  # Markdown has no colours, but mathematics in it has
+        return rf"$\color{{{colour}}}{{\mathbf{{{coloured}}}}}$"
+    return text
 
 
 def published_text(cell: Any) -> str:
     """Returns the published score with its difference to the VAE."""
-    difference = signed(cell["published_difference_to_vae"])
+    difference = signed(cell["published_difference"])
     return "–" if math.isnan(cell["published"]) else f"{cell['published']:.1f} ({difference})"
 
 
@@ -248,22 +286,11 @@ def signed(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:+.1f}"
 
 
-def write(path: Path, frame: pd.DataFrame, blocks: Any, title: str, *texts: Any) -> str:
-    """Writes the frame as CSV and its blocks as Markdown and LaTeX; returns the Markdown."""
-    page = markdown(title, blocks(frame, score_text), *texts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path.with_suffix(".csv"), frame.to_csv(index=False))
-    write_text(path.with_suffix(".md"), page)
-    coloured = blocks(frame, partial(score_text, latex=True))
-    write_text(path.with_suffix(".tex"), latex(path.name, coloured, texts[0]))
-    return page
-
-
 def markdown(title: str, blocks: Blocks, caption: str, flags: Sequence[str] = ()) -> str:
     """Returns a page in Markdown. Methods in lower case are names of guides, set as code."""
     lines = [f"# {title}", ""]
     for heading, texts in blocks.items():
-        lines += [f"## {heading}", ""] if heading else []
+        lines += [f"## {heading}", ""] if len(blocks) > 1 else []
         lines += [f"| method | {' | '.join(texts)} |", "|---|" + "--:|" * texts.shape[1]]
         for method, *cells in texts.itertuples(name=None):
             name = f"`{method}`" if method[:1].islower() else method
@@ -273,68 +300,11 @@ def markdown(title: str, blocks: Blocks, caption: str, flags: Sequence[str] = ()
     return "\n".join([*lines, caption, *notes, ""])
 
 
-def latex(name: str, blocks: Blocks, caption: str) -> str:
-    """Returns a table environment in LaTeX."""
-    parts = []
-    for heading, texts in blocks.items():
-        rows = texts.reset_index(names="method").map(escape).rename(columns=escape)
-        formats = "l" + "r" * texts.shape[1]
-        parts += [escape(heading), rows.to_latex(index=False, column_format=formats)]
-    body = "\n\n".join(part for part in parts if part)
-    return (
-        "% needs \\usepackage{booktabs,xcolor}\n"
-        f"\\begin{{table}}\n\\centering\\scriptsize\n{body}"
-        f"\\caption{{{escape(caption)}}}\n\\label{{tab:{name}}}\n\\end{{table}}\n"
-    )
-
-
-def escape(text: str) -> str:
-    """Replaces characters that LaTeX does not print as they are."""
-    commands = {character: "\\" + character for character in "&%#_"}
-    commands |= {"Δ": r"$\Delta$", "×": r"$\times$", "±": r"$\pm$", ">": "$>$", "–": "--"}
-    return text.translate({ord(character): command for character, command in commands.items()})
-
-
-def score_caption(collected: Collected, order: str) -> str:
+def caption(runs: pd.DataFrame, epochs: int | None) -> str:
     """Says what the scores are, the budget, the tests and the controls."""
-    controls = "; ".join(
-        f"{'VAE' if multiple == 1 else f'VAE, {multiple:g} × epochs'}: {', '.join(reasons)}"
-        for multiple, reasons in collected.controls.items()
-    )
-    return (
-        "Test log-likelihood, IWAE with the own q of each guide, in nats per image: mean ± "
-        f"standard deviation over seeds. {budget_text(collected)} {MARKS} Δ is the difference to "
-        "the row of the VAE; paper: the published score, and its Δ. Controls of equal compute (a "
-        "gradient step: one latent vector decoded and differentiated for an image; those of "
-        "methods that are not named here are not matched). A method without a warm start has the "
-        f"epochs of the VAE. {controls or 'There is no control'}. {order}"
-    )
-
-
-def proposal_caption(compared: Collected, order: str) -> str:
-    """Says what the proposals are, the budget, the tests and how many references are reliable."""
-    runs = compared.runs
-    left, count = int(runs["unreliable"].sum()), int(runs["num_test"].sum())
-    chosen = sorted(set(runs["width_images"].dropna())) or ["each image, with other draws"]
-    return (
-        "The same models with better and better proposals, in nats per image: mean ± standard "
-        "deviation over seeds. ELBO and IWAE with the guide's own q; IWAE with its spread "
-        "multiplied by the best factor c; IWAE with the optimal full Gaussian of each image, the "
-        f"reference; annealed importance sampling (AIS) from there. {budget_text(compared)} "
-        f"{MARKS} The reference of {left:,} of {count:,} images is not reliable. c was chosen on "
-        f"{' or on '.join(chosen)}. {order}"
-    )
-
-
-def budget_text(collected: Collected) -> str:
-    """Says epochs, K, images and seeds."""
-    runs = collected.runs
     if runs.empty:
         return f"No records; the paper trains for {FULL['epochs']} epochs."
-    texts = [
-        f"{collected.epochs:,} epochs (the paper: {FULL['epochs']:,})",
-        f"K = {runs['num_samples'].iloc[0]}",
-    ]
+    texts = [f"{epochs:,} epochs (the paper: {FULL['epochs']:,})", f"K = {runs['num_samples'][0]}"]
     for run in runs.drop_duplicates("data").itertuples():
         train = "all" if pd.isna(run.train_images) else f"{run.train_images:,.0f}"
         name = DATA_NAMES.get(run.data, run.data)
@@ -342,7 +312,16 @@ def budget_text(collected: Collected) -> str:
     if (likelihood := runs["likelihood"].iloc[0]) != "gaussian":
         texts.append(f"{likelihood} likelihood, and no published scores, which are Gaussian")
     texts.append(seeds_text(runs.groupby([*KEY, "method"]).size()))
-    return "; ".join(texts) + "."
+    return (
+        "Test log-likelihood, IWAE with the own q of each guide, in nats per image: mean ± "
+        f"standard deviation over seeds. {'; '.join(texts)}. Red: the best mean of the column. "
+        "Blue: no evidence of a difference from it (p > 0.01, two-sided t-test, uncorrected as in "
+        f"the paper; Welch's and Holm's are in the CSV). With fewer than {LEAST_SEEDS} seeds there "
+        "is no test: a method has no mark then, and a column none if this is so for its best mean. "
+        "Δ is the difference to the row of the VAE; paper: the published score, and its Δ. "
+        "Controls of equal compute: VAEs with a multiple of the epochs. A method without a warm "
+        "start has the epochs of the VAE."
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ posterior q(z|x) of the same batch and one draw from it. All guides take turns i
 another order in every round, after a warm-up. Compare the ratios to GPVAE with the paper's, not the
 times, which were measured on another device.
 
-A data set that is missing is "not run". Writes table6.json, .md, .tex and .csv; ``--render`` makes
-the last three again from the first.
+Writes table6.json, .md and .csv; ``--render`` makes the last two again from the first.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from _records import method_label
-from score_tables import DATA_NAMES, PUBLISHED, Blocks, latex, markdown
+from score_tables import DATA_NAMES, PUBLISHED, Blocks, markdown, method_label
 
 from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, make_guide
 from pyro_gpvae.core._environment import environment
@@ -59,7 +57,7 @@ class Options:
 
     Attributes:
         mnist: Name or .npz path of the digits; the embedded ones are from MNIST.
-        omniglot: Name or .npz path of OMNIGLOT.
+        omniglot: Name or .npz path of OMNIGLOT; an empty name leaves it out.
         root: Folder of data sets.
         latent_dims: Dimensions p of z.
         guides: Guides to time; "gp" is needed for the ratios.
@@ -88,32 +86,26 @@ def main(options: Options) -> None:
     if not options.render:
         write_json(out / "table6.json", measure(options))
     record = read_json(out / "table6.json")
-    table = frame(record["rows"], tuple(record["latent_dims"]))
-    blocks, text, title = blocks_of(table), caption(record), "Table 6: inference time"
+    table = with_published(record["rows"])
+    page = markdown("Table 6: inference time", blocks_of(table), caption(record))
     write_text(out / "table6.csv", table.to_csv(index=False))
-    write_text(out / "table6.md", markdown(title, blocks, text))
-    write_text(out / "table6.tex", latex("table6", blocks, text))
-    print(markdown(title, blocks, text))
+    write_text(out / "table6.md", page)
+    print(page)
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Builds all guides, times them in turns, and returns the record."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    places, programs, not_run = [], [], []
-    for data, source in (("mnist", options.mnist), ("omniglot", options.omniglot)):
-        try:
-            images = load_data(source, root=options.root)
-        except (FileNotFoundError, ValueError) as error:
-            print(f"{data} is not run: {error}", flush=True)
-            not_run.append({"data": data, "why": str(error).split(".")[0]})
-            continue
-        for latent_dim in options.latent_dims:
-            for decoder in DECODERS:
-                for guide, program in _programs(options, images, latent_dim, decoder, device):
-                    places.append(
-                        {"guide": guide, "data": data, "decoder": decoder, "latent_dim": latent_dim}
-                    )
-                    programs.append(program)
+    sources = {"mnist": options.mnist, "omniglot": options.omniglot}
+    sources = {data: source for data, source in sources.items() if source}
+    places, programs = [], []
+    for data, source in sources.items():
+        images = load_data(source, root=options.root)
+        for cell in itertools.product(options.latent_dims, DECODERS):
+            for guide, program in _programs(options, images, *cell, device):
+                place = dict(zip(("latent_dim", "decoder"), cell, strict=True))
+                places.append({"guide": guide, "data": data} | place)
+                programs.append(program)
     times = interleaved(programs, options.repeats, device)
     rows = [place | {"samples_ms": samples} for place, samples in zip(places, times, strict=True)]
     return {
@@ -121,11 +113,9 @@ def measure(options: Options) -> dict[str, Any]:
         "repeats": options.repeats,
         "warm_up": _WARM_UP,
         "train_images": options.train_images,
-        "latent_dims": list(options.latent_dims),
-        "images": {"mnist": options.mnist, "omniglot": options.omniglot},
+        "images": sources,
         **environment(device),
         "rows": summarise(rows).to_dict("records"),
-        "not_run": not_run,
     }
 
 
@@ -195,23 +185,13 @@ def _ratios(table: pd.DataFrame, column: str) -> pd.Series:
     return table[column] / table.join(gp, on=KEY)["of gp"]
 
 
-def frame(rows: list[dict[str, Any]], latent_dims: tuple[int, ...]) -> pd.DataFrame:
-    """Returns a row for each cell of the table, measured or not, with the published times."""
-    times = ["ms", "ms_low", "ms_high", "ratio"]
-    measured = pd.DataFrame(rows, columns=["guide", *KEY, *times, "samples_ms"])
-    measured["repeats"] = measured.pop("samples_ms").map(len)
+def with_published(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Returns the measured rows with the published times and their ratios to GPVAE's."""
     paper = pd.read_csv(PUBLISHED / "table6.csv", comment="#").rename(columns={"ms": "published"})
-    guides = dict.fromkeys([*measured["guide"], *paper["guide"]])
-    cells = itertools.product(DECODERS, ("mnist", "omniglot"), latent_dims, guides)
-    table = pd.DataFrame(cells, columns=[*KEY, "guide"])
-    table.insert(0, "panel", table["decoder"].map(PANELS))
-    columns = table["data"].map(DATA_NAMES) + ", p = " + table["latent_dim"].map(str)
-    table.insert(1, "column", columns)
-    table["method"] = table["guide"].map(method_label)
-    table = table.merge(measured.astype({"latent_dim": int}), how="left")
-    table = table.merge(paper, how="left").astype(dict.fromkeys(times, float))
-    table["repeats"] = table["repeats"].fillna(0).astype(int)
-    return table.assign(published_ratio=_ratios(table, "published"))
+    paper["published_ratio"] = _ratios(paper, "published")
+    table = pd.DataFrame(rows).drop(columns="samples_ms")
+    table.insert(0, "method", table["guide"].map(method_label))
+    return table.merge(paper, how="left")
 
 
 def caption(record: dict[str, Any]) -> str:
@@ -224,35 +204,29 @@ def caption(record: dict[str, Any]) -> str:
         f"ratio. Every guide over a VAE's decoder after one epoch on {record['train_images']:,} "
         "images; only the VAE itself is trained. "
     )
-    ran = {row["data"] for row in record["rows"]}
-    sources = [
-        f"{DATA_NAMES[data]} is {name}" for data, name in record["images"].items() if data in ran
-    ]
-    text += f"Images: {', '.join(sources)}. " if sources else ""
-    text += " ".join(f"{DATA_NAMES[e['data']]} was not run: {e['why']}." for e in record["not_run"])
-    return " ".join(text.split())
+    images = ", ".join(f"{DATA_NAMES[data]} is {name}" for data, name in record["images"].items())
+    return f"{text}Images: {images}."
 
 
 def blocks_of(table: pd.DataFrame) -> Blocks:
     """Returns a block for each decoder: time, ratio to GPVAE, and the paper's time and ratio."""
     blocks = {}
-    for panel, part in table.groupby("panel", sort=False):
+    for decoder, part in table.groupby("decoder", sort=False):
         texts = []
-        for column, cells in part.set_index("method").groupby("column", sort=False):
-            heads = [f"{column} (ms)", "ratio", "paper (ratio)"]
+        for (data, p), cells in part.set_index("method").groupby(KEY[1:], sort=False):
+            heads = [f"{DATA_NAMES[data]}, p = {p} (ms)", "ratio", "paper (ratio)"]
             rows = [_texts(row) for _, row in cells.iterrows()]
             texts.append(pd.DataFrame(rows, cells.index, heads))
-        blocks[str(panel)] = pd.concat(texts, axis=1)
+        blocks[PANELS[str(decoder)]] = pd.concat(texts, axis=1)
     return blocks
 
 
 def _texts(row: Any) -> list[str]:
     """Returns the three cells of a method and column."""
-    measured = f"{row['ms']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})"
     published = f"{row['published']:.1f} ({row['published_ratio']:.2f})"
     return [
-        "not run" if math.isnan(row["ms"]) else measured,
-        "–" if math.isnan(row["ratio"]) else f"{row['ratio']:.2f}",
+        f"{row['ms']:.1f} ({row['ms_low']:.1f} to {row['ms_high']:.1f})",
+        f"{row['ratio']:.2f}",
         "–" if math.isnan(row["published"]) else published,
     ]
 
