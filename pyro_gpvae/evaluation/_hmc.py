@@ -259,7 +259,7 @@ class Start:
         if self.is_latent:
             return z
         (name,) = self.density.sites
-        return self.density[n : n + 1].unconstrain({name: z}, count)
+        return self.density[n : n + 1].unconstrain({name: z}, count).u
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Returns log q0(u), (K, B)."""

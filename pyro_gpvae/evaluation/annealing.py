@@ -338,7 +338,7 @@ def _simulate(density: JointDensity, seed: int, index: int) -> tuple[Batch, Tens
         simulated[number] = site["value"].reshape(batch[number].shape).to(batch[number].dtype)
     latents = {name: nodes[name]["value"] for name in density.sites}
     data = tuple(simulated.get(number, tensor) for number, tensor in enumerate(batch))
-    return data, density.unconstrain(latents)
+    return data, density.unconstrain(latents).u
 
 
 def _tensor_of(value: Tensor, batch: Sequence[Tensor]) -> int | None:

@@ -330,7 +330,7 @@ def _family(guide: Any, density: JointDensity) -> Family:
     ]
     # the draws are u itself, and none depends on another
     values = [nodes[name]["value"].reshape(len(density), -1) for name in free]
-    u = density.unconstrain({name: nodes[name]["value"] for name in density.sites})
+    u = density.unconstrain({name: nodes[name]["value"] for name in density.sites}).u
     drawn = torch.cat(values, dim=-1)
     same = u.shape == drawn.shape and agree(u.sort(-1).values, drawn.sort(-1).values)
     independent = all(agree(a, b) for a, b in zip(*scores, strict=True))

@@ -302,7 +302,7 @@ def _origin(density: JointDensity, guide: Any) -> Tensor:
     if density.is_plain or isinstance(q, LatentPosterior):
         return mean.clone()
     (name,) = density.sites
-    return density.unconstrain({name: mean})
+    return density.unconstrain({name: mean}).u
 
 
 def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -169,9 +169,9 @@ class JointDensity:
         """Returns the sites of u, (B, n) or (K, B, n)."""
         return self._run(_Latents(self, u, stop=True))
 
-    def unconstrain(self, values: Mapping[str, Tensor], count: int | None = None) -> Tensor:
-        """Returns u, (B, n) or (K, B, n), of the values of all sites, of a run with K particles."""
-        return self._run(_Latents(self, values=values, count=count, stop=True)).u
+    def unconstrain(self, values: Mapping[str, Tensor], count: int | None = None) -> _Latents:
+        """Returns the sites of given values, and their u, of a run without or with K particles."""
+        return self._run(_Latents(self, values=values, count=count, stop=True))
 
     def posterior(self, q: TorchDistribution) -> TorchDistribution:
         """Returns a distribution of u as a posterior of the model's latent sites."""

@@ -1,9 +1,8 @@
-r"""Promises about batches and objectives: a member's own result, gradients, and scales."""
+r"""Promises about batches and objectives: a member's own result, and scales."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,15 +11,18 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_gpvae.data.batch import Batch, take
-from pyro_gpvae.evaluation import importance
 from pyro_gpvae.model.guide import HasGlobalPrior
-from pyro_gpvae.testing import _kit
-from pyro_gpvae.testing._gradients import gradients, without_gradient
-from pyro_gpvae.testing._kit import Finding, Kit, module_of, not_checked, within
+from pyro_gpvae.testing._kit import (
+    Finding,
+    Kit,
+    data_of,
+    guide_losses,
+    largest_gap,
+    log_weights,
+    not_checked,
+    within,
+)
 from pyro_gpvae.testing._noise import ConstantNoise
-
-# a bug in a vectorised guide must show, so nothing falls back to a loop
-log_weights = partial(importance.log_weights, vectorized=True)
 
 
 def check_batch(kit: Kit) -> Finding:
@@ -39,7 +41,7 @@ def check_batch(kit: Kit) -> Finding:
 
 def check_chunks(kit: Kit) -> Finding:
     def weights(index: slice | Tensor, chunk_size: int | None = None) -> Tensor:
-        data = _kit.data_of(take(kit.batch, index))
+        data = data_of(take(kit.batch, index))
         return log_weights(kit.model, kit.guide, data, 4, chunk_size=chunk_size)
 
     members = torch.arange(len(kit.batch[0]))
@@ -55,79 +57,18 @@ def check_chunks(kit: Kit) -> Finding:
     return kit.all_equal(others, whole, "Evaluated {what}, log weights differ by {gap:.1e}.")
 
 
-def check_gradient(kit: Kit) -> Finding:
-    model, guide = kit.fresh()
-    named = {f"guide.{name}": parameter for name, parameter in _kit.trainable(guide).items()}
-    named |= {f"model.{name}": parameter for name, parameter in _kit.trainable(model).items()}
-    for program in (model, guide):
-        if (module := module_of(program)) is not None:
-            module.train()
-    seeds = (kit.seed, kit.seed + 1)  # a draw may, by bad luck, leave one out
-    total: dict[str, Tensor] = {}
-    for seed in seeds:
-        torch.manual_seed(seed)
-        with poutine.trace(param_only=True) as statements:
-            losses, blocks = _kit.guide_losses(model, guide, kit.batch, 100)
-        known = {id(parameter) for parameter in named.values()}
-        for name, site in statements.trace.nodes.items():  # of pyro.param and pyro.module
-            value: Any = site["value"]
-            if site["type"] != "param" or not (leaf := value.unconstrained()).requires_grad:
-                continue
-            if id(leaf) not in known:
-                named[name] = leaf
-        for loss, block in zip(losses, blocks, strict=True):
-            trained = {id(p) for p in block.parameters or named.values()}
-            own = {name: p for name, p in named.items() if id(p) in trained}
-            for name, gradient in gradients(loss, own).items():
-                total[name] = total.get(name, 0) + gradient.abs()
-    if not named:
-        return not_checked("neither guide nor model has parameters")
-    total |= {name: torch.zeros_like(p) for name, p in named.items() if name not in total}
-
-    def result() -> Tensor:
-        values = []
-        for seed in seeds:
-            torch.manual_seed(seed)
-            values.append(_kit.guide_losses(model, guide, kit.batch, 100)[0])
-        return torch.cat(values)
-
-    lost = without_gradient(named, total, result)
-    seen = f"No gradient, zero, NaN or an infinite one: {', '.join(lost)}."
-    return Finding(f"{len(named) - len(lost)} of {len(named)}", "all", not lost, seen)
-
-
-def check_pathwise(kit: Kit) -> Finding:
-    _, guide = kit.fresh()
-    torch.manual_seed(kit.seed)
-    nodes = kit.trace(guide, kit.batch).nodes
-    sites = [nodes[name] for name in kit.sites]
-    if not all(getattr(site["fn"], "has_rsample", False) for site in sites):
-        return not_checked("a latent site has no reparametrised samples (has_rsample)")
-    named = _kit.trainable(guide)
-    log_q = torch.stack([site["fn"].log_prob(site["value"].detach()).sum() for site in sites]).sum()
-    if not named or not log_q.requires_grad:
-        return not_checked("the density of the latent sites depends on no trainable parameter")
-    density = gradients(log_q, named)
-    # a random direction: the gradient of a plain sum may vanish by symmetry
-    projected = [(torch.randn_like(site["value"]) * site["value"]).sum() for site in sites]
-    moved = gradients(torch.stack(projected).sum(), named)
-    lost = [n for n in named if bool(((density[n] != 0) & (moved[n] == 0)).any())]
-    names = ", ".join(f"guide.{name}" for name in lost)
-    seen = f"Elements of {names} shape the density, but z has no gradient with respect to them."
-    return Finding(f"{len(lost)} detached", "0", not lost, seen)
-
-
 @torch.no_grad()
 def check_scale(kit: Kit) -> Finding:
     model, guide = kit.fresh()
+    doubled = tuple(torch.cat([tensor, tensor]) for tensor in kit.batch)
     with ConstantNoise() as noise:
-        few, _ = _kit.guide_losses(model, guide, kit.batch, 1000)
-        many, _ = _kit.guide_losses(model, guide, kit.batch, 2000)
-        twice, _ = _kit.guide_losses(model, guide, _kit.doubled(kit.batch), 1000)
+        few, _ = guide_losses(model, guide, kit.batch, 1000)
+        many, _ = guide_losses(model, guide, kit.batch, 2000)
+        twice, _ = guide_losses(model, guide, doubled, 1000)
         expected = _global_divergences(guide, kit.batch)
     if not noise.complete:
         return not_checked("the guide draws noise that no constant can replace")
-    if not (gap := _kit.largest_gap(twice, few)) <= kit.tolerance:
+    if not (gap := largest_gap(twice, few)) <= kit.tolerance:
         seen = "With every member twice in the batch the loss changes by {gap:.1e} (relative)."
         cause = "a sum over the batch where its mean is due, or 1/B instead of 1/N"
         return within(gap, kit.tolerance, seen, cause)

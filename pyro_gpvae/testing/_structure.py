@@ -4,58 +4,54 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
 
 from pyro_gpvae.core._plates import data_plate, is_sampled
 from pyro_gpvae.data.batch import Batch, take
-from pyro_gpvae.evaluation import importance
 from pyro_gpvae.model._pairing import pair
-from pyro_gpvae.testing import _kit
-from pyro_gpvae.testing._gradients import gradients, without_gradient
-from pyro_gpvae.testing._kit import Finding, Kit, module_of, not_checked, posterior
-
-# a bug in a vectorised guide must show, so nothing falls back to a loop
-log_weights = partial(importance.log_weights, vectorized=True)
+from pyro_gpvae.model.density import JointDensity
+from pyro_gpvae.model.guide import posterior_of
+from pyro_gpvae.testing._gradients import Losses, without_gradient
+from pyro_gpvae.testing._kit import (
+    Finding,
+    Kit,
+    data_of,
+    disturb,
+    guide_losses,
+    in_float64,
+    log_weights,
+    module_of,
+    not_checked,
+    trainable,
+)
 
 
 def check_model(kit: Kit) -> Finding:
-    model = copy.deepcopy(kit.given[0])
+    model, batch = copy.deepcopy(kit.given[0]), kit.given_batch
     if (module := module_of(model)) is not None:
         module.eval()
-    for batch in (kit.given_batch, take(kit.given_batch, slice(1))):
-        nodes = poutine.trace(model).get_trace(*batch).nodes
+    for part in (batch, take(batch, slice(1))):
         try:
-            plate = data_plate(nodes, len(batch[0]))
+            JointDensity(model, part, vectorized=True)
         except ValueError as error:
-            return Finding("wrong", "runs", False, f"For {len(batch[0])} members: {error}.")
-        if not any(site["is_observed"] for site in nodes.values() if is_sampled(site)):
-            return Finding("0 observed", "≥ 1", False, "The model observes nothing.")
-        if not _kit.latent_sites(nodes, plate):
-            return Finding("0 latent", "≥ 1", False, f"No latent site lies in plate({plate!r}).")
-    batch = kit.given_batch
+            return Finding("wrong", "runs", False, f"For {len(part[0])} members: {error}.")
     if module is not None:
         module.double()
-        batch = _kit.in_float64(batch)
-    named = _kit.trainable(model)
-    total = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
+        batch = in_float64(batch)
+    named = trainable(model, "model")
 
-    def log_joint(seed: int) -> Tensor:
+    def losses(seed: int) -> Losses:
         torch.manual_seed(seed)
-        return torch.as_tensor(poutine.trace(model).get_trace(*batch).log_prob_sum())
+        return [(torch.as_tensor(poutine.trace(model).get_trace(*batch).log_prob_sum()), named)]
 
-    for seed in (kit.seed, kit.seed + 1):  # a draw may, by bad luck, leave one out
-        for name, gradient in gradients(log_joint(seed), named).items():
-            total[name] += gradient.abs()
-    lost = without_gradient(named, total, lambda: log_joint(kit.seed).reshape(1))
-    names = ", ".join(f"model.{name}" for name in lost)
+    lost = without_gradient(named, losses, kit.seed)
+    names = ", ".join(lost)
     seen = f"The log joint density has no gradient, zero, NaN or an infinite one, for {names}."
     cause = "a parameter that the model does not use, or a detached tensor"
     return Finding(f"{len(named) - len(lost)} of {len(named)}", "all", not lost, seen, cause)
@@ -85,12 +81,7 @@ def check_sites(kit: Kit) -> Finding:
             for problem in _problems(kit, pair(model, guide), guide, batch):
                 count = len(batch[0])
                 return Finding("wrong", "as the model's", False, f"For {count} members, {problem}.")
-    shapes = ", ".join(f"{name}: {_shape(fn)}" for name, fn in kit.sites.items())
-    return Finding(shapes, "as the model's", True)
-
-
-def _shape(fn: Any) -> tuple[Any, ...]:
-    return ("B", *fn.event_shape)
+    return Finding(", ".join(kit.sites), "as the model's", True)
 
 
 def _problems(kit: Kit, model: Any, guide: Any, batch: Batch) -> Iterator[str]:
@@ -108,8 +99,8 @@ def _problems(kit: Kit, model: Any, guide: Any, batch: Batch) -> Iterator[str]:
         plate = data_plate(nodes, size)
     except ValueError as error:
         yield str(error)
-    if plate != kit.plate:
-        yield f"the data plate is {plate!r} in the guide and {kit.plate!r} in the model"
+    if plate != kit.structure.plate:
+        yield f"the data plate is {plate!r} in the guide and {kit.structure.plate!r} in the model"
     auxiliary = {n for n in latents if nodes[n]["infer"].get("is_auxiliary")}
     if extra := {n for n in latents - auxiliary if is_sampled(nodes[n])} - wanted:
         yield (
@@ -121,17 +112,17 @@ def _problems(kit: Kit, model: Any, guide: Any, batch: Batch) -> Iterator[str]:
         yield from _wrong(here["value"].shape, there["value"].shape, f"{name} has shape")
         shape, expected = (site["fn"].log_prob(site["value"]).shape for site in (here, there))
         yield from _wrong(shape, expected, f"the log density of {name} has shape")
-    yield from _unequal_weights(nodes, own.nodes, kit.sites)
+        yield from _unequal_weights(name, here, there)
     particles = kit.trace(guide, batch, 3).nodes
     for name in kit.sites:
-        shape = own.nodes[name]["value"].shape
-        shape = (3,) + (1,) * (kit.nesting + kit.sites[name].event_dim - len(shape)) + shape
+        shape, fn = own.nodes[name]["value"].shape, own.nodes[name]["fn"]
+        shape = (3,) + (1,) * (kit.structure.nesting + fn.event_dim - len(shape)) + shape
         what = f"under a plate of 3 particles {name} has shape"
         yield from _wrong(particles[name]["value"].shape, shape, what)
-    if (q := posterior(guide, batch)) is not None:
+    if (q := posterior_of(guide, *batch)) is not None:
         if len(kit.sites) > 1:
             yield f"posterior(x) is a distribution of one site, the model has {sorted(kit.sites)}"
-        (event,) = (tuple(fn.event_shape) for fn in kit.sites.values())
+        (event,) = (tuple(own.nodes[name]["fn"].event_shape) for name in kit.sites)
         yield from _wrong(q.batch_shape, (size,), "the posterior has batch shape")
         yield from _wrong(q.event_shape, event, "the posterior has event shape")
         z = q.sample((3,))
@@ -139,23 +130,21 @@ def _problems(kit: Kit, model: Any, guide: Any, batch: Batch) -> Iterator[str]:
         yield from _wrong(q.log_prob(z).shape, (3, size), "its log density has shape")
 
 
-def _unequal_weights(guide: Any, model: Any, names: Iterable[str]) -> Iterator[str]:
-    """Yields the sites whose densities count differently in guide and model, or not at all."""
-    for name in names:
-        here, there = guide[name], model[name]
-        scale, expected = (torch.as_tensor(s["scale"]).double() for s in (here, there))
-        if not bool(torch.isclose(scale, expected).all()):
-            yield (
-                f"the site {name!r} has the scale {float(scale.max()):g} in the guide and "
-                f"{float(expected.max()):g} in the model: put poutine.scale around both, or neither"
-            )
-        kept = [torch.as_tensor(True if s["mask"] is None else s["mask"]) for s in (here, there)]
-        if not torch.equal(*torch.broadcast_tensors(*kept)) or not bool(kept[0].any()):
-            where = ["guide"] * (not kept[0].all()) + ["model"] * (not kept[1].all())
-            yield (
-                f"the site {name!r} is masked in the {' and the '.join(where)}, so that its density"
-                " does not count: remove poutine.mask, or mask the same members in both"
-            )
+def _unequal_weights(name: str, here: Any, there: Any) -> Iterator[str]:
+    """Yields why the densities of a site count differently in guide and model, or not at all."""
+    scale, expected = (torch.as_tensor(s["scale"]).double() for s in (here, there))
+    if not bool(torch.isclose(scale, expected).all()):
+        yield (
+            f"the site {name!r} has the scale {float(scale.max()):g} in the guide and "
+            f"{float(expected.max()):g} in the model: put poutine.scale around both, or neither"
+        )
+    kept = [torch.as_tensor(True if s["mask"] is None else s["mask"]) for s in (here, there)]
+    if not torch.equal(*torch.broadcast_tensors(*kept)) or not bool(kept[0].any()):
+        where = ["guide"] * (not kept[0].all()) + ["model"] * (not kept[1].all())
+        yield (
+            f"the site {name!r} is masked in the {' and the '.join(where)}, so that its density"
+            " does not count: remove poutine.mask, or mask the same members in both"
+        )
 
 
 def _wrong(shape: tuple[int, ...], expected: tuple[int, ...], what: str) -> Iterator[str]:
@@ -168,7 +157,7 @@ def check_finite(kit: Kit) -> Finding:
     torch.manual_seed(kit.seed)
     with pyro.validation_enabled(False):  # which stops at the first
         # raises an error for NaN and +∞
-        weights = log_weights(model, guide, _kit.data_of(kit.given_batch), 4)
+        weights = log_weights(model, guide, data_of(kit.given_batch), 4)
     count = int((~weights.isfinite()).sum())
     seen = f"{count} of {weights.numel()} log weights are infinite."
     return Finding(f"{count} not finite", "0", count == 0, seen)
@@ -183,7 +172,7 @@ def check_memory(kit: Kit) -> Finding:
     model, used = kit.fresh()
     batch = tuple(tensor.clone() for tensor in kit.other)
     kit.rows(used, batch)
-    loss = _kit.guide_losses(model, used, batch, 100)[0].sum()
+    loss = guide_losses(model, used, batch, 100)[0].sum()
     if loss.requires_grad:
         loss.backward()
     for tensor, value in zip(batch, kit.batch, strict=True):
@@ -195,19 +184,20 @@ def check_memory(kit: Kit) -> Finding:
         return finding
     new = kit.fresh()[1]
     for guide in (used, new):
-        _kit.disturb(guide, kit.seed + 7)
+        disturb(guide, kit.seed + 7)
     seen = "After a change of parameters it gives another {what} than a new guide, by {gap:.1e}."
     finding = kit.all_equal(kit.rows(used, kit.batch), kit.rows(new, kit.batch), seen)
     torch.manual_seed(kit.seed)
     with torch.no_grad():
-        q = posterior(new, kit.batch)
+        q = posterior_of(new, *kit.batch)
         if not finding.kept or q is None:
             return finding
         first, _ = q.sample((3,)), q.sample((3,))
         scored = q.log_prob(first)
         torch.manual_seed(kit.seed)
         # another distribution and another tensor, of which nothing can be cached
-        expected = posterior(new, kit.batch).log_prob(first.clone())
+        again: Any = posterior_of(new, *kit.batch)
+        expected = again.log_prob(first.clone())
     seen = "Scored after another sample was drawn, a sample has another {what}, by {gap:.1e}."
     return kit.all_equal({"log density": scored}, {"log density": expected}, seen)
 
@@ -225,10 +215,10 @@ def check_save(kit: Kit) -> Finding:
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)
-    other: Any = kit.fresh()[1] if kit.build is None else kit.make(kit.model)
-    _kit.disturb(other, kit.seed + 3)
-    state = torch.load(buffer, weights_only=True, map_location=kit.batch[0].device)
+    other: Any = kit.fresh()[1] if kit.build is None else kit.build(kit.model)
     reloaded: Any = module_of(other)
+    disturb(reloaded.to(kit.dtype).eval(), kit.seed + 3)
+    state = torch.load(buffer, weights_only=True, map_location=kit.batch[0].device)
     reloaded.load_state_dict(state)
     seen = "A guide that loads the state dict gives another {what}, by {gap:.1e}."
     return kit.all_equal(kit.rows(other, kit.batch), kit.rows(kit.guide, kit.batch), seen)

@@ -10,7 +10,7 @@ import torch
 
 from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
 from pyro_gpvae.data.batch import Data, check_data, take, to_batch
-from pyro_gpvae.testing import _batches, _densities, _structure
+from pyro_gpvae.testing import _batches, _densities, _gradients, _structure
 from pyro_gpvae.testing._kit import MAX_BATCH, Finding, Kit, Make
 
 __all__ = ["GuideError", "Promise", "Report", "check_guide"]
@@ -85,8 +85,8 @@ def check_guide(
 
     Thresholds: 1e-6 relative for equalities (1e-3 in float32), a p-value of 2e-5 for
     goodness-of-fit tests, ``|z| < 4`` for estimates; several members share one threshold. The
-    seed is fixed, so that a guide passes always or never. Guides with a random number of draws
-    (rejection samplers) or with parameters for each member are beyond the kit.
+    seed is fixed, so that a guide passes always or never. Discrete latents, guides with a random
+    number of draws (rejection samplers) or with parameters for each member are beyond the kit.
 
     Arguments:
         guide: The guide. See :mod:`pyro_gpvae.model.guide` for the contract.
@@ -163,10 +163,10 @@ _PROMISES: dict[str, tuple[str, Callable[[Kit], Finding], str]] = {
         "a mean over the batch, members in another order, or tile and interleave swapped"),
     "chunks": ("batched = chunked = single", _batches.check_chunks,
         "a batch mean where the sum is due, or a density of all samples drawn at once"),
-    "gradient": ("every parameter gets a finite gradient", _batches.check_gradient,
+    "gradient": ("every parameter gets a finite gradient", _gradients.check_gradient,
         "a context that does not reach the flow, a detached tensor, or a block that leaves it out "
         "(parameters to be left alone need requires_grad_(False))"),
-    "pathwise": ("parameters of the density move z", _batches.check_pathwise,
+    "pathwise": ("parameters of the density move z", _gradients.check_pathwise,
         "a detached sample (sample for rsample, detach, no_grad)"),
     "evidence": ("E[weight] = p(x)", _densities.check_evidence,
         "samples do not fit the density, it is not normalised, or images are in another order"),

@@ -9,7 +9,7 @@ from broken_guides import BUGS, SOUND, WORDS, Flow, Global, Mixture, Small, Trac
 from torch import nn
 
 from pyro_gpvae import ImageModel, make_guide
-from pyro_gpvae.testing import GuideError, _batches, _structure, check_guide, linear_gaussian
+from pyro_gpvae.testing import GuideError, check_guide, linear_gaussian
 
 SHAPE = (1, 4, 4)
 
@@ -175,25 +175,8 @@ class OfRows(nn.Module):
                 pyro.sample("place", place)
 
 
-@torch.no_grad()
-def weights_of_rows(model, guide, data, num_samples, chunk_size=None):
-    def densities(trace):
-        trace.compute_log_prob()
-        nodes = trace.nodes.values()
-        return sum(s["log_prob"] for s in nodes if s["type"] == "sample" and s["name"] != "rows")
-
-    rows = []
-    for _ in range(num_samples):
-        q = pyro.poutine.trace(guide).get_trace(*data)
-        p = pyro.poutine.trace(pyro.poutine.replay(model, trace=q)).get_trace(*data)
-        rows.append(densities(p) - densities(q))
-    return torch.stack(rows)
-
-
 @pytest.fixture
-def counts(monkeypatch):
-    for module in (_structure, _batches):
-        monkeypatch.setattr(module, "log_weights", weights_of_rows)
+def counts():
     torch.manual_seed(0)
     return torch.poisson(torch.full((5, 2), 3.0)).long(), torch.rand(5) + 0.5
 
@@ -201,7 +184,7 @@ def counts(monkeypatch):
 def test_a_program_of_counts_with_two_sites_in_any_plate(counts):
     report = check_guide(OfRows(), rates, counts)
     assert {p.name for p in report.promises if p.kept is None} == {"trace"}
-    assert report["sites"].figure == "rate: ('B',), place: ('B', 2)"
+    assert report["sites"].figure == "rate, place"
 
 
 @pytest.mark.parametrize(("bug", "promise"), [("batch mean", "batch"), ("mask", "sites")])
