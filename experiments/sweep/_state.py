@@ -9,8 +9,8 @@ import pandas as pd
 from _plans import Plan
 
 from pyro_gpvae.core._files import partial_folder, read_json
-from pyro_gpvae.runs._report import markdown_table
 from pyro_gpvae.runs.config import PLACE, RunConfig, check_same
+from pyro_gpvae.runs.report import markdown_table
 from pyro_gpvae.runs.results import COLUMNS, differences, over_seeds, read_results
 
 
@@ -72,4 +72,4 @@ def score_table(plan: Plan, frame: pd.DataFrame) -> str:
     if cut := _cut(plan):
         text += f" {cut} Compare these numbers with each other, not with published ones."
     notes = [f"Note: {line}." for line in differences(frame)]
-    return "\n".join([markdown_table([*table], table.to_numpy().tolist()), "", text, *notes, ""])
+    return "\n".join([markdown_table(table.astype(str)), "", text, *notes, ""])

@@ -2,6 +2,7 @@ r"""``pyro-gpvae demo``."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ __all__ = ["Demo"]
 
 @dataclass(kw_only=True)
 class Demo(Command):
-    """Train VAE and GPVAE on 5,000 digits and write a report; under 3 minutes on 2 CPU cores.
+    """Train VAE, GPVAE and newton on 5,000 digits, and report what inference loses: 3 minutes.
 
     Attributes:
         out: Folder of the report; an earlier report in it is replaced.
@@ -31,4 +32,6 @@ class Demo(Command):
     def run(self) -> None:
         from pyro_gpvae.runs.demo import run_demo
 
-        run_demo(**keywords(self) | {"progress": not self.quiet})
+        begin = time.monotonic()
+        run_demo(**keywords(self) | {"progress": not self.quiet}).print()
+        print(f"\n{time.monotonic() - begin:.0f} seconds; the report is {self.out / 'report.html'}")

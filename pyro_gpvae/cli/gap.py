@@ -28,8 +28,9 @@ class Gap(Where):
         ais_chains: Chains per image of annealed importance sampling; 0 turns it off.
         ais_steps: Steps of annealed importance sampling, from the best full Gaussian.
         seed: Seed of the samples.
-        out: Folder for gap.csv (one row per run and image), gap.json, gap.md and gap.png.
-        overwrite: Replace these four files of an earlier measurement.
+        out: Folder for gap.csv (one row per run and image), gap.json, gap.md, gap.png and
+            report.html.
+        overwrite: Replace these files of an earlier measurement.
         quiet: Show no progress on standard error.
     """
 
@@ -54,5 +55,5 @@ class Gap(Where):
         budget = {name: options.pop(name) for name in ("num_samples", "reference_samples", "seed")}
         budget["num_chains"] = options.pop("ais_chains")
         budget["num_steps"] = options.pop("ais_steps")
-        print(report_gaps(options.pop("runs"), options.pop("out"), budget, **options))
+        report_gaps(options.pop("runs"), options.pop("out"), budget, **options).print()
         print(f"written to {self.out}")

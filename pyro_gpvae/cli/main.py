@@ -19,6 +19,7 @@ from pyro_gpvae.cli.evaluate import Evaluate
 from pyro_gpvae.cli.gap import Gap
 from pyro_gpvae.cli.generate import Generate
 from pyro_gpvae.cli.guides import Guides
+from pyro_gpvae.cli.report import Report
 from pyro_gpvae.cli.results import Results
 from pyro_gpvae.cli.train import Train
 from pyro_gpvae.cli.uncertainty import Uncertainty
@@ -33,7 +34,7 @@ every test image. All scores are in nats per image. --version prints the version
 #: If this environment variable is set, errors come with their traceback.
 _TRACEBACK = "PYRO_GPVAE_TRACEBACK"
 
-_Command = Demo | Train | Evaluate | Gap | Uncertainty | Generate | Results | Guides
+_Command = Demo | Train | Evaluate | Gap | Uncertainty | Generate | Report | Results | Guides
 
 
 def main(argv: Sequence[str] | None = None) -> int:

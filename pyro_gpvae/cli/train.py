@@ -60,6 +60,7 @@ class Train(RunConfig, Command):
     def _run(self, seed: int, out: Path) -> None:
         """Trains one run, and prints its scores."""
         from pyro_gpvae.runs.reproduce import reproduce_run
+        from pyro_gpvae.runs.run_report import report_runs
         from pyro_gpvae.runs.train import resume_run, train_run
 
         options = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
@@ -86,7 +87,13 @@ class Train(RunConfig, Command):
                 print(f"continue with: pyro-gpvae train --resume {out}{trust}", file=sys.stderr)
             raise
         print_scores(record)
-        print(f"written to {out}")
+        trusted = self.trust_guide or self._names_guide()
+        report_runs([out], out / "report.html", images=0, overwrite=True, trust_guide=trusted)
+        print(f"written to {out}; the report is {out / 'report.html'}")
+
+    def _names_guide(self) -> bool:
+        """Whether the guide is one that the user named here, and no file."""
+        return self.resume is None and self.from_record is None
 
     def _check_options(self) -> None:
         """Refuses options that a run which is continued or repeated has already."""

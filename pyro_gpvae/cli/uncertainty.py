@@ -23,7 +23,8 @@ class Uncertainty(Where):
         reference_samples: Samples K per image from the best full Gaussian, for log p(x).
         bootstrap: Resamples of the images for the intervals.
         seed: Seed of samples and resamples.
-        out: Folder for uncertainty.csv (one row per image), uncertainty.json and the pictures.
+        out: Folder for uncertainty.csv (one row per image), uncertainty.json, the pictures
+            and report.html.
         quiet: Show no progress on standard error.
     """
 
@@ -39,4 +40,5 @@ class Uncertainty(Where):
     def run(self) -> None:
         from pyro_gpvae.runs.uncertainty_report import report_uncertainty
 
-        print(f"{report_uncertainty(**keywords(self))}\nwritten to {self.out}")
+        report_uncertainty(**keywords(self)).print()
+        print(f"written to {self.out}")

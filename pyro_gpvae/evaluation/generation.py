@@ -1,10 +1,8 @@
-"""Images from a trained model: samples, reconstructions, paths and traversals."""
+"""Images from a trained model: samples and reconstructions."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -29,12 +27,7 @@ from pyro_gpvae.model.guide import check_program_data
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.networks import ImageShape
 
-__all__ = [
-    "Decoded", "PathKind", "decode", "latent_path", "latent_traversals", "prior_and_likelihood",
-    "reconstruct", "sample_images",
-]  # fmt: skip
-
-PathKind = Literal["spherical", "linear"]
+__all__ = ["Decoded", "decode", "prior_and_likelihood", "reconstruct", "sample_images"]
 
 
 class Decoded(NamedTuple):
@@ -156,70 +149,6 @@ def reconstruct(
     z = torch.cat(parts)
     channels, height, width = x.shape[1:]
     return Decoded(z, decode(model, z, image_shape=(channels, height, width)))
-
-
-def latent_path(start: Tensor, end: Tensor, steps: int, kind: PathKind = "spherical") -> Tensor:
-    r"""Returns points on the way from start to end, (B, p) each: (B, S, p).
-
-    .. math::
-        z_t = \frac{\sin((1 - t)\,\Omega)\, z_0 + \sin(t\,\Omega)\, z_1}{\sin \Omega},
-        \qquad t = 0, \tfrac{1}{S-1}, \dots, 1,
-
-    with the angle :math:`\Omega` between both ends. The norm of this spherical path lies between
-    those of its ends, where the prior has its mass; a straight line passes closer to the origin
-    (White, *Sampling Generative Networks*, 2016, https://arxiv.org/abs/1609.04468). Collinear ends
-    are joined by a straight line, as all are by the kind "linear".
-
-    Raises:
-        ValueError: If there are fewer than 2 steps, or the kind is unknown.
-
-    Example:
-        >>> latent_path(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]), 3)[0, 1]
-        tensor([1.4142, 1.4142])
-    """
-    check_at_least(2, steps=steps)
-    if kind not in get_args(PathKind):
-        raise ValueError(f"kind must be one of {get_args(PathKind)}, got {kind!r}")
-    t = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None]
-    a, b = start.unsqueeze(-2), end.unsqueeze(-2)
-    line = (1 - t) * a + t * b
-    if kind == "linear":
-        return line
-    angle = torch.cosine_similarity(a, b, dim=-1).unsqueeze(-1).clamp(-1, 1).acos()
-    # within 1e-3 rad of collinear the formula divides one rounding error by another
-    curved = angle.sin() > 1e-3
-    sine = torch.where(curved, angle.sin(), 1.0)
-    arc = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / sine
-    return torch.where(curved, arc, line)
-
-
-def latent_traversals(
-    z: Tensor, dims: Sequence[int] | None = None, *, span: float = 3.0, steps: int = 9
-) -> Tensor:
-    """Returns copies of z in which one dimension runs from -span to span, (B, D, S, p).
-
-    Arguments:
-        z: Latent vectors (B, p), such as posterior means.
-        dims: The D dimensions to move; by default all.
-        span: The end of the range, in standard deviations of the prior N(0, I).
-        steps: The number S of values.
-
-    Raises:
-        ValueError: If span is not positive, there are fewer than 2 steps, or a dimension does not
-            exist.
-    """
-    if not (span > 0 and math.isfinite(span)):
-        raise ValueError(f"span must be positive and finite, got {span}")
-    check_at_least(2, steps=steps)
-    dims = range(z.shape[-1]) if dims is None else dims
-    for dim in dims:
-        if not 0 <= dim < z.shape[-1]:
-            raise ValueError(f"dims must be between 0 and {z.shape[-1] - 1}, got {dim}")
-    copies = z[:, None, None, :].repeat(1, len(dims), steps, 1)
-    values = torch.linspace(-span, span, steps, dtype=z.dtype, device=z.device)
-    for row, dim in enumerate(dims):
-        copies[:, row, :, dim] = values
-    return copies
 
 
 def prior_and_likelihood(model: PyroProgram, x: Tensor, z: Tensor | None = None) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-r"""The demo: VAE and GPVAE on 5,000 digits, compared by score and by inference gap."""
+r"""The demo: how much inference loses on 5,000 digits, for VAE, GPVAE and refined inference."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ from typing import Any
 import pandas as pd
 
 from pyro_gpvae.core._files import check_replaceable, write_json, write_text
-from pyro_gpvae.runs._report import caption, describe, markdown_table, number
+from pyro_gpvae.runs import sections
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.folder import Run, load_run
-from pyro_gpvae.runs.gap_report import read_table, report_gaps, summarise
-from pyro_gpvae.runs.generation_report import report_generation
+from pyro_gpvae.runs.gap_report import QUICK, gap_sections, measure_gaps
+from pyro_gpvae.runs.report import HTML, Report, Section, caption, describe, number
 from pyro_gpvae.runs.train import train_run
 
 __all__ = ["DEMO_FILES", "run_demo"]
 
-#: The run folders: the first half, which both methods share, and the second half of each method.
-_LABELS = {"start": "VAE at half time", "vae": "VAE", "gpvae": "GPVAE"}
+#: The run folders: the first half, which all methods share, and the second half of each method.
+RUNS = {"start": "vae", "vae": "vae", "gp": "gp", "newton": "newton:1,covariance=diagonal"}
+LABELS = {"vae": "VAE", "gp": "GPVAE", "newton": "newton:1"}
 DEMO_FILES = (
-    "README.md", "metrics.json", "loss_curves.png", "gap", "vae-images", "gpvae-images", *_LABELS,
+    "README.md", "metrics.json", HTML, "chunks", "gap.csv", "gap.png", "latent.png",
+    "loss_curves.png", "missed.png", "reconstructions.png", "samples.png", *RUNS,
 )  # fmt: skip
+
+_TEXT = (
+    "Nats per image, of the first {images} test images; log p(x) is the most reliable of several "
+    "estimates. What inference loses is log p(x) - ELBO. The last column is what the best Gaussian "
+    "of each image would lose, so that the rest is the encoder's fault: the amortisation gap. All "
+    "three methods continue the same VAE for as many epochs; their times include that VAE."
+)
 
 
 def run_demo(
@@ -34,157 +43,108 @@ def run_demo(
     epochs: int | None = None,
     gap_images: int | None = None,
     **options: Any,
-) -> dict[str, Any]:
-    """Trains VAE and GPVAE on the embedded digits and writes a report; returns ``metrics.json``.
+) -> Report:
+    """Trains a VAE, GPVAE and ``newton:1`` on the embedded digits, and reports what each loses.
 
-    The first half of the epochs trains a VAE. The second half continues the VAE, and trains GPVAE
-    from the same weights on eq. (2) of the paper's supplement. The gaps are those of the first
-    ``gap_images`` test images. For the other arguments see ``pyro-gpvae demo --help`` and
-    :class:`RunConfig`.
+    The first half of the epochs trains a VAE. The second half continues the VAE, and trains the
+    others from its weights. The gaps are those of the first ``gap_images`` test images. For the
+    other arguments see ``pyro-gpvae demo --help`` and :class:`RunConfig`.
     """
-    epochs, gap_images = epochs or (4 if quick else 40), gap_images or (2 if quick else 20)
+    epochs, gap_images = epochs or (4 if quick else 40), gap_images or (4 if quick else 20)
     if epochs < 2 or epochs % 2:
         raise ValueError(f"epochs must be even and at least 2, got {epochs}")
     if quick:
         options = {"test_images": 200} | options
     out = Path(out).expanduser()
-    unfinished = (f"{name}.partial" for name in _LABELS)
-    check_replaceable(out, True, (*DEMO_FILES, *unfinished))
+    check_replaceable(out, True, (*DEMO_FILES, *(f"{name}.partial" for name in RUNS)))
     (out / "README.md").unlink(missing_ok=True)  # of other runs
     config = RunConfig(guide="vae", epochs=epochs // 2, sigma_learning_rate=1e-2, **options)
     begin = time.monotonic()
-    runs: dict[str, Run] = {}
-    for name, label in _LABELS.items():
-        bar = "VAE, first half"
-        if runs:
-            guide, bar = "gp" if name == "gpvae" else "vae", f"{label}, second half"
-            config = replace(config, guide=guide, warm_start=str(out / "start"))
+    for name, guide in RUNS.items():
+        bar = f"{LABELS[name]}, second half" if name != "start" else "VAE, first half"
+        start = str(out / "start") if name != "start" else None
+        config = replace(config, guide=guide, warm_start=start)
         train_run(config, out / name, overwrite=True, progress=progress and bar)
-        runs[name] = load_run(out / name)
-    folders = [out / "vae", out / "gpvae"]
-    budget = {"num_samples": 200, "reference_samples": 500, "num_chains": 0, "num_steps": 1}
-    report_gaps(
-        folders, out / "gap", budget | {"seed": config.seed}, overwrite=True,
-        labels=["VAE", "GPVAE"], num_images=gap_images, progress=progress,
+    runs = {label: load_run(out / name) for name, label in LABELS.items()}
+    table, _ = measure_gaps(
+        [out / name for name in LABELS], out, QUICK | {"seed": config.seed},
+        num_images=gap_images, labels=[*runs], progress=progress,
     )  # fmt: skip
-    for folder in folders:
-        images = folder.with_name(f"{folder.name}-images")
-        report_generation(folder, images, overwrite=True, progress=False)
-    metrics = _compare(runs, quick, read_table(out / "gap" / "gap.csv"))
-    _draw(runs, out, metrics["caption"])
-    metrics["seconds"] = time.monotonic() - begin
+    write_text(out / "gap.csv", table.to_csv(index=False))
+    report = _report(runs, table, quick)
+    report.save(out, "README.md")
+    methods = {label: _scores(run, table[table["label"] == label]) for label, run in runs.items()}
+    seconds = time.monotonic() - begin
+    metrics = {"caption": report.caption, "quick": quick, "methods": methods, "seconds": seconds}
     write_json(out / "metrics.json", metrics)
-    text = _table(metrics)
-    write_text(out / "README.md", _REPORT.format(table=text))
-    print(f"{text}\n\n{metrics['seconds']:.0f} seconds; report in {out}")
-    return metrics
+    return report
 
 
-def _compare(runs: dict[str, Run], quick: bool, gaps: pd.DataFrame) -> dict[str, Any]:
-    """Returns the scores of each method, and the paired differences of GPVAE and VAE."""
-    config, scores = runs["gpvae"].config, ["elbo", "log_evidence"]
-    gp, vae = (pd.read_csv(runs[name].folder / "scores.csv")[scores] for name in ("gpvae", "vae"))
+def _report(runs: dict[str, Run], table: pd.DataFrame, quick: bool) -> Report:
+    vae = next(iter(runs.values()))
+    config = vae.config
     budget = (
         f"Batch {config.batch_size}, Adam {config.learning_rate:g} "
         f"(σ: {config.sigma_learning_rate:g}), K = {config.num_samples}."
     )
-    means = summarise(gaps).set_index(["label", "quantity"])["mean"]
-    methods = []
-    for name, label in _LABELS.items():
-        record, row = runs[name].record, {"method": label, "epochs": runs[name].total_epochs}
-        row |= record["scores"] | {"seconds": record["seconds"]["training"]}
-        if name != "start":  # the time of a method includes the half that it shares
-            row["seconds"] += runs["start"].record["seconds"]["training"]
-            row |= {gap: means[label, gap] for gap in ("approximation", "amortisation")}
-        methods.append(row)
-    differences = {"mean": (gp - vae).mean(), "standard_error": (gp - vae).sem()}
-    return {
-        "caption": ("QUICK DEMO, budget cut: " if quick else "")
-        + caption([describe(runs["gpvae"])], len(gp), budget),
-        "quick": quick,
-        "gap_images": gaps["image"].nunique(),
-        "methods": methods,
-        "gpvae_minus_vae": pd.DataFrame(differences).to_dict("index"),
-    }
+    text = caption([describe(vae)], vae.record["data"]["test_images"], budget)
+    text = ("QUICK DEMO, budget cut: " if quick else "") + text
+    chosen = table[table["label"] == "VAE"]
+    missed = sections.missed(vae, chosen, caption=text)
+    missed.title = "Digits that the encoder of the VAE gets wrong"
+    parts = [_headline(runs, table), missed, gap_sections(table, text)[0]]
+    parts += [sections.curves(runs, text), sections.scores(runs)]
+    parts += [
+        sections.pictures(runs["GPVAE"], list(range(min(8, len(vae.data.test)))), 32, 0, text),
+        sections.latent(runs["GPVAE"], config.seed, text),
+    ]
+    for section in parts[-2:]:
+        section.title += " of GPVAE"
+    parts.append(sections.configuration(runs))
+    return Report("How much does inference lose?", text, parts, printed=1)
 
 
-def _table(metrics: dict[str, Any]) -> str:
-    """Returns caption, table and conclusions as Markdown."""
-    head = (
-        "",
-        "epochs",
-        "ELBO",
-        "log p(x) ± MC error",
-        "approximation gap",
-        "amortisation gap",
-        "s",
-    )
-    rows = [
-        [
-            m["method"],
-            str(m["epochs"]),
-            f"{m['elbo']:.1f}",
-            f"{m['log_evidence']:.1f} ± {m['monte_carlo_error']:.2f}",
-            *(number(m.get(gap)) for gap in ("approximation", "amortisation")),
-            f"{m['seconds']:.0f}",
-        ]
-        for m in metrics["methods"]
-    ]
-    lines = [
-        metrics["caption"],
-        "",
-        markdown_table(head, rows),
-        "",
-        f"Nats per test image; the gaps are those of the first {metrics['gap_images']}. The "
-        "approximation gap is what the best Gaussian of each image loses, and the amortisation gap "
-        "what the encoder loses compared with it.",
-    ]
-    for score, name in (("log_evidence", "log p(x)"), ("elbo", "ELBO")):
-        mean, error = metrics["gpvae_minus_vae"][score].values()
+def _headline(runs: dict[str, Run], table: pd.DataFrame) -> Section:
+    """Returns what each method loses, and the paired differences to the VAE."""
+    rows = []
+    for label, run in runs.items():
+        found = _scores(run, table[table["label"] == label])
+        rows.append(
+            {
+                "": label,
+                "epochs": f"{found['epochs']}",
+                "log p(x)": f"{found['reference']:.1f}",
+                "ELBO": f"{found['reference'] - found['gap']:.1f}",
+                "inference loses": number(found["gap"]),
+                "at worst": number(found["largest_gap"]),
+                "best Gaussian": number(found["best_gaussian"]),
+                "s": f"{found['seconds']:.0f}",
+            }
+        )
+    values = table.pivot(index="image", columns="label", values="log_evidence")
+    text = [_TEXT.format(images=len(values))]
+    for label in list(runs)[1:]:
+        difference = values[label] - values["VAE"]
+        mean, error = difference.mean(), difference.sem()
         verdict = "these images do not resolve a difference"
         if abs(mean) > 2 * error:
-            verdict = f"{'GPVAE' if mean > 0 else 'VAE'} is better on these images"
-        lines.append(
-            f"GPVAE - VAE, {name}: {mean:+.2f} ± {error:.2f} (paired standard error over images, "
-            f"one seed): {verdict}."
+            verdict = f"the decoder of {label if mean > 0 else 'VAE'} is better on these images"
+        text.append(
+            f"{label} - VAE, log p(x): {mean:+.2f} ± {error:.2f} (paired standard error over "
+            f"images, one seed): {verdict}."
         )
-    return "\n".join(lines)
+    return Section("What inference loses", text, pd.DataFrame(rows))
 
 
-_REPORT = """# VAE and GPVAE on 5,000 digits
-
-{table}
-
-- Both methods continue the VAE at half time; their seconds include the half that they share.
-- log p(x): importance sampling with K samples from the guide. Where these are few or far from the
-  posterior, both this estimate and its Monte-Carlo (MC) error are too low.
-- [The gaps in full](gap/gap.md).
-
-![ELBO and σ while training](loss_curves.png)
-
-![Where the gap comes from](gap/gap.png)
-
-![Reconstructions of the VAE](vae-images/reconstructions.png)
-
-![Reconstructions of GPVAE](gpvae-images/reconstructions.png)
-
-![Samples of the VAE](vae-images/samples.png)
-
-![Samples of GPVAE](gpvae-images/samples.png)
-
-The folders `start`, `vae` and `gpvae` are run folders: `pyro-gpvae evaluate vae` reproduces a
-score, and `pyro-gpvae uncertainty gpvae` asks whether GPVAE knows where its inference is poor.
-"""
-
-
-def _draw(runs: dict[str, Run], folder: Path, caption: str) -> None:
-    from pyro_gpvae.plots import loss_curves  # imports matplotlib
-
-    first, *seconds = (pd.read_csv(run.folder / "history.csv") for run in runs.values())
-    curves = {"VAE, first half": first}
-    for name, history in zip(("VAE", "GPVAE"), seconds, strict=True):
-        second = history.assign(epoch=history["epoch"] + len(first))
-        # the curve continues where the first half ended
-        curves[name] = pd.concat([first.iloc[[-1]], second], ignore_index=True)
-    figure = loss_curves(curves, f"ELBO of GPVAE: eq. (2). {caption}")
-    figure.savefig(folder / "loss_curves.png")
+def _scores(run: Run, table: pd.DataFrame) -> dict[str, float]:
+    """Returns a run's scores on all test images, and those of the table of gaps."""
+    warm = run.record["warm_start"]["seconds"]["training"]
+    return run.record["scores"] | {
+        "epochs": run.total_epochs,
+        "seconds": run.record["seconds"]["training"] + warm,
+        "reference": table["log_evidence"].mean(),
+        "gap": table["gap"].mean(),
+        "largest_gap": table["gap"].max(),
+        "best_gaussian": table["beyond_gaussian"].mean(),
+        "amortisation": table["amortisation"].mean(),
+    }

@@ -19,15 +19,17 @@ from pyro_gpvae.core._environment import environment, sha256
 from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.evaluation.gap import BATCH, LADDER, decompose
 from pyro_gpvae.evaluation.importance import PARETO_LIMIT
-from pyro_gpvae.runs._report import caption, describe, markdown_table, number
 from pyro_gpvae.runs.folder import Place, Run, load_run
+from pyro_gpvae.runs.report import HTML, Report, Section, caption, describe, number
 
 __all__ = [
-    "gap_caption", "gap_markdown", "measure_gaps", "read_table", "report_gaps", "summarise",
-    "write_gaps",
+    "GAP_FILES", "QUICK", "gap_caption", "gap_sections", "measure_gaps", "read_table",
+    "report_gaps", "summarise",
 ]  # fmt: skip
 
-GAP_FILES = ("gap.csv", "gap.json", "gap.md", "gap.png")
+GAP_FILES = ("gap.csv", "gap.json", "gap.md", "gap.png", HTML)
+#: A budget of about a second an image, without annealing.
+QUICK = {"num_samples": 200, "reference_samples": 500, "num_chains": 0, "num_steps": 1}
 
 QUANTITIES = (
     "log_evidence", "elbo", "gap", "approximation", "amortisation", *LADDER, "bound",
@@ -133,14 +135,12 @@ def report_gaps(
     *,
     overwrite: bool = False,
     **options: Any,
-) -> str:
-    """Decomposes the gaps of runs, writes table, record, text and picture, and returns the text.
+) -> Report:
+    """Decomposes the gaps of runs; writes table, record, text, picture and ``report.html``.
 
     The budget holds the arguments num_samples, reference_samples, num_chains, num_steps and seed of
     :func:`pyro_gpvae.decompose`; ``options`` are further arguments of :func:`measure_gaps`.
     """
-    from pyro_gpvae.plots.gap import gap_ladder  # imports matplotlib
-
     out = Path(out)
     for name in GAP_FILES:
         if not overwrite and (out / name).exists():
@@ -149,24 +149,6 @@ def report_gaps(
                 "it (--overwrite)"
             )
     table, runs = measure_gaps(folders, out, budget, **options)
-    text = gap_caption(write_gaps(out, table, runs, budget))
-    unknown = table.loc[table[_COSTS].isna().any(axis=1), "label"].unique()
-    if len(unknown):
-        text += f" Without the costs of random weights that {', '.join(unknown)} does not give."
-    gap_ladder(table, text).savefig(out / "gap.png")
-    return (out / "gap.md").read_text(encoding="utf-8")
-
-
-def write_gaps(
-    out: str | Path,
-    table: pd.DataFrame,
-    runs: list[dict[str, Any]],
-    budget: dict[str, Any],
-    **extra: Any,
-) -> dict[str, Any]:
-    """Writes ``gap.csv``, ``gap.md``, and ``gap.json`` with the entries ``extra``; returns it."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     record = {
         "format": 1,
         "runs": runs,
@@ -174,12 +156,14 @@ def write_gaps(
         "budget": budget,
         **environment(torch.device(runs[0]["config"]["device"] or "cpu")),
         "summary": summarise(table).to_dict("records"),
-        **extra,
     }
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "gap.csv", table.to_csv(index=False))
     write_json(out / "gap.json", record)
-    write_text(out / "gap.md", gap_markdown(table, gap_caption(record)))
-    return record
+    text = gap_caption(record)
+    report = Report("Inference gap", text, gap_sections(table, text))
+    report.save(out, "gap.md")
+    return report
 
 
 def gap_caption(record: dict[str, Any]) -> str:
@@ -221,10 +205,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(frames, names=["label", "quantity"]).reset_index()
 
 
-_GAP_HEAD = (
-    "", "log p(x)", "ELBO", "approximation gap", "amortisation gap", "its median",
-    "beyond Gaussian", "independence", "encoder", "I(z; (W, U) \\| x)", "KL/N", "images",
-)  # fmt: skip
 _GAP_TEXT = (
     "Nats per image. Beyond Gaussian: log p(x) minus the ELBO of the best Gaussian with full "
     "covariance for each image. Independence: that ELBO minus the ELBO of the best diagonal "
@@ -233,7 +213,6 @@ _GAP_TEXT = (
     'and mixtures ("other") are compared with the full Gaussian, and may be better. A random '
     "encoder also pays I(z; (W, U) | x) and KL/N, which lead to eq. (2) of the supplement. "
 )
-_PROPOSAL_HEAD = ("", "ELBO, own q", "IWAE, own q", "IWAE, refined q", "AIS")
 _PROPOSAL_TEXT = (
     "Better model or better proposal? The first two columns depend on the guide's own q. The last "
     "two score the decoder alone, with the best full Gaussian of each image as the proposal, and "
@@ -241,8 +220,10 @@ _PROPOSAL_TEXT = (
 )
 
 
-def gap_markdown(table: pd.DataFrame, caption: str) -> str:
-    """Returns the decomposition, and "better model or better proposal", as Markdown tables."""
+def gap_sections(table: pd.DataFrame, caption: str = "") -> list[Section]:
+    """Returns the decomposition with its picture, and "better model or better proposal"."""
+    from pyro_gpvae.plots.gap import gap_ladder  # imports matplotlib
+
     summary = summarise(table).set_index(["label", "quantity"])
     groups = [
         (label, summary.loc[label], table.query("label == @label"))
@@ -253,34 +234,59 @@ def gap_markdown(table: pd.DataFrame, caption: str) -> str:
     explanation = _GAP_TEXT + (f"± is {error}." if seeds.max() == 1 else f"± is {deviation}.")
     if seeds.min() < seeds.max():
         explanation += f" Where there is one seed, it is {error}."
-    names = ["elbo", "iwae", "refined", "annealed"]
-    proposals = [[f"`{label}`", *rows.loc[names, "mean"].map(number)] for label, rows, _ in groups]
-    paragraphs = [
-        caption,
-        markdown_table(_GAP_HEAD, [_gap_row(*group) for group in groups]),
-        explanation,
-        *(_left_out(label, rows) for label, rows, x in groups if not x["converged"].all()),
-        *_doubts(table),
-        markdown_table(_PROPOSAL_HEAD, proposals),
-        _PROPOSAL_TEXT,
+    text = [explanation]
+    text += [_left_out(label, rows) for label, rows, x in groups if not x["converged"].all()]
+    text += _doubts(table)
+    unknown = table.loc[table[_COSTS].isna().any(axis=1), "label"].unique()
+    if len(unknown):
+        caption += f" Without the costs of random weights that {', '.join(unknown)} does not give."
+    figures = {}
+    if table["converged"].any():
+        figures["gap.png"] = gap_ladder(table, caption)
+    gaps = _known(pd.DataFrame([_gap_row(*group) for group in groups]))
+    rows_of = [_proposal_row(label, rows["mean"]) for label, rows, _ in groups]
+    proposals = _known(pd.DataFrame(rows_of))
+    return [
+        Section("Inference gap", text, gaps, figures),
+        Section("Better model or better proposal?", [_PROPOSAL_TEXT], proposals),
     ]
-    return "\n\n".join(paragraphs) + "\n"
 
 
-def _gap_row(label: str, rows: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+def _gap_row(label: str, rows: pd.DataFrame, images: pd.DataFrame) -> dict[str, str]:
     means = rows["mean"].map(number)
     errors = rows["sd"].where(rows["seeds"] > 1, rows["standard_error"]).map(number)
     # zero where no weights are random, NaN where the guide does not give it
     random = bool((images[_COSTS] != 0).any(axis=None))
-    return [
-        f"`{label}` ({images['family'].iloc[0]})",
-        *means[["log_evidence", "elbo"]],
-        *(f"{means[name]} ± {errors[name]}" for name in ("approximation", "amortisation")),
-        number(rows.loc["amortisation", "median"]),
-        *means[["beyond_gaussian", "independence", "encoder"]],
-        *(means[name].replace("–", "not known") if random else "–" for name in _COSTS),
-        f"{images['converged'].sum()} of {len(images)}",
-    ]
+    costs = [means[name].replace("–", "not known") if random else "–" for name in _COSTS]
+    return {
+        "guide": f"`{label}` ({images['family'].iloc[0]})",
+        "log p(x)": means["log_evidence"],
+        "ELBO": means["elbo"],
+        "approximation gap": f"{means['approximation']} ± {errors['approximation']}",
+        "amortisation gap": f"{means['amortisation']} ± {errors['amortisation']}",
+        "its median": number(rows.loc["amortisation", "median"]),
+        "beyond Gaussian": means["beyond_gaussian"],
+        "independence": means["independence"],
+        "encoder": means["encoder"],
+        "I(z; (W, U) | x)": costs[0],
+        "KL/N": costs[1],
+        "images": f"{images['converged'].sum()} of {len(images)}",
+    }
+
+
+def _proposal_row(label: str, means: pd.Series[float]) -> dict[str, str]:
+    return {
+        "guide": f"`{label}`",
+        "ELBO, own q": number(means["elbo"]),
+        "IWAE, own q": number(means["iwae"]),
+        "IWAE, refined q": number(means["refined"]),
+        "AIS": number(means["annealed"]),
+    }
+
+
+def _known(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the columns that hold more than dashes."""
+    return table.loc[:, (table != "–").any()]
 
 
 def _left_out(label: str, rows: pd.DataFrame) -> str:

@@ -42,6 +42,7 @@ from pyro_gpvae.runs.folder import (
     named_device,
     warm_guide,
 )
+from pyro_gpvae.runs.report import HTML
 from pyro_gpvae.runs.weights import save_weights
 from pyro_gpvae.training.checkpoint import Checkpoints, OnError
 from pyro_gpvae.training.loop import History, fit
@@ -50,8 +51,8 @@ __all__ = ["TrainOptions", "resume_run", "train_run"]
 
 #: The files from which an unfinished run is continued.
 _UNFINISHED = ("checkpoint.pt", "checkpoint.previous.pt")
-#: What a run folder may hold if it is replaced: older versions wrote a manifest.
-_FILES = (*RUN_FILES, "manifest.json")
+#: What a run folder may hold if it is replaced: also a report, and a manifest of older versions.
+_FILES = (*RUN_FILES, HTML, "manifest.json")
 #: The key of an unfinished config.json under which the hashes of images and warm start are noted.
 _BEGUN_WITH = "begun_with"
 

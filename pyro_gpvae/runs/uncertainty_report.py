@@ -13,13 +13,11 @@ from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.evaluation import uncertainty
 from pyro_gpvae.evaluation.posterior_grid import posterior_record
-from pyro_gpvae.runs._report import caption, markdown_table
 from pyro_gpvae.runs.folder import Place, Run, load_run
 from pyro_gpvae.runs.gap_report import measure_gaps
+from pyro_gpvae.runs.report import Report, Section, caption
 
-__all__ = [
-    "SCORES", "add_uncertainty", "correlate", "correlation_markdown", "report_uncertainty",
-]  # fmt: skip
+__all__ = ["SCORES", "add_uncertainty", "correlate", "correlation_table", "report_uncertainty"]
 
 #: Scores that may predict the gap: two of a random encoder, then some that any encoder has.
 SCORES = {
@@ -63,14 +61,19 @@ def correlate(table: pd.DataFrame, num_bootstrap: int = 2000, seed: int = 0) -> 
     return pd.DataFrame(rows)
 
 
-def correlation_markdown(correlations: pd.DataFrame) -> str:
-    """Returns the correlations as a Markdown table."""
-    head = ("score of an image", "ρ with log p(x) - ELBO", "ρ with the amortisation gap")
-    rows = [
-        [SCORES[str(score)].replace("|", "\\|"), *map(_interval, group.to_dict("records"))]
-        for score, group in correlations.groupby("score", sort=False)
-    ]
-    return markdown_table(head, rows)
+def correlation_table(correlations: pd.DataFrame) -> pd.DataFrame:
+    """Returns the correlations as a table of texts."""
+    rows = []
+    for score, group in correlations.groupby("score", sort=False):
+        gap, amortisation = map(_interval, group.to_dict("records"))
+        rows.append(
+            {
+                "score of an image": SCORES[str(score)],
+                "ρ with log p(x) - ELBO": gap,
+                "ρ with the amortisation gap": amortisation,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def report_uncertainty(
@@ -84,8 +87,8 @@ def report_uncertainty(
     seed: int = 0,
     progress: bool = True,
     **place: Unpack[Place],
-) -> str:
-    """Measures gap and uncertainty of a run's test images, writes both, and returns a report.
+) -> Report:
+    """Measures gap and uncertainty of a run's test images, and writes both with a report.
 
     For the arguments see ``pyro-gpvae uncertainty --help``, and for ``place``
     :func:`pyro_gpvae.load_run`. A guide without uncertainty, or fewer than 8 images that
@@ -111,7 +114,6 @@ def report_uncertainty(
     if left:
         note += f" {left} images are left out (optimum not converged)."
     note = f"Guide {run.config.guide}, {caption(runs, len(table), note)}"
-    text = "\n\n".join([note, correlation_markdown(correlations), _READING]) + "\n"
     record: dict[str, Any] = {
         "format": 1,
         "run": runs[0],
@@ -123,25 +125,29 @@ def report_uncertainty(
     }
     write_text(out / "uncertainty.csv", table.to_csv(index=False))
     write_json(out / "uncertainty.json", record)
-    write_text(out / "uncertainty.md", text)
-    _draw(run, table, correlations, out, note, seed)
-    return text
+    figures = _figures(run, table, correlations, note, seed)
+    section = Section(
+        "Does uncertainty tell the gap?", [_READING], correlation_table(correlations), figures
+    )
+    report = Report("Inference uncertainty", note, [section])
+    report.save(out, "uncertainty.md")
+    return report
 
 
-def _draw(
-    run: Run, table: pd.DataFrame, correlations: pd.DataFrame, out: Path, note: str, seed: int
-) -> None:
-    """Draws ``uncertain.png``, ``scatter.png`` and for p = 2 ``posterior.png``."""
+def _figures(
+    run: Run, table: pd.DataFrame, correlations: pd.DataFrame, note: str, seed: int
+) -> dict[str, Any]:
+    """Returns ``uncertain.png``, ``scatter.png`` and for p = 2 ``posterior.png``."""
     from pyro_gpvae.plots import posterior_panels, uncertain_images, uncertainty_scatter
 
     test, scores = run.data.test[: len(table)], table["uncertainty"]
     text = f"{SCORES['uncertainty']} over dimensions. {note}"
-    uncertain_images(test.numpy(), scores, caption=text).savefig(out / "uncertain.png")
+    figures = {"uncertain.png": uncertain_images(test.numpy(), scores, caption=text)}
     rows = correlations[correlations["against"] == "gap"].to_dict("records")
     titles = {row["score"]: f"ρ = {_interval(row)}" for row in rows}
     labels = {name: SCORES[name] for name in _DRAWN}
-    figure = uncertainty_scatter(table[table["converged"]], labels, titles, note)
-    figure.savefig(out / "scatter.png")
+    kept = table[table["converged"]]
+    figures["scatter.png"] = uncertainty_scatter(kept, labels, titles, note)
     if run.model.latent_dim == 2:
         order, count = scores.argsort(kind="stable").tolist(), min(3, len(table) // 2)
         chosen = [*order[:count], *order[::-1][:count]]
@@ -154,8 +160,10 @@ def _draw(
             f"90 % of the probability, those of the draws 90 %. {note}"
         )
         posteriors = posterior_record(run.model, run.guide, test[chosen], seed=seed)
-        figure = posterior_panels(test[chosen].numpy(), posteriors, panels, count, text)
-        figure.savefig(out / "posterior.png")
+        figures["posterior.png"] = posterior_panels(
+            test[chosen].numpy(), posteriors, panels, count, text
+        )
+    return figures
 
 
 def _interval(row: dict[str, Any]) -> str:

@@ -8,11 +8,8 @@ import torch
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel
 from pyro_gpvae.evaluation._common import posterior_mean
-from pyro_gpvae.evaluation.active_units import active_units
 from pyro_gpvae.evaluation.generation import (
     decode,
-    latent_path,
-    latent_traversals,
     reconstruct,
     sample_images,
 )
@@ -70,13 +67,6 @@ def linear(latent_dim=2, **options):
     return model.double().requires_grad_(False)
 
 
-def unused(model, dim):
-    """Cuts a latent dimension off from the decoder."""
-    with torch.no_grad():
-        next(model.decoder.children()).weight[:, dim] = 0
-    return model
-
-
 # ---------------------------------------------------------------- images
 
 
@@ -106,9 +96,9 @@ def test_shapes_colour_and_likelihoods(channels, likelihood):
     x = torch.randint(2, (4, *shape), dtype=torch.uint8) * 255
     assert sample_images(model, 5).images.shape == (5, *shape)
     assert reconstruct(model, guide, x).images.shape == (4, *shape)
-    z = latent_traversals(reconstruct(model, guide, x).z, [2], steps=5)
+    z = torch.randn(4, 1, 5, 3)
     moved = decode(model, z)
-    assert (z.shape, moved.shape) == ((4, 1, 5, 3), (4, 1, 5, *shape))
+    assert moved.shape == (4, 1, 5, *shape)
     if likelihood == "bernoulli":
         assert moved.min() > 0
         assert moved.max() < 1
@@ -192,96 +182,16 @@ def test_any_pyro_model_will_do():
         reconstruct(flat_model, lambda x: None, x)
 
 
-def test_spherical_paths_keep_the_norm():
-    generator = torch.Generator().manual_seed(0)
-    start, end = torch.randn(2, 7, 20, generator=generator, dtype=torch.float64)
-    start, end = (3 * z / z.norm(dim=-1, keepdim=True) for z in (start, end))
-    path = latent_path(start, end, 11)
-    torch.testing.assert_close(path.norm(dim=-1), torch.full((7, 11), 3.0).double())
-    torch.testing.assert_close(path[:, 0], start)
-    torch.testing.assert_close(path[:, -1], end)
-    steps = path.diff(dim=1).norm(dim=-1)
-    torch.testing.assert_close(steps, steps[:, :1].expand_as(steps), msg="at constant speed")
-    line = latent_path(start, end, 3, "linear")
-    torch.testing.assert_close(line[:, 1], (start + end) / 2)
-    assert (line[:, 1].norm(dim=-1) < 2.5).all(), "the straight line leaves the sphere"
-
-
-def test_paths_between_collinear_ends_are_straight():
-    start = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])
-    end = torch.tensor([[2.0, 4.0], [-1.0, -2.0], [1.0, 2.0], [0.0, 0.0]])
-    path = latent_path(start, end, 5)
-    assert path.isfinite().all()
-    torch.testing.assert_close(path[:3], latent_path(start, end, 5, "linear")[:3])
-    torch.testing.assert_close(path[3, [0, -1]], torch.stack([start[3], end[3]]))
-    one = latent_path(torch.tensor([[2.0]]), torch.tensor([[-2.0]]), 3)
-    assert one.flatten().tolist() == [2, 0, -2], "p = 1 has no other way"
-
-
-def test_traversals_move_one_dimension():
-    z = torch.tensor([[0.1, 0.2, 0.3]])
-    moved = latent_traversals(z, [2, 0], span=2, steps=5)
-    assert moved.shape == (1, 2, 5, 3)
-    assert moved[0, 0, :, 2].tolist() == [-2, -1, 0, 1, 2]
-    assert moved[0, 1, :, 0].tolist() == [-2, -1, 0, 1, 2]
-    assert (moved[0, 0, :, :2] == z[0, :2]).all()
-    assert (moved[0, 1, :, 1:] == z[0, 1:]).all()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m, g, x: sample_images(m, 0), "num_images must be at least 1, got 0"),
         (lambda m, g, x: reconstruct(m, g, x[:0]), "at least one member"),
         (lambda m, g, x: reconstruct(m, g, x[:, :, 1:]), "the model expects images"),
-        (lambda m, g, x: latent_path(x, x, 1), "steps must be at least 2"),
-        (lambda m, g, x: latent_path(x, x, 3, kind="cubic"), "kind must be one of"),
-        (lambda m, g, x: latent_traversals(x[0, 0], [4]), "dims must be between 0 and 3, got 4"),
-        (lambda m, g, x: latent_traversals(x[0, 0], span=0), "span must be positive"),
-        (lambda m, g, x: latent_traversals(x[0, 0], steps=1), "steps must be at least 2"),
         (lambda m, g, x: decode(m, torch.full((2, 2), math.inf)), "2 of 2 decoded images"),
-        (lambda m, g, x: active_units(m, g, x[:1]), "num_images must be at least 2, got 1"),
-        (lambda m, g, x: active_units(m, g, x, threshold=-1), "threshold must be"),
     ],
 )
 def test_errors(call, message):
     model = linear()
     with pytest.raises(ValueError, match=message):
         call(model, Exact(model), model.images(3))
-
-
-# ---------------------------------------------------------------- what z says
-
-
-@pytest.mark.parametrize("kind", [Exact, Replayed, WithoutMean])
-def test_active_units_of_a_linear_model(kind):
-    model = unused(linear(latent_dim=3), dim=1)
-    x = model.images(2000)
-    found = active_units(model, kind(model), x, seed=0)
-    # Cov(E[z|x]) = I - Cov(z|x) under the model
-    exact = 1 - model.posterior(x[:1]).covariance_matrix[0].diagonal()
-    assert exact[1] == 0
-    # the variance of 2000 images has a relative standard error of √(2/2000) = 0.03
-    torch.testing.assert_close(found.variances, exact.detach(), rtol=0.15, atol=0.003)
-    assert found.variances[1] < 0.005, "100 draws alone would leave 1/100"
-    assert found.count == 2
-    assert active_units(model, kind(model), x, threshold=2.0).count == 0
-    assert found.num_images == 2000
-
-
-def test_random_weights_move_all_images_at_once():
-    model = linear(latent_dim=1)
-    x = model.images(2000)
-    exact = float(model.posterior(x).mean.var(0))
-
-    def guide(x):
-        shift = pyro.sample("W", dist.Normal(0.0, 2.0).expand([1]).to_event(1))
-        q = model.posterior(x)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(q.mean + shift, q.stddev).to_event(1))
-
-    found = active_units(model, guide, x, seed=0)
-    # √(2/2000) = 0.03; the mean of 100 draws of W alone would take 0.04 away
-    assert float(found.variances) == pytest.approx(exact, rel=0.15)
-    # images that are the same have no variance, however the weights move them
-    assert float(active_units(model, guide, x[:1].expand(500, *SHAPE), seed=0).variances) < 0.003

@@ -51,8 +51,7 @@ from pyro_gpvae import (
 )
 from pyro_gpvae import pair as with_global_prior
 from pyro_gpvae.data.images import split_validation
-from pyro_gpvae.evaluation.active_units import active_units
-from pyro_gpvae.evaluation.generation import decode, latent_path, reconstruct, sample_images
+from pyro_gpvae.evaluation.generation import reconstruct, sample_images
 from pyro_gpvae.evaluation.uncertainty import (
     rank_correlation,
     uncertainty_scores,
@@ -397,19 +396,15 @@ def uncertainty(spec: str) -> Numbers:
 
 def generated(spec: str) -> Numbers:
     model, guide = trained(spec)
-    train, test = digits()
+    _, test = digits()
     z, images = sample_images(model, 3, seed=4)
     noisy = sample_images(model, 3, noise=True, seed=4).images
     again = reconstruct(model, guide, test, seed=4)
-    units = active_units(model, guide, train, seed=4)
-    path = latent_path(z[0], z[1], 4)
     return {
         "z": z,
         "images": images.flatten(1).sum(1),
         "noisy": noisy.flatten(1).sum(1),
         "reconstructed": {"z": again.z, "images": again.images.flatten(1).sum(1)},
-        "units": {"variances": units.variances, "count": units.count},
-        "path": {"z": path, "images": decode(model, path).flatten(1).sum(1)},
     }
 
 

@@ -102,23 +102,21 @@ def test_the_scatter_names_its_axes():
     assert axes.get_xscale() == "log", "it covers more than a factor of 20"
 
 
-def test_traversals_show_the_most_active_dimensions():
-    images = np.zeros((30, 3, 1, 4, 4)) + np.arange(30)[:, None, None, None, None] / 30
-    figure = plots.traversals(images, [-1, 0, 1], np.arange(30) / 30, "caption")
+def test_the_latent_map_shows_the_plane_of_largest_variance():
+    generator = np.random.default_rng(0)
+    plane = generator.normal(size=(50, 2)) * [5, 2]
+    basis = np.linalg.qr(generator.normal(size=(4, 4)))[0]
+    labels = np.arange(50) % 3
+    figure = plots.latent_map(plane @ basis[:2] + 7, labels, "caption")
     (axes,) = figure.axes
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels[0] == "$z_{29}$  (0.97)"
-    assert len(labels) == 20
-    assert "20 most active of 30" in texts(figure)
-    assert [shown(axes)[0, 0], shown(axes)[6, 0]] == pytest.approx([29 / 30, 28 / 30])
-
-
-def test_chart_of_active_units():
-    (axes,) = plots.active_units_chart([0.0, 1.2, 0.005], 0.01, "caption").axes
-    assert axes.get_yscale() == "log"
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "0"]
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["active: 1", "inactive: 2", "threshold 0.01"]
+    points = np.asarray(axes.collections[0].get_offsets())
+    gram = (plane - plane.mean(0)) @ (plane - plane.mean(0)).T
+    np.testing.assert_allclose(points @ points.T, gram, atol=1e-9)
+    assert "(0 %" not in axes.get_xlabel() + axes.get_ylabel()
+    assert [text.get_text() for text in axes.texts] == ["0", "1", "2"]
+    unlabelled = plots.latent_map(plane)
+    np.testing.assert_allclose(unlabelled.axes[0].collections[0].get_offsets(), plane)
+    assert not unlabelled.axes[0].texts
 
 
 @pytest.mark.parametrize(
@@ -134,8 +132,9 @@ def test_chart_of_active_units():
         (lambda: plots.gap_ladder(gaps().assign(converged=False)), "at least one image"),
         (lambda: plots.gap_ladder(gaps().drop(columns="encoder")), "columns"),
         (lambda: plots.uncertainty_scatter(gaps(), {"absent": ""}, {}), "absent"),
-        (lambda: plots.traversals(IMAGES[None], [0, 1], [1.0]), "one for each label"),
-        (lambda: plots.active_units_chart([-1.0], 0.01), "at least 0"),
+        (lambda: plots.image_table(IMAGES[None], ["a"], ["b"]), "one for each label"),
+        (lambda: plots.latent_map(np.zeros((5, 1))), "p >= 2"),
+        (lambda: plots.latent_map(np.zeros((5, 2)), np.zeros(4)), "a label for each of 5"),
     ],
 )
 def test_what_cannot_be_drawn_is_named(draw, message):

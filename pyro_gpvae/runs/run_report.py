@@ -1,0 +1,86 @@
+r"""The report on one run, or on several side by side."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from pyro_gpvae.core._files import write_text
+from pyro_gpvae.runs import sections
+from pyro_gpvae.runs.folder import Place, Run, load_run
+from pyro_gpvae.runs.gap_report import QUICK, gap_sections, measure_gaps
+from pyro_gpvae.runs.report import Report, caption, describe
+
+__all__ = ["labelled", "report_runs"]
+
+
+def report_runs(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    images: int = 20,
+    overwrite: bool = False,
+    progress: bool = True,
+    **place: Unpack[Place],
+) -> Report:
+    """Writes one HTML file about runs: scores, curves, gaps, pictures, latent space, options.
+
+    Arguments:
+        folders: Run folders.
+        out: The HTML file.
+        images: The inference gap is measured on the first so many test images; 0 omits it.
+        overwrite: Whether to replace the file.
+        progress: Whether to show a progress bar.
+        place: See :class:`pyro_gpvae.runs.folder.Place`.
+
+    Raises:
+        FileExistsError: If the file exists.
+        ValueError: If a folder is given twice, or is not a run.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another --out, or replace it (--overwrite)")
+    runs = labelled([load_run(folder, **place) for folder in folders])
+    parts = [sections.scores(runs), sections.curves(runs)]
+    if images:
+        with tempfile.TemporaryDirectory() as chunks:
+            table, _ = measure_gaps(
+                folders, chunks, QUICK | {"seed": 0}, num_images=images, labels=[*runs],
+                progress=progress, **place,
+            )  # fmt: skip
+        parts += gap_sections(table)
+        parts += [
+            _named(sections.missed(run, table[table["label"] == label]), label, runs)
+            for label, run in runs.items()
+        ]
+    for label, run in runs.items():
+        index = list(range(min(8, len(run.data.test))))
+        found = [sections.pictures(run, index, 32, run.config.seed)]
+        found.append(sections.latent(run, run.config.seed))
+        parts += [_named(section, label, runs) for section in found]
+    parts.append(sections.configuration(runs))
+    text = caption([describe(run) for run in runs.values()], _test_images(runs), "")
+    title = f"pyro-gpvae: {', '.join(runs)}"
+    report = Report(title, text.strip(), parts)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, report.html())
+    return report
+
+
+def labelled(runs: Sequence[Run]) -> dict[str, Run]:
+    """Names each run by its guide, or by its folder where guides are not unique."""
+    guides = [run.config.guide for run in runs]
+    unique = len(set(guides)) == len(guides)
+    return dict(zip(guides if unique else [str(r.folder) for r in runs], runs, strict=True))
+
+
+def _named(section: Any, label: str, runs: dict[str, Run]) -> Any:
+    if len(runs) > 1:
+        section.title += f": {label}"
+    return section
+
+
+def _test_images(runs: dict[str, Run]) -> int:
+    return max(run.record["data"]["test_images"] for run in runs.values())

@@ -1,0 +1,175 @@
+r"""The sections of a report on runs: scores, learning curves, pictures, and how to repeat them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pyro_gpvae.evaluation import generation
+from pyro_gpvae.evaluation.optimum import optimise_gaussian
+from pyro_gpvae.runs.folder import Run
+from pyro_gpvae.runs.report import Section
+
+__all__ = ["configuration", "curves", "latent", "missed", "pictures", "scores"]
+
+#: The latent map shows so many test images, and counts active units on them.
+LATENT_IMAGES = 500
+#: A latent dimension is active if its posterior mean varies more over images.
+ACTIVE = 0.01
+
+_SCORES = (
+    "Nats per test image, higher is better. log p(x) is estimated by importance sampling with K "
+    "samples from the guide, and is too low where these miss the posterior; ± is its Monte-Carlo "
+    "error. The ELBO also counts what inference loses. σ is the noise of a Gaussian likelihood, in "
+    "units of pixels in [0, 1]."
+)
+
+
+def scores(runs: Mapping[str, Run]) -> Section:
+    """Returns the scores of each run."""
+    rows = []
+    for label, run in runs.items():
+        found, sigma = run.record["scores"], run.record.get("sigma")
+        rows.append(
+            {
+                "run": f"`{label}`",
+                "epochs": f"{run.total_epochs:,}",
+                "log p(x)": f"{found['log_evidence']:.1f} ± {found['monte_carlo_error']:.2f}",
+                "ELBO": f"{found['elbo']:.1f}",
+                "K": f"{found['num_samples']}",
+                "σ": "–" if sigma is None else f"{sigma:.3f}",
+                "training (s)": f"{run.record['seconds']['training']:.0f}",
+            }
+        )
+    return Section("Scores", [_SCORES], pd.DataFrame(rows))
+
+
+def curves(runs: Mapping[str, Run], caption: str = "") -> Section:
+    """Returns the learning curves of the runs; each continues that of its warm start."""
+    from pyro_gpvae.plots import loss_curves  # imports matplotlib
+
+    histories = {}
+    for label, run in runs.items():
+        history = pd.read_csv(run.folder / "history.csv")
+        epochs = run.total_epochs - len(history)
+        histories[label] = history.assign(epoch=history["epoch"] + epochs)
+    figure = loss_curves(histories, caption)
+    return Section("Learning curves", figures={"loss_curves.png": figure})
+
+
+def pictures(run: Run, index: list[int], count: int, seed: int, caption: str = "") -> Section:
+    """Returns reconstructions of some test images, and samples from the prior."""
+    from pyro_gpvae import plots  # imports matplotlib
+
+    images = run.data.test[index]
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"pictures need images with 1 or 3 channels, got {images.shape[1]}")
+    decoded = {
+        "its mean": generation.reconstruct(run.model, run.guide, images, seed=seed),
+        "a draw": generation.reconstruct(run.model, run.guide, images, draw=True, seed=seed),
+    }
+    gaussian = run.config.likelihood == "gaussian"
+    mean = "means of p(x|z)" if gaussian else "probabilities of p(x|z)"
+    samples = {
+        mean: generation.sample_images(run.model, count, seed=seed),
+        "draws from p(x|z), same z": generation.sample_images(
+            run.model, count, noise=True, seed=seed
+        ),
+    }
+    figures = {
+        "reconstructions.png": plots.reconstructions(
+            images.numpy(),
+            {name: found.images.cpu().numpy() for name, found in decoded.items()},
+            f"Test images, and the {mean} with z the mean of q(z|x), or one draw from it. "
+            f"{caption}",
+        ),
+        "samples.png": plots.image_grid(
+            {name: found.images.cpu().numpy() for name, found in samples.items()},
+            caption=f"z from the prior N(0, I). {caption}",
+        ),
+    }
+    return Section("Reconstructions and samples", figures=figures)
+
+
+def latent(run: Run, seed: int, caption: str = "") -> Section:
+    """Returns a map of the posterior means of test images, and the number of active units.
+
+    Reference: Burda, Grosse and Salakhutdinov, *Importance weighted autoencoders*, 2016, who count
+    the dimensions whose posterior mean has a variance above 0.01 over the images.
+    """
+    from pyro_gpvae.plots import latent_map  # imports matplotlib
+
+    images, labels = run.data.test[:LATENT_IMAGES], run.data.test_labels
+    means = generation.reconstruct(run.model, run.guide, images, seed=seed).z.cpu().numpy()
+    active = int((np.var(means, axis=0, ddof=1) > ACTIVE).sum()) if len(means) > 1 else 0
+    text = (
+        f"{active} of {means.shape[1]} latent dimensions are active: the variance of their "
+        f"posterior mean over {len(means)} test images is above {ACTIVE} (that of the prior is 1)."
+    )
+    figures = {}
+    if min(means.shape) > 1:
+        shown = None if labels is None else labels[:LATENT_IMAGES].numpy()
+        note = "" if shown is None else " Colours and numbers are the labels."
+        figures["latent.png"] = latent_map(
+            means, shown, f"The mean of q(z|x) of {len(means)} test images.{note} {caption}"
+        )
+    return Section("Latent space", [text], figures=figures)
+
+
+def missed(run: Run, table: pd.DataFrame, count: int = 10, caption: str = "") -> Section:
+    """Returns the images on which inference loses most, and what they could decode to.
+
+    Arguments:
+        run: A run.
+        table: The gaps of its first test images; see
+            :func:`pyro_gpvae.runs.gap_report.measure_gaps`.
+        count: The number of images.
+        caption: Data and budget.
+    """
+    from pyro_gpvae.plots import missed_images  # imports matplotlib
+
+    worst = table.nlargest(min(count, len(table)), "gap")
+    images = run.data.test[worst["image"].to_list()]
+    encoder = generation.reconstruct(run.model, run.guide, images, seed=run.config.seed)
+    x = images.to(encoder.z) / 255
+    best = optimise_gaussian(run.model, x, start=run.guide).posterior.mean
+    with torch.no_grad():
+        decoded: dict[str, Any] = {
+            "decoded from\nthe guide's mean": (encoder.images, worst["gap"]),
+            "decoded from the mean\nof the best Gaussian": (
+                generation.decode(run.model, best), worst["beyond_gaussian"],
+            ),
+        }  # fmt: skip
+    rows = {name: (found.cpu().numpy(), lost.to_numpy()) for name, (found, lost) in decoded.items()}
+    text = (
+        f"The {len(worst)} largest inference gaps of the first {len(table)} test images; numbers "
+        "are ELBO - log p(x) in nats."
+    )
+    figure = missed_images(images.numpy(), rows, f"{text} {caption}")
+    return Section("Images that inference gets wrong", figures={"missed.png": figure})
+
+
+def configuration(runs: Mapping[str, Run]) -> Section:
+    """Returns the options in which runs differ or that are not the default, and how to repeat."""
+    columns = {}
+    for label, run in runs.items():
+        record, config = run.record, run.config
+        values = {k: v for k, v in vars(config).items() if v is not None and k != "root"}
+        values |= {
+            "commit": record.get("commit"),
+            "computed on": f"{record.get('device')}, {record.get('threads')} threads",
+            **{f"{name} (version)": v for name, v in record.get("versions", {}).items()},
+            "SHA-256 of the weights": run.weights_sha256[:16],
+        }
+        columns[f"`{label}`"] = pd.Series({name: str(value) for name, value in values.items()})
+    table = pd.DataFrame(columns).fillna("–").rename_axis("option").reset_index()
+    folders = "; ".join(f"`pyro-gpvae evaluate {run.folder}`" for run in runs.values())
+    text = (
+        f"The same score again: {folders}. The same run again: `pyro-gpvae train --from-record "
+        "RUN/record.json`."
+    )
+    return Section("Configuration", [text], table)
