@@ -20,7 +20,12 @@ from pyro_gpvae.runs.train import train_run
 __all__ = ["DEMO_FILES", "run_demo"]
 
 #: The run folders: the first half, which all methods share, and the second half of each method.
-RUNS = {"start": "vae", "vae": "vae", "gp": "gp", "newton": "newton:1,covariance=diagonal"}
+RUNS = {
+    "start": "vae",
+    "vae": "vae",
+    "gp": "gp",
+    "newton": "newton:1,covariance=diagonal,safeguard=True",
+}
 LABELS = {"vae": "VAE", "gp": "GPVAE", "newton": "newton:1"}
 DEMO_FILES = (
     "README.md", "metrics.json", HTML, "chunks", "gap.csv", "gap.png", "latent.png",
