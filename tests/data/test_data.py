@@ -1,10 +1,13 @@
 """Data sets: what is read is what was written, and what is wrong is refused with a reason."""
 
 import hashlib
+import io
 import os
 import pickle
 import re
+import resource
 import struct
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -181,9 +184,11 @@ def test_missing_and_damaged_files_are_refused_by_name(name, tmp_path, monkeypat
     WRITERS[name](tmp_path, monkeypatch)
     file = tmp_path / A_FILE[name]
     content = file.read_bytes()
-    for wrong in (b"", content[: len(content) // 2], None):
+    for wrong in (b"", content[: len(content) // 2], b"<html>404</html>", None, "fifo"):
         file.unlink()
-        if wrong is not None:
+        if wrong == "fifo":
+            os.mkfifo(file)
+        elif wrong is not None:
             file.write_bytes(wrong)
         kind = FileNotFoundError if name == "omniglot" and wrong is None else ValueError
         with pytest.raises(kind, match=rf"{name}.*{re.escape(str(tmp_path))}"):
@@ -291,16 +296,62 @@ def test_an_npz_with_other_contents_is_refused(arrays, message, tmp_path):
     assert "Expected an .npz file with uint8 arrays" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"<html></html>", pickle.dumps(Exploit()), "half"])
-def test_a_damaged_npz_is_refused_by_name(content, tmp_path):
+def npz_of(shape, content):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}"
+    array = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + content
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train.npy", array)
+        archive.writestr("test.npy", array)
+    return buffer.getvalue()
+
+
+def npz_that_announces_little():
+    """Its members unpack to 40 MiB, and announce 4 bytes of pixels."""
+    blank = bytes(40 * 2**20)
+    content = npz_of((4, 1, 1), blank)
+    true = len(blank) + 10 + len("{'descr': '|u1', 'fortran_order': False, 'shape': (4, 1, 1)}")
+    assert content.count(struct.pack("<I", true)) == 4  # before and in the directory
+    return content.replace(struct.pack("<I", true), struct.pack("<I", true - len(blank) + 4))
+
+
+def flipped():
+    content = bytearray(npz_of((2, 4, 4), bytes(range(32))))
+    content[60:90] = bytes(30)
+    return bytes(content)
+
+
+HOSTILE = {
+    "empty": b"",
+    "start": b"PK",
+    "truncated": npz_of((3, 4, 4), GOOD.tobytes())[:200],
+    "flipped bits": flipped(),
+    "html": b"<!DOCTYPE html><html></html>",
+    "pickle": pickle.dumps(Exploit()),
+    "foreign": npz_of("text", b""),
+    "huge shape": npz_of((2**40, 28, 28), bytes(100)),
+    "short content": npz_of((5, 28, 28), bytes(100)),
+    "bomb": npz_of((40 * 2**20, 1, 1), bytes(40 * 2**20)),
+    "liar": npz_that_announces_little(),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_npz_is_refused_by_name_and_takes_little_memory(content, tmp_path):
     file = tmp_path / "mnist.npz"
-    if content == "half":
-        np.savez(file, train=GOOD, test=GOOD)
-        content = file.read_bytes()[:200]
     file.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for arguments in ((file,), ("mnist", tmp_path)):  # never passed over for another file
-        with pytest.raises(ValueError, match=re.escape(f"{file} could not be read: ")):
+        with pytest.raises(ValueError, match=re.escape(f"{file} could not be read: ")) as caught:
             load_data(*arguments)
+        assert "unsafe" not in str(caught.value), "numpy's advice to load the pickle after all"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 2**10  # KiB
+
+
+def test_blank_images_are_not_taken_for_a_bomb(tmp_path):
+    blank = np.zeros((9999, 28, 28), np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", train=blank, test=blank[:1])
+    assert len(load_data(tmp_path / "a.npz").train) == 9999
 
 
 def test_a_path_that_is_no_file_is_an_error(tmp_path):

@@ -6,11 +6,11 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from pyro_gpvae.evaluation.active_units import active_units
 from torch import nn
 
 from guides import GPGuide
 from pyro_gpvae import ImageModel, log_evidence, log_weights
-from pyro_gpvae.evaluation.active_units import active_units
 from pyro_gpvae.evaluation.annealing import annealed_evidence, bidirectional
 from pyro_gpvae.evaluation.gap import decompose
 from pyro_gpvae.evaluation.generation import decode, reconstruct, sample_images
