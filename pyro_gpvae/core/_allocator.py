@@ -12,16 +12,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 @cache
 def keep_freed_memory() -> bool:
-    """Lets this process keep up to 1 GiB of freed memory for later use.
+    """Lets this process keep up to 1 GiB of freed memory; returns whether anything was changed.
 
     A training step allocates and frees the same tens of MiB again and again. By default glibc
     returns them to the kernel, which must clear every page again. That takes about a quarter of a
-    step on the CPU (``docs/performance.md``). :func:`pyro_gpvae.fit` and the command
-    ``pyro-gpvae`` call this function. It changes nothing if the allocator is not glibc's, or if
-    the environment sets ``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_`` or ``LD_PRELOAD``.
-
-    Returns:
-        Whether the allocator was changed.
+    step on the CPU (``docs/performance.md``). Settings of the environment have precedence.
     """
     named = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD")
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in named):

@@ -15,10 +15,7 @@ _Result = TypeVar("_Result")
 
 
 def default_chunk_size(device: torch.device) -> int:
-    """Returns how many latent vectors are decoded at once on a device by default.
-
-    A CPU is fastest while the activations fit into its cache.
-    """
+    """Returns how many latent vectors are decoded at once by default; a CPU's fit in its cache."""
     return 65_536 if device.type == "cuda" else 640
 
 
@@ -37,20 +34,7 @@ def halving_chunks(
     """Returns ``work(chunk_size)``, repeated with half the size where CUDA runs out of memory.
 
     Every repetition starts from the same random state, so that the result is the one that the
-    smaller chunk size gives. The chunk size that fitted is logged.
-
-    Arguments:
-        work: A function of the chunk size. It must not change what it works on.
-        chunk_size: The first chunk size; None is :func:`default_chunk_size`.
-        device: The device whose random state is restored.
-
-    Raises:
-        ValueError: If chunk_size is less than 1.
-        torch.cuda.OutOfMemoryError: If a chunk size of 1 does not fit either.
-
-    Example:
-        >>> halving_chunks(lambda size: size, None, torch.device("cpu"))
-        640
+    smaller chunk size gives. The work must not change what it works on.
     """
     check_chunk_size(chunk_size)
     size = default_chunk_size(device) if chunk_size is None else chunk_size

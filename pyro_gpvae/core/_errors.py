@@ -62,7 +62,7 @@ def unvalidated() -> Iterator[None]:
 def check_finite(what: str, value: Tensor, images: Tensor | None = None) -> None:
     """Raises NonFiniteError, which names the images, unless a tensor (..., B, p) is finite.
 
-    Nothing is checked if the validation of distributions is disabled.
+    This is a part of the validation of distributions, and is disabled with it.
     """
     # the sum takes one pass; it may overflow, so that an infinite one needs the full check
     if not Distribution._validate_args or math.isfinite(float(value.detach().sum())):

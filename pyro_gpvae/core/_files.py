@@ -44,12 +44,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON file that holds one object.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds anything else.
-    """
+    """Reads a JSON file that holds one object; other contents are a ValueError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: expected a complete run folder")
@@ -68,10 +63,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def locked(path: Path, what: str) -> Iterator[None]:
     """Holds a lock of the operating system, which ends with the process, however that ends.
 
-    A process that holds the lock may take it again.
-
-    Raises:
-        InUseError: If another process holds it; ``what`` says what that process does.
+    It is an InUseError if another process holds it; ``what`` says what that process does.
     """
     lock = FileLock(path, timeout=0, is_singleton=True)
     try:
@@ -90,11 +82,8 @@ def new_folder(
 ) -> Iterator[Path]:
     """Gives a temporary folder, which is renamed to ``path`` if the block succeeds.
 
-    After an error or an interrupt, ``path`` is as it was before.
-
-    Arguments:
-        path: The folder to make, with its parents.
-        overwrite, files: See :func:`check_replaceable`.
+    After an error or an interrupt, ``path`` is as it was before. ``overwrite`` and ``files`` are
+    those of :func:`check_replaceable`.
     """
     path = Path(path).expanduser().resolve()
     check_replaceable(path, overwrite, files)
@@ -134,13 +123,8 @@ def work_folder(
     """Gives the folder ``path.partial``, which is renamed to ``path`` if the block succeeds.
 
     Only one process at a time gets it. If the block fails, the folder is kept if it holds one of
-    the files ``unfinished``, and is removed otherwise.
-
-    Arguments:
-        path: The folder to make, with its parents.
-        files, overwrite: See :func:`check_replaceable`; unfinished work is overwritten as well.
-        unfinished: The names of files from which work can be resumed. They are deleted at the end.
-        resume: Whether to keep unfinished work in the folder. Otherwise the folder is empty.
+    the files ``unfinished``, from which work can be resumed, and is removed otherwise. These files
+    are deleted at the end. For ``files`` and ``overwrite`` see :func:`check_replaceable`.
 
     Raises:
         FileExistsError: If ``path`` may not be replaced, or there is unfinished work.

@@ -86,11 +86,6 @@ def modules_of(program: Any) -> dict[str, nn.Module]:
     They are the program itself or the owner of a bound method, under the name "", or the modules to
     which a function, a ``functools.partial`` or an object with ``__call__`` refers. Parameters,
     buffers, mode and device of a program are those of its modules.
-
-    Example:
-        >>> net = nn.Flatten()
-        >>> modules_of(net.forward), modules_of(lambda x: net(x))
-        ({'': Flatten(start_dim=1, end_dim=-1)}, {'net': Flatten(start_dim=1, end_dim=-1)})
     """
     owner = getattr(program, "__self__", program)
     if isinstance(owner, nn.Module):

@@ -51,11 +51,7 @@ def open_regular(path: Path) -> IO[bytes]:
 def to_parts(arrays: Mapping[str, Array]) -> Parts:
     """Converts uint8 pixels (N, H, W) or (N, H, W, C) and integer labels (N,) to tensors.
 
-    Arguments:
-        arrays: "train", "test" and, if they are known, "train_labels" and "test_labels".
-
-    Raises:
-        ValueError: If an array is missing, or has another dtype or shape.
+    The labels may be missing. Other dtypes and shapes are a ValueError.
     """
     images, labels = [], []
     for key in ("train", "test"):
@@ -98,14 +94,7 @@ def read_npz(file: IO[bytes]) -> Parts:
 
 
 def read_omniglot(root: Path, download: bool) -> Parts:
-    """Reads ``chardata.mat`` of Burda et al. with :func:`scipy.io.loadmat`.
-
-    No checksum of this file has been published, so it is as trustworthy as the place it comes from.
-
-    Raises:
-        ValueError: If the file holds something else.
-        Exception: Whatever scipy raises for a damaged file.
-    """
+    """Reads ``chardata.mat`` of Burda et al., of which no checksum has been published."""
     from scipy.io import loadmat
 
     path = root / "chardata.mat"

@@ -24,10 +24,6 @@ def import_torchvision() -> Any:
     torch. Its import then fails, because it describes the shapes of two operators, ``nms`` and
     ``qnms``, that do not exist. In this case both are declared without an implementation, and the
     import is repeated. Data sets and transforms then work; operators on boxes do not.
-
-    Raises:
-        ModuleNotFoundError: If torchvision is not installed.
-        RuntimeError: If the import fails for another reason.
     """
     try:
         return importlib.import_module("torchvision")
@@ -50,9 +46,6 @@ def read_published(name: str, root: Path, download: bool) -> Parts:
     Torchvision compares CIFAR-10, SVHN and the text files of CelebA with their MD5 sums before it
     reads them, and every archive that it downloads before it is unpacked. The batches of CIFAR-10
     are pickles, which torchvision unpickles after this comparison.
-
-    Raises:
-        Exception: Whatever torchvision raises for files that are missing or damaged.
     """
     datasets = import_torchvision().datasets
     if name in ("svhn", "celeba"):

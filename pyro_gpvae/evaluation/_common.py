@@ -32,7 +32,6 @@ from pyro_gpvae.model.guide import HasPosterior, posterior_of
 
 #: Members of a batch that are encoded or refined at once by guides that do much work for each.
 MAX_IMAGES = 512
-#: The number of draws whose mean stands for that of a distribution without ``mean``.
 _MEAN_DRAWS = 100
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -173,23 +172,16 @@ def find_posterior(guide: PyroProgram, batch: Batch) -> Any:
     return first["fn"] if agree(*scores) else None
 
 
-def posterior_mean(guide: PyroProgram, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Returns E_q[z|x] and an error of its estimate, (B, p) each.
-
-    Where the mean is not known, it is the mean of 100 draws with the global random state. The error
-    is then half the difference between the means of both halves, which has the distribution of the
-    estimate's own error and is uncorrelated with it. A known mean has the error zero.
-    """
+def posterior_mean(guide: PyroProgram, batch: Batch) -> Tensor:
+    """Returns E_q[z|x], (B, p): the mean of 100 draws where it is not known."""
     q = posterior_of(guide, *batch)
-    return _mean_of_draws(draws(guide, batch, _MEAN_DRAWS)) if q is None else estimated_mean(q)
+    return draws(guide, batch, _MEAN_DRAWS).mean(0) if q is None else estimated_mean(q)
 
 
-def estimated_mean(q: Distribution) -> tuple[Tensor, Tensor]:
-    """Returns the mean of a distribution and its error, see :func:`posterior_mean`."""
+def estimated_mean(q: Distribution) -> Tensor:
+    """Returns the mean of a distribution, or of 100 draws where it is not known."""
     mean = known_mean(q)
-    if mean is None:
-        return _mean_of_draws(q.sample(torch.Size((_MEAN_DRAWS,))))
-    return mean, torch.zeros_like(mean)
+    return q.sample(torch.Size((_MEAN_DRAWS,))).mean(0) if mean is None else mean
 
 
 def known_mean(q: Distribution) -> Tensor | None:
@@ -198,11 +190,6 @@ def known_mean(q: Distribution) -> Tensor | None:
         return q.mean
     except (AttributeError, NotImplementedError):
         return None
-
-
-def _mean_of_draws(z: Tensor) -> tuple[Tensor, Tensor]:
-    first, last = (half.mean(0) for half in z.chunk(2))
-    return (first + last) / 2, (first - last) / 2
 
 
 def draws(guide: PyroProgram, batch: Batch, count: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
@@ -234,7 +235,7 @@ class Start:
                 f"posterior(x) of the guide {name} has batch shape {tuple(q.batch_shape)}, "
                 f"expected ({len(density)},), one distribution per image"
             )
-        parts = _split(base_of(q))
+        parts = split_gaussian(base_of(q))
         if not parts:
             for n, index in enumerate(indices):
                 with seeded(image_seed(seed, index, "posterior"), device):
@@ -273,17 +274,17 @@ class Start:
 def _gaussian_parts(q: Any) -> tuple[type[Distribution], str, Any] | None:
     """The class, the name of its scale, and the parameters of a Gaussian; None for others."""
     if isinstance(q, Independent) and isinstance(q.base_dist, Normal):
-        return Normal, "scale", q.base_dist
-    return (MultivariateNormal, "scale_tril", q) if isinstance(q, MultivariateNormal) else None
+        return type(q.base_dist), "scale", q.base_dist
+    return (type(q), "scale_tril", q) if isinstance(q, MultivariateNormal) else None
 
 
 def _gaussian(kind: type[Distribution], name: str, loc: Tensor, scale: Tensor) -> Distribution:
     """A Gaussian with event shape (p,), without validation, which would refuse infinite z."""
-    q = cast(Any, kind)(loc, **{name: scale}, validate_args=False)
-    return Independent(q, 1, validate_args=False) if kind is Normal else cast(Distribution, q)
+    q: Any = cast(Any, kind)(loc, **{name: scale}, validate_args=False)
+    return dist.Independent(q, 1, validate_args=False) if isinstance(q, Normal) else q
 
 
-def _split(q: Distribution) -> list[Distribution]:
+def split_gaussian(q: Distribution) -> list[Distribution]:
     """The distribution of each image of a Gaussian, batch shape (1,); [] for another family."""
     parts = _gaussian_parts(q)
     if parts is None:

@@ -143,7 +143,7 @@ def reconstruct(
     check_program_data(model, x)
     with seeded_if(seed, device_of(x, model, guide)):
         parts = [
-            draws(guide, batch, 1)[0] if draw else posterior_mean(guide, batch)[0]
+            draws(guide, batch, 1)[0] if draw else posterior_mean(guide, batch)
             for batch in batches(x, model, guide)
         ]
     z = torch.cat(parts)

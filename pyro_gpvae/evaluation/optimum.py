@@ -297,7 +297,7 @@ def _origin(density: JointDensity, guide: Any) -> Tensor:
     means = []
     for n in range(len(density)) if mean is None else ():
         with seeded(0, batch[0].device):  # the same draws for every image, in any batch
-            means.append(estimated_mean(find_posterior(guide, take(batch, slice(n, n + 1))))[0])
+            means.append(estimated_mean(find_posterior(guide, take(batch, slice(n, n + 1)))))
     mean = torch.cat(means) if mean is None else mean
     if density.is_plain or isinstance(q, LatentPosterior):
         return mean.clone()

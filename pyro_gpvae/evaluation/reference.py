@@ -30,6 +30,7 @@ from pyro_gpvae.evaluation._common import (
     find_posterior,
     progress_bar,
 )
+from pyro_gpvae.evaluation._hmc import split_gaussian
 from pyro_gpvae.evaluation._weights import Weights
 from pyro_gpvae.evaluation.annealing import annealed_evidence
 from pyro_gpvae.evaluation.importance import (
@@ -224,6 +225,7 @@ class _Part:
                 self.vectorized = weights.vectorized
             return found
 
+        parts: list[Any] = split_gaussian(base_of(self.best))
         for n in range(len(self.density)):
             proposals = {} if self.guide is None else {self.own: self.guide}
             if widths and (wider := self._widened(n, widths)):
@@ -232,7 +234,7 @@ class _Part:
                 count = max(1, self.num_samples // 10)
                 c = max(scores, key=lambda c: float(evidence_curve(scores[c], [count])[count]))
                 proposals[f"{self.own}, width c"], self.width[n] = wider[c], c
-            proposals[self.full] = self._optimum(n)
+            proposals[self.full] = PrecomputedPosterior(self.density[n : n + 1].posterior(parts[n]))
             for name, q in proposals.items():
                 columns.setdefault(name, []).append(sampled(n, q, name))
             bar.update()
@@ -240,11 +242,6 @@ class _Part:
             found = Evidence.from_log_weights(torch.cat(column, dim=1))
             self.estimates[name] = found.log_evidence, found.standard_error, found.pareto_k
             self.trust[name] = found.pareto_k <= PARETO_LIMIT
-
-    def _optimum(self, n: int) -> PrecomputedPosterior:
-        q = base_of(self.best)
-        part = type(q)(q.loc[n : n + 1], scale_tril=q.scale_tril[n : n + 1])
-        return PrecomputedPosterior(self.density[n : n + 1].posterior(part))
 
     def _widened(self, n: int, widths: Sequence[float]) -> dict[float, PrecomputedPosterior]:
         """q(z|x) of the n-th image, widened about its mean m by c: z' = m + c (z - m)."""
@@ -255,7 +252,7 @@ class _Part:
             q: Any = find_posterior(self.guide, density.batch)
             if q is None:
                 return {}
-            mean = estimated_mean(q)[0]
+            mean = estimated_mean(q)
         # the cache scores a draw at its own z, so that a flow does not have to invert it
         wider = {c: AffineTransform(mean - c * mean, c, event_dim=1, cache_size=1) for c in widths}
         return {

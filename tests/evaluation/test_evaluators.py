@@ -6,7 +6,6 @@ import pandas as pd
 import pyro
 import pytest
 import torch
-from pyro_gpvae.evaluation.active_units import active_units
 from torch import nn
 
 from guides import GPGuide
@@ -37,7 +36,6 @@ EVALUATORS = {
     "decompose": lambda m, g, x: decompose(m, g, x, **GAP).table(),
     "optimise_gaussian": lambda m, g, x: optimise_gaussian(m, x, start=g).posterior.mean,
     "reconstruct": lambda m, g, x: reconstruct(m, g, x).images,
-    "active_units": lambda m, g, x: active_units(m, g, x, seed=0).variances,
     "bhattacharyya": lambda m, g, x: bhattacharyya_uncertainty(g, x),
     "weight_information": lambda m, g, x: weight_information(g, x),
     "uncertainty_scores": lambda m, g, x: uncertainty_scores(m, g, x),

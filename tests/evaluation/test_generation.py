@@ -7,7 +7,6 @@ import torch
 
 from guides import GaussianGuide
 from pyro_gpvae import ImageModel
-from pyro_gpvae.evaluation._common import posterior_mean
 from pyro_gpvae.evaluation.generation import (
     decode,
     reconstruct,
@@ -130,14 +129,6 @@ def test_reconstructions_are_decoded_from_the_mean_of_the_posterior():
     draws = torch.stack([reconstruct(model, Exact(model), x, draw=True).z for _ in range(200)])
     error = (draws.mean(0) - z) / (draws.std(0) / math.sqrt(200))
     assert error.square().mean() == pytest.approx(1, abs=0.25), "draws from the same posterior"
-
-
-def test_a_mean_that_is_known_has_no_error():
-    model = linear()
-    x = model.images(3)
-    mean, variance = posterior_mean(Exact(model), (x,))
-    assert torch.equal(mean, model.posterior(x).mean)
-    assert torch.equal(variance, torch.zeros_like(mean))
 
 
 @pytest.mark.parametrize("kind", [Replayed, WithoutMean, WithMutePosterior])
