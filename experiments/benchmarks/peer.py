@@ -4,38 +4,41 @@
     .venv/pythae/bin/pip install -c constraints.txt torch==2.13.0 pythae==0.1.2
     OMP_NUM_THREADS=1 python experiments/benchmarks/peer.py
 
-Each library runs in an environment and in processes of its own, one that trains and one that
-scores. Both train in turns on the same random images with the networks of Table 1, the same batch
-size, Adam at 5e-4 and σ = 1: ``fit`` here, BaseTrainer there, also with fused Adam, which is not
-pythae's default. The first epoch is not timed. Then both estimate log p(x) with K importance
-samples: ``log_evidence`` here, ``get_nll`` there with its fastest batch size. The guides are a VAE
-and a VAE with two IAF steps of 256 hidden units; our IAF steps have the encoder's features, gates
-and skip connections in addition. First, both score embedded digits with the same trained networks,
-and the results must agree.
+Each library runs in an environment of its own, and each timing in a new process. Both train in
+turns on the same random images with the networks of Table 1, the same batch size, Adam at 5e-4 and
+σ = 1: ``fit`` here, BaseTrainer there, also with fused Adam, which is not pythae's default. The
+first epoch is not timed. Then both estimate log p(x) with K importance samples: ``log_evidence``
+here, ``get_nll`` there with its fastest batch size. The guides are a VAE and a VAE with two IAF
+steps of 256 hidden units; our IAF steps have the encoder's features, gates and skip connections in
+addition. First, both score embedded digits with the same trained networks, and the results must
+agree.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from _bench import Options, Timings, publish, short
 from _handwritten import NETS
-from _worker import Worker
 
 from pyro_gpvae import load_data
 
 HERE = Path(__file__).parent
 TRAIN, FUSED, NLL = "training", "training, peer's Adam fused", "log p(x)"
+CHECK_SAMPLES = 1000
 
 
 @dataclass(kw_only=True)
@@ -44,7 +47,7 @@ class PeerOptions(Options):
 
     Attributes:
         peer: Python of the environment with pythae.
-        script: Program that answers the requests there.
+        script: Program that trains and scores there.
         latent_dims: Dimensions p of z.
         guides: "vae" and "iaf".
         images: Number of training images; MNIST has 60,000.
@@ -53,9 +56,7 @@ class PeerOptions(Options):
         test_images: Number of images whose log p(x) is estimated.
         samples: Importance samples K.
         peer_batches: Batch sizes of pythae's estimate; the fastest is used.
-        check_images: Embedded digits to train on before scores are compared.
-        check_epochs: Epochs of that training.
-        check_samples: Importance samples of that comparison.
+        check_epochs: Epochs on 4,000 digits before scores are compared.
     """
 
     rounds: int = 3
@@ -69,93 +70,73 @@ class PeerOptions(Options):
     test_images: int = 128
     samples: int = 100
     peer_batches: tuple[int, ...] = (100, 50, 25, 10)
-    check_images: int = 4000
     check_epochs: int = 5
-    check_samples: int = 1000
-
-
-Workers = dict[str, Worker]
 
 
 def measure(options: PeerOptions) -> dict[str, Any]:
     """Returns the agreement of both scores, and the seconds per image of all requests."""
-    shape, generator = NETS["conv"].image_shape, np.random.default_rng(options.seed)
-    sizes = {"train": options.images, "test": options.test_images}
-    images = {
-        n: generator.integers(256, size=(k, *shape), dtype=np.uint8) for n, k in sizes.items()
-    }
-    with pair(options, "vae", options.latent_dims[0], digits(options)) as workers:
-        record: dict[str, Any] = {"check": same_quantity(workers, options)}
-    for guide in options.guides:
-        for p in options.latent_dims:
-            start = pair(options, guide, p, images), pair(options, guide, p, images)
-            # memory that a process has freed before changes the cost of its training
-            with start[0] as trainers, start[1] as workers:
-                record[f"{guide}, p = {p}"] = compare(trainers, workers, options)
+    with TemporaryDirectory() as folder:
+        data, weights = load_data("mnist5k"), f"{folder}/weights.npz"
+        digits = save(folder, "digits", data.train[:4000].numpy(), data.test[:20].numpy())
+        request = {"guide": "vae", "images": digits, "num_samples": CHECK_SAMPLES}
+        request["latent_dim"] = options.latent_dims[0]
+        training = {"epochs": options.check_epochs, "backend": "eager", "save": weights}
+        mine = ask(options, "ours", task="nll", **request, **training)
+        other = ask(options, "peer", task="nll", **request, load=weights, batch_sizes=[100])
+        record: dict[str, Any] = {"check": same_quantity(mine, other)}
+        shape, generator = NETS["conv"].image_shape, np.random.default_rng(options.seed)
+        sizes = (options.images, options.test_images)
+        arrays = [generator.integers(256, size=(k, *shape), dtype=np.uint8) for k in sizes]
+        images = save(folder, "random", *arrays)
+        for guide, p in itertools.product(options.guides, options.latent_dims):
+            request = {"guide": guide, "latent_dim": p, "images": images}
+            record[f"{guide}, p = {p}"] = {"seconds_per_image": compare(options, request)}
     return record
 
 
-@contextmanager
-def pair(
-    options: PeerOptions, guide: str, latent_dim: int, images: dict[str, Any]
-) -> Iterator[Workers]:
-    """Starts a process of each library, and gives both the same images and networks.
+def save(folder: str, name: str, train: Any, test: Any) -> str:
+    """Writes images for both libraries, and returns the path."""
+    np.savez(f"{folder}/{name}.npz", train=train, test=test)
+    return f"{folder}/{name}.npz"
 
-    Raises:
-        ValueError: If they have different versions of torch.
+
+def ask(options: PeerOptions, who: str, **request: Any) -> dict[str, Any]:
+    """Returns what a new process of one of the libraries answers.
+
+    Memory that a process has freed before would change the cost of its training.
     """
-    with (
-        TemporaryDirectory() as folder,
-        Worker(sys.executable, HERE / "_our_worker.py") as ours,
-        Worker(options.peer, options.script) as peer,
-    ):
-        path = Path(folder) / "images.npz"
-        np.savez(path, **images)
-        request = {
-            "guide": guide,
-            "latent_dim": latent_dim,
-            "batch_size": NETS["conv"].batch_size,
-            "device": str(options.on()),
-            "images": str(path),
-            "seed": options.seed,
-        }
-        workers = {"ours": ours, "peer": peer}
-        versions = {who: w.ask("setup", **request)["torch"] for who, w in workers.items()}
-        if len(set(versions.values())) > 1:
-            raise ValueError(f"both need the same torch, found {versions}")
-        yield workers
+    ours = who == "ours"
+    python = sys.executable if ours else str(options.peer)
+    script = HERE / "_our_worker.py" if ours else options.script
+    request |= {"device": str(options.on()), "seed": options.seed}
+    command = [python, str(script), json.dumps(request)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # libraries print more
+    if answer["torch"] != torch.__version__:
+        raise ValueError(f"both need torch {torch.__version__}, found {answer['torch']}")
+    return answer
 
 
-def digits(options: PeerOptions) -> dict[str, Any]:
-    """Returns embedded digits, on which both libraries are compared before they are timed."""
-    data = load_data("mnist5k")
-    return {"train": data.train[: options.check_images].numpy(), "test": data.test.numpy()}
-
-
-def compare(trainers: Workers, workers: Workers, options: PeerOptions) -> dict[str, Any]:
-    """Times all requests in turns, after one round of warm-up."""
-    nll: dict[str, Any] = {"num_images": options.test_images, "num_samples": options.samples}
-    trials = {b: workers["peer"].ask("nll", **nll, batch_size=b) for b in options.peer_batches}
-    best = min(trials, key=lambda batch: trials[batch]["seconds"])
-    requests: dict[str, tuple[str, dict[str, Any]]] = {
-        f"ours, {TRAIN}": ("train", {"epochs": options.epochs, "backend": options.backend}),
-        f"peer, {TRAIN}": ("train", {"epochs": options.epochs}),
-        f"peer, {FUSED}": ("train", {"epochs": options.epochs, "fused": True}),
-        f"ours, {NLL}": ("nll", nll),
-        f"peer, {NLL}": ("nll", nll | {"batch_size": best}),
+def compare(options: PeerOptions, request: dict[str, Any]) -> dict[str, list[float]]:
+    """Returns the seconds per image of all tasks, which take turns in a random order."""
+    train: dict[str, Any] = {"task": "train", "epochs": options.epochs}
+    nll: dict[str, Any] = {"task": "nll", "num_samples": options.samples}
+    tasks = {
+        f"ours, {TRAIN}": train | {"backend": options.backend},
+        f"peer, {TRAIN}": train,
+        f"peer, {FUSED}": train | {"fused": True},
+        f"ours, {NLL}": nll,
+        f"peer, {NLL}": nll | {"batch_sizes": options.peer_batches},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in requests}
-    order, generator = list(requests), random.Random(options.seed)
-    for count in range(options.rounds + 1):
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    order, generator = list(tasks), random.Random(options.seed)
+    for _ in range(options.rounds):
         generator.shuffle(order)
         for name in order:
-            do, values = requests[name]
-            who = name.partition(",")[0]
-            answer = (trainers if do == "train" else workers)[who].ask(do, **values)
-            if count:
-                found = answer["epoch"] / options.images if do == "train" else answer["seconds"]
-                seconds[name].append(found)
-    return {"seconds_per_image": seconds, "peer_batch_size": best, "backend": options.backend}
+            answer = ask(options, name.partition(",")[0], **request, **tasks[name])
+            trained = "epoch" in answer
+            seconds[name].append(answer["epoch"] / options.images if trained else answer["seconds"])
+    return seconds
 
 
 def page(record: dict[str, Any]) -> Iterator[str]:
@@ -190,18 +171,12 @@ def table(timings: Timings) -> str:
     return "\n".join(lines)
 
 
-def same_quantity(workers: Workers, options: PeerOptions) -> dict[str, float]:
-    """Scores the same digits by the same trained networks, in both libraries.
+def same_quantity(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Compares the scores that both libraries give to the same digits and trained networks.
 
     Raises:
         ValueError: If the scores differ by more than 4 standard errors.
     """
-    workers["ours"].ask("train", epochs=options.check_epochs, backend="eager")
-    with TemporaryDirectory() as folder:
-        workers["ours"].ask("save", path=f"{folder}/weights.npz")
-        workers["peer"].ask("load", path=f"{folder}/weights.npz")
-    request = {"num_images": 20, "num_samples": options.check_samples, "batch_size": 100}
-    mine, other = (workers[who].ask("nll", **request) for who in ("ours", "peer"))
     difference = abs(mine["mean"] - other["mean"]) / (math.sqrt(2) * mine["error"])
     if difference > 4:
         raise ValueError(

@@ -5,14 +5,14 @@
 For the networks of Table 1 (p = 50, batches of 128) and for a tiny network, whose steps consist of
 overhead, these train on the same batches of random uint8 images: a VAE in plain PyTorch with fused
 Adam; the same networks with ``pyro.infer.SVI`` and ``pyro.optim.Adam``, and tuned (ClippedAdam,
-validation off); and ``pyro_gpvae`` with each backend, VAE and GPVAE. Then inference, q(z|x) and one
-draw, is timed for VAE and GPVAE; ``experiments/tables/table6.py`` times all guides.
+validation off); and ``pyro_gpvae`` with each backend, VAE and GPVAE. Inference is timed by
+``experiments/tables/table6.py``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class StepOptions(Options):
 
 
 def measure(options: StepOptions) -> dict[str, Any]:
-    """Returns the seconds of steps and of inference for each pair of networks."""
+    """Returns the seconds of steps for each pair of networks."""
     record: dict[str, Any] = {}
     device = options.on()
     for name in options.nets:
@@ -64,10 +64,7 @@ def measure(options: StepOptions) -> dict[str, Any]:
             for backend, guide in itertools.product(options.backends, ("vae", "gp")):
                 steps[f"{guide}, {backend}"] = ours(net, guide, images, backend)
             programs = {k: on_batches(step, images, net.batch_size) for k, step in steps.items()}
-            record[name] = {
-                "step_seconds": interleave(programs, device, options).seconds,
-                "inference_seconds": interleave(inferences(net, images), device, options).seconds,
-            }
+            record[name] = {"step_seconds": interleave(programs, device, options).seconds}
     return record
 
 
@@ -75,10 +72,8 @@ def page(record: dict[str, Any]) -> Iterator[str]:
     """Makes the parts of the page from a record."""
     yield "# A training step"
     for name in record["nets"]:
-        yield f"## {name}: a step"
+        yield f"## {name}"
         yield Timings(record[name]["step_seconds"]).table(HAND)
-        yield f"## {name}: inference"
-        yield Timings(record[name]["inference_seconds"]).table("vae")
     yield (
         "VAE and GPVAE: the guides vae and gp. conv: networks of Table 1, 28×28, p = 50, B = 128; "
         f"tiny: 8×8, 64 hidden units, p = 5, B = 32. {record['images']:,} random images, Adam at "
@@ -132,20 +127,6 @@ def svi(vae: VAE, images: Tensor, name: str, tuned: bool) -> Step:
             return inference.step(images[index].float() / 255)
 
     return step
-
-
-def inferences(net: Net, images: Tensor) -> dict[str, Program]:
-    """Returns programs that compute q(z|x) of a batch and draw from it once."""
-    x = images[: net.batch_size].float() / 255
-
-    def program(guide: Any) -> Callable[[], object]:
-        @torch.no_grad()
-        def infer() -> object:
-            return guide.posterior(x).sample()
-
-        return infer
-
-    return {name: program(programs_of(net, name)[1].to(x.device).eval()) for name in ("vae", "gp")}
 
 
 def main(options: StepOptions) -> None:

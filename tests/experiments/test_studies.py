@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ais_cost
 import alternating
 import crash_campaign
 import gradient_variance
@@ -57,8 +58,20 @@ def test_newton(tmp_path, monkeypatch):
     assert (tmp_path / "newton.png").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fewer than 3 of:UserWarning")
+def test_ais_cost(tmp_path):
+    options = ais_cost.Options(
+        epochs=1, latent_dim=2, images=2, samples=[5], steps=[2], chains=4, repeats=1, out=tmp_path
+    )
+    ais_cost.main(options)
+    rows = read_json(tmp_path / "ais_cost.json")["rows"]
+    found = [f"{row['method']} {row['start']}" for row in rows]
+    assert found == ["IWAE encoder", "IWAE optimum", "AIS prior", "AIS encoder", "AIS optimum"]
+
+
 @pytest.mark.parametrize(
-    "module", [alternating, gradient_variance, newton], ids=lambda module: module.__name__
+    "module", [ais_cost, alternating, gradient_variance, newton], ids=lambda module: module.__name__
 )
 def test_committed_pages_are_those_of_the_committed_records(module, tmp_path):
     name = module.__name__
