@@ -34,6 +34,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import tomllib
 import warnings
@@ -51,6 +52,8 @@ from pyro_gpvae.runs.results import FULL
 #: The keys of conditions, see :func:`parse_where`.
 KEYS = ("method", "guide", "data", "latent_dim", "decoder", "seed")
 #: A warm start agrees with the run that starts from it in these.
+#: A larger grid is a mistake, and takes hours to read.
+_MOST_CELLS = 10_000
 _SAME = ("data", "latent_dim", "decoder", "likelihood", "seed")
 _GRID = {f.name for f in fields(RunConfig)} - {*FULL, *PLACE, "guide", "warm_start", "seed"}
 _METHOD = _GRID | {"name", "guide", "warm_start", "epochs_factor"}
@@ -229,12 +232,14 @@ def _cells(budget: Mapping[str, int | None], options: dict[str, Any]) -> Iterato
     name, factor = options.pop("name", None), options.pop("epochs_factor", 1)
     if type(factor) is not int or factor < 1:
         raise ValueError(f"epochs_factor must be a whole number from 1 on, got {factor!r}")
-    options = {"guide": None, "seed": list(range(budget["seeds"] or 0))} | options
+    options = {"guide": None, "seed": range(budget["seeds"] or 0)} | options
     shared = {key: value for key, value in budget.items() if key != "seeds"}
-    choices = [value if isinstance(value, list) else [value] for value in options.values()]
+    choices = [value if isinstance(value, list | range) else [value] for value in options.values()]
     for key, choice in zip(options, choices, strict=True):
         if not choice:
             raise ValueError(f"{key} of the method {name or options['guide']!r} is an empty list")
+    if (count := math.prod(map(len, choices))) > _MOST_CELLS:
+        raise ValueError(f"a method has {count:,} cells, expected at most {_MOST_CELLS:,}")
     for values in itertools.product(*choices):
         run = shared | dict(zip(options, values, strict=True))
         method = run["guide"] if name is None else name

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from pyro_gpvae.core._text import printable
+
 __all__ = ["Command", "Quiet", "RunFolder", "Where", "keywords", "one_line", "print_scores"]
 
 RunFolder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
@@ -58,7 +60,7 @@ def keywords(command: Command) -> dict[str, Any]:
 
 def one_line(error: BaseException) -> str:
     """Returns the message of an error as one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def print_scores(record: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from pyro_gpvae.cli.train import Train
 from pyro_gpvae.cli.uncertainty import Uncertainty
 from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._signals import Terminated, ending_on_signals
+from pyro_gpvae.core._text import printable
 
 __all__ = ["main"]
 
@@ -135,7 +136,7 @@ class _Warnings:
         again = category is not UserWarning and category in self.seen
         self.seen.add(category)
         if self.verbose or not again:
-            print(f"pyro-gpvae: warning: {message}", file=sys.stderr)
+            print(printable(f"pyro-gpvae: warning: {message}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from pyro_gpvae.cli._shared import Command
+from pyro_gpvae.core._text import printable
 
 __all__ = ["Results"]
 
@@ -34,7 +35,7 @@ class Results(Command):
 
         frame, skipped = results.read_results(self.folder)
         for line in skipped if self.verbose else ():
-            print(f"skipped: {line}", file=sys.stderr)
+            print(printable(f"skipped: {line}"), file=sys.stderr)
         if self.csv is not None:
             write_text(self.csv, frame.to_csv(index=False))
         names = ["run", "method", "data", "latent_dim", "decoder", "seed", "epochs"]
@@ -42,7 +43,7 @@ class Results(Command):
         if self.seeds:
             table = results.over_seeds(frame)
         if not frame.empty:
-            print(table.to_string(index=False, float_format="{:.2f}".format))
+            print(printable(table.to_string(index=False, float_format="{:.2f}".format)))
         print(f"{len(frame)} runs, {len(skipped)} other records; scores in nats per image")
         for line in results.differences(frame):
-            print(f"differs: {line}")
+            print(printable(f"differs: {line}"))

@@ -14,6 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+#: Larger JSON files are not read: none of ours is, and a file with a hole fills the memory.
+_JSON_LIMIT = 64 << 20
+
 
 class InUseError(OSError):
     """Another living process writes to the same folder."""
@@ -29,6 +32,8 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before the content does
         temporary.replace(path)
+    except OSError as error:  # such as a full disk, whose error names no file
+        raise OSError(error.errno, f"cannot write it: {error.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,6 +53,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: expected a complete run folder")
+    if (size := path.stat().st_size) > _JSON_LIMIT:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {_JSON_LIMIT:,}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +41,8 @@ PUBLISHED = {
 
 _OMNIGLOT = "https://raw.githubusercontent.com/yburda/iwae/master/datasets/OMNIGLOT/chardata.mat"
 _OMNIGLOT_LIMIT = 100 * 2**20  # the largest file that its host keeps
+_RAW_LIMIT = 2**30  # five times the largest published file that is read as a whole
+_COMPRESSED = 15  # the kind of an element in a file of MATLAB 5
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -46,6 +50,12 @@ def open_regular(path: Path) -> IO[bytes]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     return path.open("rb")
+
+
+def check_size(path: Path) -> None:
+    """Raises ValueError if a file that is read as a whole is larger than 1 GiB."""
+    if (size := path.stat().st_size) > _RAW_LIMIT:
+        raise ValueError(f"{path} has {size:,} bytes, more than {_RAW_LIMIT:,}")
 
 
 def to_parts(arrays: Mapping[str, Array]) -> Parts:
@@ -84,13 +94,37 @@ def read_npz(file: IO[bytes]) -> Parts:
     """
     limit = min(16 * 2**30, max(64 * 2**20, 200 * file.seek(0, 2)))
     with zipfile.ZipFile(file) as archive:
-        size = sum(member.file_size for member in archive.infolist())
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+    # others unpack a piece of the file at once, however large that becomes
+    if {member.compress_type for member in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("it is compressed in another way than numpy does")
     if size > limit:
         raise ValueError(f"its arrays unpack to {size:,} bytes, more than {limit:,}")
     file.seek(0)
     found = np.load(file, allow_pickle=False)
     keys = ("train", "test", "train_labels", "test_labels")
     return to_parts({key: found[key] for key in keys if key in found})
+
+
+def _check_unpacked(file: IO[bytes]) -> None:
+    """Raises ValueError if a file is not of MATLAB 5, or unpacks to more than 1 GiB."""
+    head, left = file.read(128), _RAW_LIMIT
+    if head[:6] != b"MATLAB" or head[126:] != b"IM":
+        raise ValueError(f"it begins with {head[:6]!r}, so it is not a file of MATLAB 5")
+    while len(tag := file.read(8)) == 8 and left >= 0:
+        kind, size = struct.unpack("<II", tag)
+        if kind != _COMPRESSED or size > left:
+            left -= size
+            file.seek(size, 1)
+            continue
+        content = file.read(size)
+        unpacking = zlib.decompressobj()
+        while content and left >= 0:
+            left -= len(unpacking.decompress(content, 1 << 20))
+            content = unpacking.unconsumed_tail
+    if left < 0:
+        raise ValueError(f"its arrays unpack to more than {_RAW_LIMIT:,} bytes")
 
 
 def read_omniglot(root: Path, download: bool) -> Parts:
@@ -103,7 +137,10 @@ def read_omniglot(root: Path, download: bool) -> Parts:
             content = answer.read(_OMNIGLOT_LIMIT)
         root.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)
+    check_size(path)
     with open_regular(path) as file:
+        _check_unpacked(file)
+        file.seek(0)
         arrays = loadmat(file, variable_names=("data", "testdata"))
     pixels = {}
     for key, part in (("data", "train"), ("testdata", "test")):

@@ -5,6 +5,7 @@ Every figure is built without pyplot, so that no global state changes and no dis
 experiments use it.
 """
 
+from pyro_gpvae.plots import _matplotlib  # first  # noqa: F401
 from pyro_gpvae.plots.curves import loss_curves
 from pyro_gpvae.plots.gap import gap_ladder, uncertainty_scatter
 from pyro_gpvae.plots.images import image_grid, image_table, reconstructions, uncertain_images

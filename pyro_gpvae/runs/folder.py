@@ -224,6 +224,16 @@ def check_images(data: ImageData, record: dict[str, Any], source: Path) -> None:
                 "here, so that its scores cannot be reproduced: point --data or --root to the "
                 "files it was trained on"
             )
+    counts = {
+        "train_images": len(data.train) - record["config"].get("validation", 0),
+        "test_images": len(data.test),
+    }
+    for name, count in counts.items():
+        if record["data"].get(name) != count:
+            raise ValueError(
+                f"{source}: data.{name} is {record['data'].get(name)!r}, expected {count} for the "
+                "images of this run: the file was changed after the training"
+            )
 
 
 def build_model(config: RunConfig, image_shape: ImageShape, sigma: float) -> ImageModel:

@@ -14,6 +14,7 @@ import pandas as pd
 
 import pyro_gpvae
 from pyro_gpvae.core._files import write_text
+from pyro_gpvae.core._text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,19 +76,22 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
+        def plain(text: str) -> Text:
+            return Text(printable(text))
+
         console = Console(highlight=False)
-        console.print(Text(self.caption))
+        console.print(plain(self.caption))
         for section in self.sections[: self.printed]:
             console.print()
             if section.table is not None:
-                shown = Table(title=Text(section.title), title_justify="left")
+                shown = Table(title=plain(section.title), title_justify="left")
                 for n, name in enumerate(section.table.columns):
-                    shown.add_column(Text(name), justify="right" if n else "left")
+                    shown.add_column(plain(name), justify="right" if n else "left")
                 for row in section.table.itertuples(index=False):
-                    shown.add_row(*map(Text, row))
+                    shown.add_row(*map(plain, row))
                 console.print(shown)
             for paragraph in section.text:
-                console.print(Text(paragraph))
+                console.print(plain(paragraph))
 
     def save(self, folder: str | Path, page: str) -> None:
         """Writes the figures, the Markdown page with this name, and ``report.html``."""

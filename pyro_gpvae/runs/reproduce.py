@@ -16,6 +16,9 @@ from pyro_gpvae.runs.train import train_run
 
 __all__ = ["reproduce_run"]
 
+#: With more, OpenMP ends the process.
+_MOST_THREADS = 1024
+
 
 def reproduce_run(
     source: str | Path,
@@ -64,8 +67,8 @@ def _repeat(
     train_kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     config, threads = check_record(recorded, source), recorded.get("threads")
-    if type(threads) is not int or threads < 1:
-        raise ValueError(f"{source}: threads must be a positive number, got {threads!r}")
+    if type(threads) is not int or not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"{source}: threads must be 1 to {_MOST_THREADS}, got {threads!r}")
     if config.warm_start is not None and not isinstance(recorded.get("warm_start"), dict):
         raise ValueError(
             f"{source}: config.warm_start names a run, whose record is not in this one: it was "

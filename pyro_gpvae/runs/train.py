@@ -311,8 +311,9 @@ def _finish(
         "weights_sha256": save_weights(folder / "weights.safetensors", model, guide),
     }
     write_text(folder / "scores.csv", table.to_csv(index=False))
-    write_json(folder / "config.json", record["config"])
     write_json(folder / "record.json", record)
+    # last: until then it says what the run was begun with, which is checked if it is resumed
+    write_json(folder / "config.json", record["config"])
     return record
 
 

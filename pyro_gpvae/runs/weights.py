@@ -52,6 +52,10 @@ def load_weights(path: str | Path, model: Any, guide: Any, sha256: str | None = 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}: expected one that train wrote")
+    expected = _named_tensors(model, guide)
+    size, limit = path.stat().st_size, sum(2 * t.nbytes + 1000 for t in expected.values()) + 10**6
+    if size > limit:  # of twice the precision, with names; a file with a hole fills the memory
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {limit:,}: it is another")
     content = path.read_bytes()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path} is not the file that was written: its SHA-256 differs")
@@ -62,7 +66,6 @@ def load_weights(path: str | Path, model: Any, guide: Any, sha256: str | None = 
             f"cannot read the weights in {path}: {error}. The file is damaged or not in the "
             "safetensors format: copy it again, or train again."
         ) from error
-    expected = _named_tensors(model, guide)
     for name, tensor in found.items():
         if isinstance(expected.get(name), nn.Parameter) and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} in {path} is not finite: the training diverged")

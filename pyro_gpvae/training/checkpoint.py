@@ -174,6 +174,8 @@ def _read(path: Path) -> Any:
     """The content of a file of ``torch.save``; ValueError if it is damaged or runs code."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than its size, as torch.save never does")
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} differs")

@@ -22,6 +22,8 @@ def seen(what):
 def audit(event, args):
     if event == "exec" and getattr(args[0], "co_filename", "").startswith(here):
         seen(args[0].co_filename)
+    if event == "subprocess.Popen" and args[0] != "git":
+        seen(f"{args[0]} is started")
 class Last:
     def find_spec(self, name, path=None, target=None):
         if here in sys.path or "" in sys.path:
@@ -48,7 +50,7 @@ def hostile(tmp_path_factory):
     train_run(config, folder, progress=False)
     for name in NAMES:
         (folder / f"{name}.py").write_text("class Guide: pass\nFigureCanvas = None\n")
-    (folder / "matplotlibrc").write_text("backend: module://evil_backend\n")
+    (folder / "matplotlibrc").write_text("backend: module://evil_backend\ntext.usetex: True\n")
     (folder / "pyproject.toml").write_text("[tool.pyro_gpvae]\nguide = 'evil:Guide'\n")
     (folder / "manifest.json").unlink(missing_ok=True)
     info = folder / "evil-1.dist-info"

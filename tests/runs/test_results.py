@@ -212,7 +212,7 @@ OTHER_DATA["test_sha256"] = "0"
     [
         ({"data": OTHER_DATA}, "data.train_sha256 is not that"),
         ({"scores": {}}, "not the record of a run: KeyError"),
-        ({"threads": "two"}, "threads must be a positive number"),
+        ({"threads": "two"}, "threads must be 1 to 1024"),
         ({"config": {"colour": 1}}, "config has the unknown option 'colour'"),
         ({"config": {"guide": "strange:Guide"}}, "names the guide 'strange:Guide'"),
         ({"config": {"warm_start": "x"}}, "whose record is not in this one"),
