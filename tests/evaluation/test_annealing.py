@@ -200,24 +200,6 @@ def test_bernoulli_pixels():
     torch.testing.assert_close(both.upper, exact, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("grey", [0.5, 7])
-def test_grey_pixels_have_no_probability(grey):
-    decoder = nn.Sequential(nn.Linear(1, 16), nn.Unflatten(1, SHAPE))
-    model = ImageModel(SHAPE, 1, decoder, likelihood="bernoulli")
-    x = torch.full((2, *SHAPE), grey)
-    with pytest.raises(ValueError, match="Bernoulli pixels must be 0 or 1, got grey ones"):
-        annealed_evidence(model, x.byte() if grey > 1 else x, seed=0)
-
-
-def test_single_precision_and_uint8():
-    model = linear_gaussian(SHAPE, 2)
-    x = (model.images(3) * 255).round().to(torch.uint8)
-    result = annealed_evidence(model, x, num_chains=50, num_steps=200, seed=0)
-    assert result.log_evidence.dtype == torch.float32
-    exact = model.log_evidence(x / 255)
-    torch.testing.assert_close(result.log_evidence, exact.detach(), rtol=0, atol=0.3)
-
-
 def test_a_narrow_posterior_neither_breaks_nor_warns():
     """Steps of the start's size lead far away, and are rejected until they are short enough."""
     model, x = model_and_images(p=2, count=3, signal=1e6)
@@ -295,15 +277,3 @@ def test_a_decoder_that_is_not_finite_is_named():
 
     with pytest.raises(NonFiniteError, match=r"posterior.* of the guide Lost, for images 0 to 2"):
         annealed_evidence(model, x, Lost(), seed=0)
-
-
-def test_no_simulated_image_is_an_error():
-    model, _ = model_and_images(p=2)
-    with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
-        bidirectional(model, num_images=0)
-
-
-def test_progress_is_shown(capsys):
-    model, x = model_and_images(p=2, count=2)
-    annealed_evidence(model, x, num_chains=2, num_steps=5, progress="digits")
-    assert "digits: 100%" in capsys.readouterr().err

@@ -16,7 +16,6 @@ from guides import GaussianGuide, GPGuide, SemiAmortizedGuide
 from pyro_gpvae import ImageModel
 from pyro_gpvae.evaluation import gap
 from pyro_gpvae.evaluation.gap import decompose
-from pyro_gpvae.runs.gap_report import gap_markdown, summarise
 from pyro_gpvae.testing import linear_gaussian
 
 BUDGET = {"num_samples": 20, "reference_samples": 30}
@@ -141,9 +140,6 @@ def test_a_random_encoder_that_does_not_tell_its_prices():
     found = decompose(model, Random(), x, **BUDGET)
     assert bool(found.weight_information.isnan().all() & found.kl_global.isnan().all())
     assert bool(found.bound.isnan().all())
-    table = found.table().assign(run="run", label="mine")
-    row = next(line for line in gap_markdown(table, "").splitlines() if line.startswith("| `mine`"))
-    assert "| not known | not known | 3 of 3 |" in " ".join(row.split())
     # two methods more, and it does
     guide = Random()
     one = torch.ones(3, 2).double()
@@ -179,19 +175,6 @@ def test_moments_of_another_kind_are_named(moments, got):
     message = rf"moments\(x\) of the guide GaussianGuide must be four tensors \(1, p\).*{got}"
     with pytest.raises(ValueError, match=message):
         decompose(toy.linear_model(), guide, toy.images(3), num_train=3, **BUDGET)
-
-
-def test_a_model_without_parameters():
-    class Fixed(nn.Module):
-        def forward(self, z):
-            return z.sum(-1, keepdim=True).expand(*z.shape[:-1], 6)
-
-    decoder = nn.Sequential(Fixed(), nn.Unflatten(-1, toy.SHAPE))
-    model = ImageModel(toy.SHAPE, 2, decoder, likelihood="bernoulli")
-    assert not list(model.parameters())
-    x = (toy.images(2) > 0.5).float()
-    guide = GaussianGuide(model, nn.Flatten())
-    assert bool(decompose(model, guide, x, **BUDGET).elbo.isfinite().all())
 
 
 class Program(nn.Module):
@@ -255,7 +238,7 @@ def test_nearby_seeds_share_no_noise():
     assert not bool((first.elbo == other.elbo).any())
 
 
-def test_an_optimum_that_has_not_converged_is_flagged_and_left_out():
+def test_an_optimum_that_has_not_converged_is_flagged():
     model, x = curved_model(), toy.images(12)
     torch.manual_seed(0)
     guide = GaussianGuide(model, toy.linear_encoder()).double()
@@ -263,21 +246,6 @@ def test_an_optimum_that_has_not_converged_is_flagged_and_left_out():
     left = int((~found.converged).sum())
     assert left > 0
     assert f"{left} of them not converged" in repr(found)
-    table = found.table().assign(run="run", label="vae")
-    # some of each kind, whatever the model
-    table["converged"] = np.arange(12) >= 3
-    table["pareto_k"] = np.where(np.arange(12) == 5, 0.9, 0.2)
-    table["trusted"] = np.arange(12) >= 2
-    summary = summarise(table).set_index("quantity")
-    assert summary.loc["amortisation", "images"] == 9
-    assert summary.loc["amortisation", "images_of_all"] == 12
-    assert summary.loc["amortisation", "mean"] == pytest.approx(table["amortisation"][3:].mean())
-    assert summary.loc["amortisation", "mean_of_all"] == pytest.approx(table["amortisation"].mean())
-    text = gap_markdown(table, "caption")
-    assert "9 of 12" in text
-    assert "too low: 1 images of `vae`." in text
-    assert "no other estimate contradicts: 2 images of `vae`." in text
-    assert "3 images whose optimum has not converged are left out" in text
 
 
 class Point(nn.Module):

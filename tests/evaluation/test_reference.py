@@ -279,11 +279,3 @@ def test_bad_input(toy, options, message):
     model, guide, x = toy
     with pytest.raises(ValueError, match=message):
         reference_evidence(**({"model": model, "data": x, "guide": guide} | options))
-
-
-def test_progress_is_shown(toy, capsys):
-    model, guide, x = toy
-    reference_evidence(model, x, guide, num_samples=30, num_steps=2, progress="digits")
-    shown = capsys.readouterr().err
-    assert "digits: 100%" in shown
-    assert "digits: annealing: 100%" in shown

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
@@ -13,7 +12,7 @@ from torch import nn
 from toy import expected_log_likelihood, images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
-from pyro_gpvae import PerImage, elbo_terms, fit, log_weights, pair
+from pyro_gpvae import PerImage, elbo_terms, log_weights, pair
 
 N = 50
 
@@ -214,37 +213,3 @@ def test_sites_in_another_plate_are_global():
         assert log_weights(wider[0], proposal, images(5), 4).isfinite().all()
     wider = Wider(model, "images", None), Wider(guide, "images", None)  # "data" is the data plate
     assert elbo_terms(*wider, images(5), N)["kl_global"] == 0
-
-
-class Pixels(nn.Module):
-    """The linear model with a plate of pixels, or with pixels as dimensions of an event."""
-
-    def __init__(self, nested):
-        super().__init__()
-        self.own, self.nested = linear_model(), nested
-
-    def forward(self, x):
-        with pyro.plate("data", len(x), dim=-1):
-            z = pyro.sample("z", self.own.prior())
-            loc, x = self.own.decoder(z.reshape(-1, z.shape[-1])).flatten(1), x.flatten(1)
-            loc = loc.reshape(*z.shape[:-1], -1)
-            if not self.nested:
-                pyro.sample("x", dist.Normal(loc, 0.3).to_event(1), obs=x)
-                return
-            loc = (loc.squeeze(-3) if loc.dim() > 2 else loc).mT
-            with pyro.plate("pixels", x.shape[1], dim=-2):
-                pyro.sample("x", dist.Normal(loc, 0.3), obs=x.mT)
-
-
-@pytest.mark.parametrize("vectorize", [False, True])
-def test_a_plate_of_pixels_inside_that_of_images(vectorize):
-    data, rows = (images(7) * 255).to(torch.uint8), []
-    for nested in (True, False):
-        model = Pixels(nested)
-        torch.manual_seed(1)
-        guide = GaussianGuide(model.own, linear_encoder()).double()
-        elbo = Trace_ELBO(num_particles=3, vectorize_particles=vectorize)
-        options = {"epochs": 2, "batch_size": 4, "elbo": elbo, "validation": data[:2]}
-        history = fit(model, guide, data, progress=False, **options)
-        rows.append(history.frame().drop(columns="seconds").to_numpy())
-    np.testing.assert_allclose(*rows, rtol=1e-12)

@@ -29,13 +29,6 @@ def marginal(a, sd_f, b, sd_log_h, **options):
 
 
 @pytest.mark.parametrize("parameters", PARAMETERS)
-def test_integrates_to_one(parameters):
-    q = marginal(*parameters)
-    z = float(q.mean) + float(q.stddev) * torch.linspace(-40, 40, 40_001, dtype=torch.float64)
-    assert float(torch.trapezoid(q.log_prob(z).exp(), z)) == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("parameters", PARAMETERS)
 @pytest.mark.parametrize("sigmas", [-5, -4, -1, 0, 0.5, 2, 5])
 def test_density_against_brute_force_integration(parameters, sigmas):
     a, sd_f, b, sd_log_h = parameters
@@ -180,17 +173,3 @@ def test_infinite_and_empty_values():
     assert q.log_prob(torch.zeros(0, 4, 2)).shape == (0, 4, 2)
     none = MarginalPosterior(torch.zeros(0, 2), 0.1, -1.0, 0.3)
     assert none.log_prob(torch.zeros(5, 0, 2)).shape == (5, 0, 2)
-
-
-def test_the_nodes_take_no_more_memory_for_more_samples(monkeypatch):
-    sizes = []
-    mix = marginal_posterior._mix
-    monkeypatch.setattr(
-        marginal_posterior,
-        "_mix",
-        lambda mass, precision, part: sizes.append(part.numel()) or mix(mass, precision, part),
-    )
-    q = random_marginal(8, 50)
-    q.log_prob(q.expand((1000, 8, 50)).sample())
-    assert sum(sizes) == 400_000
-    assert q.num_nodes * max(sizes) <= marginal_posterior._MAX_NODES

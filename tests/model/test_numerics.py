@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.linalg import LinAlgError
-from torch.overrides import TorchFunctionMode
 
 from guides import GaussianGuide
 from pyro_gpvae import (
@@ -28,6 +27,7 @@ from pyro_gpvae import (
 from pyro_gpvae.evaluation.importance import ParetoWarning
 from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 from pyro_gpvae.model.stratified import gaussian_mixture
+from pyro_gpvae.testing._noise import ConstantNoise
 
 pytestmark = pytest.mark.slow
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -48,44 +48,6 @@ EXTREME = [
         "instance:full,max_steps=10",
     ),
 ]
-
-
-class SameNoise(TorchFunctionMode):
-    """Draws random numbers in float64 and rounds them, so that both precisions get the same."""
-
-    def __init__(self, seed):
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, shape):
-        return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if kwargs.get("generator") is not None:
-            return func(*args, **kwargs)
-        match func.__name__:
-            case "randn":
-                shape = args if isinstance(args[0], int) else args[0]
-                return self.normal(shape).to(kwargs["dtype"])
-            case "randn_like":
-                return self.normal(args[0].shape).to(args[0])
-            case "normal":
-                mean, deviation = args
-                noise = self.normal(torch.broadcast_shapes(mean.shape, deviation.shape))
-                return mean + deviation * noise.to(mean)
-            case "normal_":
-                return args[0].copy_(self.normal(args[0].shape))
-            case "multinomial":
-                mass, count = args[:2]
-                uniform = torch.rand(
-                    *mass.shape[:-1], count, generator=self.generator, dtype=torch.float64
-                )
-                below = mass.double().cumsum(-1)[..., :-1].contiguous()
-                return torch.searchsorted(below, uniform)
-            case "rand" | "rand_like" | "uniform_" | "exponential_" | "bernoulli":
-                raise NotImplementedError(func.__name__)
-        return func(*args, **kwargs)
 
 
 @cache
@@ -130,7 +92,7 @@ def test_float32_evidence_is_that_of_float64(spec, one_thread):
     model64, guide64 = copy.deepcopy((model, guide))
     results = []
     for pair in ((model, guide), (model64.double(), guide64.double())):
-        with SameNoise(0), warnings.catch_warnings():
+        with ConstantNoise(), warnings.catch_warnings():
             warnings.simplefilter("ignore", ParetoWarning)
             results.append(log_evidence(*pair, x, 100))
     single, double = results

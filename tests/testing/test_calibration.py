@@ -74,14 +74,6 @@ def test_p_values_are_right_for_uniform_ranks(simulations, draws):
             assert (p_values <= level).mean() > level - 4 * error - 0.002
 
 
-def test_seeds():
-    state = torch.random.get_rng_state()
-    first, again, other = (simulation_based_calibration(MODEL, MODEL, seed=s) for s in (0, 0, 1))
-    assert torch.equal(first.ranks, again.ranks)
-    assert not torch.equal(first.ranks, other.ranks)
-    assert torch.equal(torch.random.get_rng_state(), state)
-
-
 def test_a_model_of_ones_own():
     def model(x):
         with pyro.plate("data", len(x), dim=-1):
