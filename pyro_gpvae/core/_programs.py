@@ -7,7 +7,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache, partial, wraps
 from types import CodeType
 from typing import Any, ParamSpec, TypeVar
@@ -17,7 +17,7 @@ import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.runtime import am_i_wrapped, effectful
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _Arguments = ParamSpec("_Arguments")
@@ -180,18 +180,22 @@ def with_own_parameters(function: Callable[_Arguments, _Result]) -> Callable[_Ar
 
 
 @contextmanager
-def kept_buffers(programs: Iterable[Any]) -> Iterator[None]:
-    """Restores the buffers of the modules among the programs on exit, such as running averages."""
-    modules = _modules_of(programs)
-    buffers = [b for m in modules for b in m.buffers(recurse=False) if not is_lazy(b)]
-    before = [buffer.clone() for buffer in buffers]
+def kept_values(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Restores the values of tensors on exit."""
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                if not torch.equal(buffer, value):  # expanded buffers cannot be written to
-                    buffer.copy_(value)
+            for tensor, value in before:
+                if not torch.equal(tensor, value):  # expanded tensors cannot be written to
+                    tensor.copy_(value)
+
+
+def kept_buffers(programs: Iterable[Any]) -> AbstractContextManager[None]:
+    """Restores the buffers of the modules among the programs on exit, such as running averages."""
+    buffers = (b for m in _modules_of(programs) for b in m.buffers(recurse=False))
+    return kept_values(buffer for buffer in buffers if not is_lazy(buffer))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_gpvae.core._programs import pyro_lock
+from pyro_gpvae.core._programs import kept_values, pyro_lock
 
 
 @contextmanager
@@ -66,8 +66,7 @@ def preserve_rng(device: torch.device, tensors: Iterable[Tensor] = ()) -> Iterat
     Other threads that use Pyro wait until the block ends.
     """
     devices = [device] if device.type == "cuda" else []
-    with pyro_lock, torch.random.fork_rng(devices, device_type="cuda"):
-        kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    with pyro_lock, torch.random.fork_rng(devices, device_type="cuda"), kept_values(tensors):
         # numpy and Python too, because a user's guide may draw from them
         others = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
@@ -75,10 +74,6 @@ def preserve_rng(device: torch.device, tensors: Iterable[Tensor] = ()) -> Iterat
         finally:
             random.setstate(others[0])
             np.random.set_state(others[1])  # noqa: NPY002
-            with torch.no_grad():
-                for tensor, value in kept:
-                    if not torch.equal(tensor, value):  # expanded tensors cannot be written to
-                        tensor.copy_(value)
 
 
 def image_seed(seed: int, image: int, purpose: str = "") -> int:

@@ -28,7 +28,7 @@ from pyro_gpvae.core._programs import (
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import Batch, Data, split_batch, take, to_batch
 from pyro_gpvae.model._local import agree, name_of
-from pyro_gpvae.model.guide import HasPosterior, posterior_of
+from pyro_gpvae.model.guide import posterior_of
 
 #: Members of a batch that are encoded or refined at once by guides that do much work for each.
 MAX_IMAGES = 512
@@ -103,12 +103,6 @@ def check_at_least(minimum: int, **values: int) -> None:
     for name, value in values.items():
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def check_posterior(guide: Any, purpose: str) -> None:
-    """Raises ValueError unless the guide has ``posterior(x)``; the purpose ends the sentence."""
-    if not isinstance(guide, HasPosterior):
-        raise ValueError(f"the guide {name_of(guide)} has no posterior(x): {purpose}")
 
 
 def check_amortised(guide: Any) -> None:

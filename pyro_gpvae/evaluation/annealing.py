@@ -261,26 +261,23 @@ def sigmoidal_schedule(num_steps: int, steepness: float = 4.0) -> list[float]:
     return cast(list[float], ((s - s[0]) / (s[-1] - s[0])).tolist())
 
 
+@dataclass
 class _Annealing:
     """The settings that both estimators share, and the forward chains."""
 
-    def __init__(
-        self,
-        model: PyroProgram,
-        guide: PyroProgram | None,
-        num_chains: int,
-        num_steps: int,
-        num_leapfrog: int,
-        settings: Settings,
-    ) -> None:
-        check_at_least(1, num_chains=num_chains, num_leapfrog=num_leapfrog)
-        check_amortised(guide)
-        self.model, self.guide = model, guide
-        self.num_chains, self.num_leapfrog = num_chains, num_leapfrog
-        self.schedule = sigmoidal_schedule(num_steps)
-        self.settings, self.first_image = settings, settings.first_image
-        self.vectorized = settings.vectorized
-        seed = settings.seed
+    model: PyroProgram
+    guide: PyroProgram | None
+    num_chains: int
+    num_steps: int
+    num_leapfrog: int
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        check_at_least(1, num_chains=self.num_chains, num_leapfrog=self.num_leapfrog)
+        check_amortised(self.guide)
+        self.schedule = sigmoidal_schedule(self.num_steps)
+        self.first_image, self.vectorized = self.settings.first_image, self.settings.vectorized
+        seed = self.settings.seed
         self.seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
 
     def run(self, work: Callable[[int], _Result], data: Data) -> _Result:

@@ -12,9 +12,10 @@ from torch import Tensor
 from pyro_gpvae.core._chunks import default_chunk_size
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import to_batch
-from pyro_gpvae.evaluation._common import check_at_least, check_posterior, evaluator
+from pyro_gpvae.evaluation._common import check_at_least, evaluator
 from pyro_gpvae.evaluation.uncertainty import moments_of
-from pyro_gpvae.model.guide import check_program_data
+from pyro_gpvae.model._local import name_of
+from pyro_gpvae.model.guide import HasPosterior, check_program_data
 from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = ["PosteriorGrid", "posterior_grid", "posterior_record"]
@@ -102,7 +103,8 @@ def posterior_record(
         true posterior; ``q1``, ``q2``, ``q`` likewise of the marginal q(z|x); ``f`` and ``h``
         (draws, 2); ``log_evidence`` ().
     """
-    check_posterior(guide, "the figure shows the density q(z|x)")
+    if not isinstance(guide, HasPosterior):
+        raise ValueError(f"the guide {name_of(guide)} has no posterior(x), whose density is drawn")
     true = posterior_grid(model, x, num_points=num_points)
     x = to_batch(x, model, guide)[0]
     a, v, b, r = moments_of(guide, x)

@@ -209,14 +209,11 @@ def moments_of(guide: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             "score"
         )
     found: Any = guide.moments(x)
-    parts = tuple(found) if isinstance(found, tuple | list) else ()
-    shapes = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
-    is_right = len(shapes) == len(parts) == 4 and len(set(shapes)) == 1 and len(shapes[0]) == 2
-    if not is_right or shapes[0][0] != len(x):
+    shapes = [getattr(part, "shape", type(part).__name__) for part in found]
+    if len(shapes) != 4 or any(shape != (len(x), *shapes[0][1:2]) for shape in shapes):
         raise ValueError(
             f"moments(x) of the guide {name} must be four tensors ({len(x)}, p), the means and "
-            "variances of f(x) and of log h(x), got "
-            + (f"{len(parts)} parts, tensors of shapes {shapes}" if parts else type(found).__name__)
+            f"variances of f(x) and of log h(x), got {[*map(str, shapes)]}"
         )
     a, v, b, r = (moment.double() for moment in found)
     return a, v, b, r

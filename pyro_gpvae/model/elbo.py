@@ -316,10 +316,10 @@ def elbo_terms(
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
         model_trace: Any = poutine.trace(replayed).get_trace(*batch)
         check_observes(model_trace.nodes)
-        if len(batch[0]) != num_images:
-            check_separable(guide_trace.nodes, data_plate(guide_trace.nodes, len(batch[0])))
-        for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
+        for trace, sign in ((guide_trace, -1.0), (model_trace, 1.0)):
             plate = data_plate(trace.nodes, len(batch[0]))
+            if trace is guide_trace and len(batch[0]) != num_images:
+                check_separable(trace.nodes, plate)
             trace.compute_log_prob(lambda _, site: is_sampled(site))
             for site in filter(is_sampled, trace.nodes.values()):
                 log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])

@@ -12,11 +12,13 @@ import pyro
 import torch
 from pyro import poutine
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_gpvae.core._plates import data_plate, in_plate
+from pyro_gpvae.core._plates import data_plate, in_plate, is_sampled
 from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
 from pyro_gpvae.core._seeds import seeded
+from pyro_gpvae.data.batch import to_batch
+from pyro_gpvae.evaluation._common import check_at_least
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
 
 __all__ = ["Calibration", "simulation_based_calibration"]
@@ -104,17 +106,14 @@ def simulation_based_calibration(
         >>> simulation_based_calibration(model, model).passed()  # it knows its own posterior
         True
     """
-    for name, value in (("num_simulations", num_simulations), ("num_draws", num_draws)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least(1, num_simulations=num_simulations, num_draws=num_draws)
     shape = getattr(model, "image_shape", None) if image_shape is None else image_shape
     if shape is None:
         raise ValueError("the model has no image_shape: pass image_shape=(C, H, W)")
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    like = next(parameters, torch.zeros(()))
+    blank = to_batch(torch.zeros(num_simulations, *shape), model)[0]
     program: Any = guide
-    with seeded(seed, like.device):
-        x, z = _simulate(model, like.new_zeros(num_simulations, *shape))
+    with seeded(seed, blank.device):
+        x, z = _simulate(model, blank)
         q: Any = posterior_of(guide, x)
         if q is not None:
             draws: Tensor = q.sample((num_draws,))
@@ -144,7 +143,7 @@ def _simulate(model: PyroProgram, x: Tensor) -> tuple[Tensor, Tensor]:
     sites = [
         name
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and in_plate(site, plate) and "was_observed" in site["infer"]
+        if is_sampled(site) and in_plate(site, plate) and "was_observed" in site["infer"]
     ]
     if len(sites) != 1 or "z" not in trace.nodes:
         raise ValueError(

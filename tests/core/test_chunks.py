@@ -8,7 +8,7 @@ from toy import images, linear_encoder, linear_model
 
 from guides import GaussianGuide
 from pyro_gpvae import log_evidence
-from pyro_gpvae.core._chunks import default_chunk_size, halving_chunks
+from pyro_gpvae.core._chunks import halving_chunks
 
 CPU = torch.device("cpu")
 
@@ -41,11 +41,6 @@ def test_one_that_does_not_fit_is_an_error():
         halving_chunks(too_large(0), 100, CPU)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         halving_chunks(too_large(1), 0, CPU)
-
-
-def test_defaults():
-    assert default_chunk_size(CPU) == halving_chunks(lambda size: size, None, CPU) == 640
-    assert default_chunk_size(torch.device("cuda")) == 65_536
 
 
 def test_the_evidence_is_that_of_the_chunk_size_that_fits(monkeypatch):

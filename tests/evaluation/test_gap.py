@@ -12,7 +12,7 @@ import toy
 from torch import nn
 from torch.distributions import kl_divergence
 
-from guides import GaussianGuide, GPGuide, SemiAmortizedGuide
+from guides import GaussianGuide, GPGuide
 from pyro_gpvae import ImageModel
 from pyro_gpvae.evaluation import gap
 from pyro_gpvae.evaluation.gap import decompose
@@ -161,11 +161,11 @@ def test_a_random_encoder_that_does_not_tell_its_prices():
 @pytest.mark.parametrize(
     ("moments", "got"),
     [
-        ((1, 2), "2 parts"),
-        ({"mean": 0}, "dict"),
-        ((torch.zeros(1, 2),) * 3, "3 parts"),
-        ((torch.zeros(1, 2), *(torch.zeros(1, 3),) * 3), r"shapes \[\(1, 2\), \(1, 3\)"),
-        ((torch.zeros(2),) * 4, r"shapes \[\(2,\)"),
+        ((1, 2), "int"),
+        ({"mean": 0}, "str"),
+        ((torch.zeros(1, 2),) * 3, "got"),
+        ((torch.zeros(1, 2), *(torch.zeros(1, 3),) * 3), r"\[1, 2\].*\[1, 3\]"),
+        ((torch.zeros(2),) * 4, r"\[2\]"),
     ],
 )
 def test_moments_of_another_kind_are_named(moments, got):
@@ -215,18 +215,6 @@ def test_images_in_parts_are_images_together():
     ]
     together = pd.concat(parts, ignore_index=True).assign(image=range(32))
     pd.testing.assert_frame_equal(whole, together, check_exact=True)
-
-
-def test_a_refined_start_is_refined_on_the_same_noise():
-    model, x = curved_model(), toy.images(3)
-    torch.manual_seed(0)
-    guide = SemiAmortizedGuide(model, 2, toy.linear_encoder()).double()
-    torch.manual_seed(1)
-    state = torch.random.get_rng_state()
-    first = decompose(model, guide, x, **BUDGET).table()
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(2)
-    pd.testing.assert_frame_equal(first, decompose(model, guide, x, **BUDGET).table())
 
 
 def test_nearby_seeds_share_no_noise():

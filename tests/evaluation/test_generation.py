@@ -107,19 +107,6 @@ def test_shapes_colour_and_likelihoods(channels, likelihood):
         assert set(draws.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_seeds():
-    model = linear()
-    guide, x = Exact(model), model.images(3)
-    before = torch.random.get_rng_state()
-    draw = reconstruct(model, guide, x, draw=True, seed=1).z
-    assert torch.equal(draw, reconstruct(model, guide, x, draw=True, seed=1).z)
-    assert not torch.equal(draw, reconstruct(model, guide, x, draw=True, seed=2).z)
-    first = sample_images(model, 4, noise=True, seed=1).images
-    assert torch.equal(first, sample_images(model, 4, noise=True, seed=1).images)
-    assert not torch.equal(first, sample_images(model, 4, noise=True, seed=2).images)
-    assert torch.equal(torch.random.get_rng_state(), before), "the global state is left alone"
-
-
 def test_reconstructions_are_decoded_from_the_mean_of_the_posterior():
     model = linear()
     x = model.images(600)  # more than are encoded at once

@@ -6,18 +6,14 @@ import pytest
 import torch
 from pyro.nn import PyroModule
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from toy import exact_evidence, exact_posterior, images, linear_encoder, linear_model
 
 from guides import GaussianGuide, GPGuide
 from pyro_gpvae import (
-    ImageModel,
     NonFiniteError,
     evidence_curve,
     log_evidence,
     log_weights,
-    make_guide,
     pair,
 )
 from pyro_gpvae.evaluation.importance import Evidence, ParetoWarning, pareto_k
@@ -259,32 +255,6 @@ def test_heavy_tails_are_warned_of_and_light_ones_are_not():
         result = log_evidence(model, narrow, x, 200, seed=0)
     assert f"for {int((result.pareto_k > 0.7).sum())} of 4 images" in str(caught[0].message)
     assert caught[0].filename == __file__  # the line of the caller
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches the number of elements of the largest tensor."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                size = tensor.untyped_storage().nbytes() // tensor.element_size()
-                self.largest = max(self.largest, size)
-        return result
-
-
-@pytest.mark.parametrize("name", ["vae", "gp", "iaf:2", "me:2"])
-def test_memory_is_flat_in_the_samples(name):
-    torch.manual_seed(0)
-    decoder = nn.Sequential(nn.Linear(10, 784), nn.Unflatten(1, (1, 28, 28)))
-    model = ImageModel((1, 28, 28), 10, decoder).requires_grad_(False)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 8))
-    guide, x = make_guide(name, model, encoder=encoder), torch.rand(8, 1, 28, 28)
-    with LargestTensor() as memory:
-        log_weights(model, guide, x, 400, chunk_size=80)
-    assert memory.largest <= 80 * 784
 
 
 def test_posteriors_of_one_batch_refuse_another():

@@ -61,15 +61,6 @@ def test_an_image_has_the_same_numbers_in_any_batch_and_chunk(toy, reference):
             torch.testing.assert_close(column, whole[4:], rtol=0, atol=1e-7, msg=name)
 
 
-def test_the_seed_decides_and_the_global_state_is_untouched(toy):
-    model, guide, x = toy
-    state = torch.random.get_rng_state()
-    first = reference_evidence(model, x, guide, num_samples=30, num_steps=2).estimates
-    assert torch.equal(torch.random.get_rng_state(), state)
-    other = reference_evidence(model, x, guide, num_samples=30, num_steps=2, seed=1).estimates
-    assert all(bool((first[name][0] != other[name][0]).any()) for name in first)
-
-
 def plain(model):
     """The same model as a user's function, of which only the sites are known."""
 
@@ -129,20 +120,6 @@ class TestWidths:
         exact = model.log_evidence(x)
         torch.testing.assert_close(value[best], exact[best], rtol=0, atol=1e-8)
         assert float((found.estimates["IWAE(500)"][0] - value).mean()) < -0.5
-
-    def test_other_estimates_stay_and_an_image_is_the_same_in_any_batch(self, toy, reference):
-        model, guide, x = toy
-        found = reference_evidence(model, x[2:4], guide, num_samples=1000, widths=(1.0, 1.5),
-                                   first_image=2)  # fmt: skip
-        for name, columns in reference.estimates.items():
-            value, error = (column[2:4] for column in columns[:2])
-            torch.testing.assert_close(found.estimates[name][0], value, rtol=0, atol=1e-7)
-            torch.testing.assert_close(found.estimates[name][1], error, rtol=0, atol=1e-7)
-        one = reference_evidence(model, x[3:4], guide, num_samples=1000, widths=(1.0, 1.5),
-                                 first_image=3, num_chains=0)  # fmt: skip
-        name = "IWAE(1000), width c"
-        assert torch.equal(one.estimates[name][0], found.estimates[name][0][1:])
-        assert bool(reference.width.isnan().all())
 
     def test_the_estimate_uses_new_draws(self, toy):
         """The highest of several noisy scores is too high; the estimate is a lower bound."""

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import toy
-from scipy import integrate, stats
+from scipy import stats
 from torch import nn
 
 from guides import GaussianGuide, GPGuide
@@ -19,7 +19,6 @@ from pyro_gpvae.evaluation.uncertainty import (
     uncertainty_scores,
     weight_information,
 )
-from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 from pyro_gpvae.plots.posterior import posterior_panels
 
 
@@ -67,26 +66,6 @@ def test_the_price_of_spread_is_the_expected_kl_beyond_the_marginals():
     assert float(((price - expected) / error).abs().max()) < 4.5
 
 
-@torch.no_grad()
-def test_the_price_of_spread_is_exact_in_one_dimension():
-    guide = gp(toy.linear_model(1), initial_scale=0.6)
-    x = toy.images(1)
-    a, v, b, r = (float(moment) for moment in guide.moments(x))
-    q = MarginalPosterior(a, math.sqrt(v), b, math.sqrt(r), num_nodes=200)
-
-    def integrand(z):
-        log_q = float(q.log_prob(torch.tensor(z, dtype=torch.float64)))
-        return -math.exp(log_q) * log_q
-
-    width = math.sqrt(float(q.variance))
-    entropy, _ = integrate.quad(integrand, a - 15 * width, a + 15 * width, limit=400)
-    expected = entropy - 0.5 * math.log(2 * math.pi * math.e) - b
-    assert float(weight_information(guide, x)) == pytest.approx(expected, abs=1e-3)
-    point = gp(toy.linear_model(1), initial_scale=1e-8)
-    assert float(weight_information(point, x)) == pytest.approx(0, abs=1e-12)
-    assert float(bhattacharyya_uncertainty(point, x)) == pytest.approx(0, abs=1e-12)
-
-
 def test_the_scores_need_a_random_encoder():
     model, x = toy.linear_model(), toy.images(3)
     vae = GaussianGuide(model, toy.linear_encoder()).double()
@@ -121,17 +100,6 @@ class TestRankCorrelation:
         assert found.num_images == 60
         assert str(found).startswith("ρ = 0.")
         assert rank_correlation(first, second) == found, "the same seed, the same interval"
-
-    def test_the_interval_holds_the_truth_as_often_as_it_says(self):
-        generator = np.random.default_rng(0)
-        truth = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's ρ of normals with correlation 0.6
-        held = 0
-        for _ in range(200):
-            x, noise = generator.normal(size=(2, 60))
-            found = rank_correlation(x, 0.6 * x + 0.8 * noise, num_bootstrap=400)
-            held += found.low <= truth <= found.high
-        # 95 % of 200 is 190, standard deviation 3.1; bootstrap intervals are a little short
-        assert 178 <= held <= 199
 
     def test_perfect_ranks_have_a_perfect_interval(self):
         assert rank_correlation(range(9), np.exp(range(9)))[:3] == (1, 1, 1)
