@@ -150,6 +150,17 @@ def test_unused_random_weights_do_not_change_the_evidence(estimator):
     torch.testing.assert_close(log_evidence(model, guide, x, 10, seed=0).log_evidence, paired)
 
 
+def test_the_marginal_is_tighter_than_replaying_the_weights():
+    model, x = linear_model(), images(50)
+    torch.manual_seed(0)
+    guide = GPGuide(model, linear_encoder(), initial_scale=0.5, estimator="weights").double()
+    with pytest.warns(ParetoWarning, match=r"Pareto k above 0.7 for \d+ of 50 images"):
+        tight = log_evidence(model, guide, x, 100, seed=0).mean
+    with pytest.warns(ParetoWarning):
+        loose = log_evidence(model, ReplayedGuide(guide), x, 100, seed=0).mean
+    assert tight > loose
+
+
 def test_same_seed_same_numbers_and_the_global_state_is_untouched():
     model, x = linear_model(), images(5)
     guide = gaussian(model)
