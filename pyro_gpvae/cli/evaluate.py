@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyro_gpvae.cli._shared import RunFolder, Where, keywords, print_scores
+from pyro_gpvae.cli._shared import Quiet, RunFolder, Where, keywords, print_scores
 
 __all__ = ["Evaluate"]
 
@@ -28,6 +28,7 @@ class Evaluate(Where):
             model from a better proposal. Takes seconds per image at worst.
         out: Folder for record.json and for scores.csv with one row per image; None writes none.
         overwrite: Replace an earlier evaluation in that folder.
+        quiet: Show no progress on standard error.
     """
 
     run_folder: RunFolder
@@ -39,6 +40,7 @@ class Evaluate(Where):
     reference: int | None = None
     out: Path | None = None
     overwrite: bool = False
+    quiet: Quiet = False
 
     def run(self) -> None:
         from pyro_gpvae.runs.evaluate import evaluate_run

@@ -13,7 +13,6 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.distributions import Distribution
-from tqdm.auto import tqdm
 
 from pyro_gpvae.core._errors import NonFiniteError, name_images
 from pyro_gpvae.core._float32 import exact_float32
@@ -138,12 +137,6 @@ def batches(data: Data, *programs: Any, size: int = MAX_IMAGES) -> Iterator[Batc
 def seeded_if(seed: int | None, device: torch.device) -> AbstractContextManager[None]:
     """Seeds the work inside the block if there is a seed, and restores the random state."""
     return nullcontext() if seed is None else seeded(seed, device)
-
-
-def progress_bar(progress: bool | str, label: str, total: int, unit: str = "it") -> tqdm:
-    """Returns a progress bar, shown if ``progress`` is True or its label."""
-    text = progress if isinstance(progress, str) else label
-    return tqdm(total=total, desc=text, disable=not progress, unit=unit, unit_scale=total > 10**5)
 
 
 def find_posterior(guide: PyroProgram, batch: Batch) -> Any:

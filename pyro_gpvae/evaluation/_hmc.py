@@ -11,9 +11,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
-from tqdm.auto import tqdm
 
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
+from pyro_gpvae.core._progress import tqdm
 from pyro_gpvae.core._seeds import image_seed, seeded
 from pyro_gpvae.evaluation._common import find_posterior
 from pyro_gpvae.model._local import name_of

@@ -22,6 +22,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pyro_gpvae.core._errors import nonfinite_as_error, unvalidated
 from pyro_gpvae.core._plates import check_observes, in_plate, is_sampled
 from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._progress import tqdm
 from pyro_gpvae.data.batch import Batch
 from pyro_gpvae.model._local import (
     PARTICLES,
@@ -66,15 +67,23 @@ class Weights:
             self.structure = self.structure._replace(nesting=nesting)
             self.guide_structure = Structure(plate, nesting)
 
-    def draw(self, batch: Batch, num_samples: int, chunk_size: int) -> Tensor:
+    def draw(
+        self, batch: Batch, num_samples: int, chunk_size: int, bar: tqdm | None = None
+    ) -> Tensor:
         """Returns log weights (K, B) of a batch, at most so many latent vectors at once."""
         with nonfinite_as_error():
             guide = self._proposal(batch)
         size = max(1, chunk_size // len(batch[0]))
         counts = [min(size, num_samples - k) for k in range(0, num_samples, size)]
-        first = self._first(guide, batch, counts[0])
+        parts = [self._first(guide, batch, counts[0])]
         with unvalidated():  # the programs have been checked; log weights are checked at the end
-            return torch.cat([first, *(self._weights(guide, batch, k) for k in counts[1:])])
+            for count in counts[1:]:
+                parts.append(self._weights(guide, batch, count))
+                if bar is not None:
+                    bar.update(count * len(batch[0]))
+        if bar is not None:
+            bar.update(counts[0] * len(batch[0]))
+        return torch.cat(parts)
 
     def _proposal(self, batch: Batch) -> PyroProgram:
         """The guide, or a program that samples from its q(z|x), which is computed once."""

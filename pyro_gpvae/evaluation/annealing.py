@@ -11,11 +11,11 @@ import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
 from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._progress import progress_bar, tqdm
 from pyro_gpvae.core._seeds import image_seed, seeded
 from pyro_gpvae.data.batch import Batch, Data, size_of, take, to_batch
 from pyro_gpvae.evaluation._common import (
@@ -28,7 +28,6 @@ from pyro_gpvae.evaluation._common import (
     check_log_weights,
     device_of,
     evaluator,
-    progress_bar,
 )
 from pyro_gpvae.evaluation._hmc import AnnealingPath, Forward, Start, chains_with_pilots
 from pyro_gpvae.evaluation.importance import Evidence, ParetoWarning

@@ -16,6 +16,7 @@ from torch.distributions import Independent, LowRankMultivariateNormal, Multivar
 from pyro_gpvae.core._chunks import check_chunk_size
 from pyro_gpvae.core._plates import is_sampled
 from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._progress import progress_bar
 from pyro_gpvae.core._seeds import image_seed, seeded
 from pyro_gpvae.data.batch import Batch, Data, size_of, take, to_batch
 from pyro_gpvae.evaluation._common import (
@@ -25,7 +26,6 @@ from pyro_gpvae.evaluation._common import (
     check_amortised,
     check_at_least,
     evaluator,
-    progress_bar,
 )
 from pyro_gpvae.evaluation.importance import ParetoWarning, evidence_curve, log_weights
 from pyro_gpvae.evaluation.optimum import Covariance, optimise_gaussian

@@ -16,7 +16,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import NonFiniteError, unvalidated
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.data.batch import Batch, Data
+from pyro_gpvae.core._progress import progress_bar, tqdm
+from pyro_gpvae.data.batch import Batch, Data, size_of
 from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
     batches,
@@ -159,6 +160,7 @@ def log_evidence(
     chunk_size: int | None = None,
     seed: int | None = None,
     vectorized: bool | None = None,
+    progress: bool | str = False,
 ) -> Evidence:
     r"""Estimates log p(x) of every image by IWAE: :math:`\log \frac1K \sum_i p(x,z_i)/q(z_i|x)`.
 
@@ -169,6 +171,7 @@ def log_evidence(
         model, guide, data, num_samples, chunk_size, vectorized: See :func:`log_weights`, also for
             the errors.
         seed: The same seed gives the same numbers, and leaves the global random state as it was.
+        progress: Whether to show a progress bar; a text is its label.
 
     Example:
         >>> from pyro_gpvae import ImageModel
@@ -181,7 +184,7 @@ def log_evidence(
     check_program_data(model, data)
     with seeded_if(seed, device_of(data, model, guide)):
         weights, used = _weights_and_chunk_size(
-            model, guide, data, num_samples, chunk_size, vectorized
+            model, guide, data, num_samples, chunk_size, vectorized, progress
         )
     evidence = Evidence.from_log_weights(weights, used)
     heavy = int((evidence.pareto_k > PARETO_LIMIT).sum())
@@ -223,6 +226,7 @@ def _weights_and_chunk_size(
     num_samples: int,
     chunk_size: int | None,
     vectorized: bool | None,
+    progress: bool | str = False,
 ) -> tuple[Tensor, int]:
     check_at_least(1, num_samples=num_samples)
     check_program_data(model, data)
@@ -231,21 +235,28 @@ def _weights_and_chunk_size(
 
     def work(size: int) -> tuple[Tensor, int]:
         columns, begin = [], 0
-        for batch in batches(data, model, guide, size=min(size, MAX_IMAGES)):
-            columns.append(checked_weights(weights, batch, num_samples, size, begin))
-            begin += len(batch[0])
+        total = size_of(data) * num_samples
+        with progress_bar(progress, "log p(x)", total, unit="sample") as bar:
+            for batch in batches(data, model, guide, size=min(size, MAX_IMAGES)):
+                columns.append(checked_weights(weights, batch, num_samples, size, begin, bar))
+                begin += len(batch[0])
         return torch.cat(columns, dim=1), size
 
     return halving_chunks(work, chunk_size, first[0].device)
 
 
 def checked_weights(
-    weights: Weights, batch: Batch, num_samples: int, chunk_size: int, first_image: int = 0
+    weights: Weights,
+    batch: Batch,
+    num_samples: int,
+    chunk_size: int,
+    first_image: int = 0,
+    bar: tqdm | None = None,
 ) -> Tensor:
     """Draws log weights (K, B) of a batch, and names images that are not finite."""
     what = "log p(x, z) - log q(z|x)"
     try:
-        found = weights.draw(batch, num_samples, chunk_size)
+        found = weights.draw(batch, num_samples, chunk_size, bar)
         check_log_weights(found, first_image, what)
         return found
     except LinAlgError as error:

@@ -12,10 +12,10 @@ import torch
 from pyro.distributions import TransformedDistribution
 from pyro.distributions.transforms import AffineTransform
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._progress import progress_bar, tqdm
 from pyro_gpvae.core._seeds import image_seed, seeded
 from pyro_gpvae.data.batch import Batch, Data, size_of
 from pyro_gpvae.evaluation._common import (
@@ -28,7 +28,6 @@ from pyro_gpvae.evaluation._common import (
     estimated_mean,
     evaluator,
     find_posterior,
-    progress_bar,
 )
 from pyro_gpvae.evaluation._hmc import split_gaussian
 from pyro_gpvae.evaluation._weights import Weights

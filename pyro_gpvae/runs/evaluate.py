@@ -36,6 +36,7 @@ def evaluate_run(
     reference: int | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    progress: bool = False,
     **place: Unpack[Place],
 ) -> dict[str, Any]:
     """Evaluates a finished run again; without further arguments, with exactly the recorded score.
@@ -54,6 +55,7 @@ def evaluate_run(
             :func:`pyro_gpvae.reference_evidence`, which tell a better model from a better proposal.
         out: A folder to write ``record.json`` and ``scores.csv`` to.
         overwrite: Whether to replace an earlier evaluation there.
+        progress: Whether to show progress bars.
         place: See :class:`pyro_gpvae.runs.folder.Place`.
 
     Returns:
@@ -88,7 +90,7 @@ def evaluate_run(
     files = ("record.json", "scores.csv")
     with new_folder(out, overwrite=overwrite, files=files) if out else nullcontext() as target:
         begin = time.monotonic()
-        scores, table = evaluate(run.model, program, images, config)
+        scores, table = evaluate(run.model, program, images, config, progress)
         config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
         result = {
             "run": str(folder),
@@ -104,7 +106,8 @@ def evaluate_run(
         }
         if reference is not None:
             begin = time.monotonic()
-            found, columns = _reference(run.model, program, images[:reference], config)
+            shown = images[:reference]
+            found, columns = _reference(run.model, program, shown, config, progress)
             result["reference"] = found
             result["seconds"]["reference"] = time.monotonic() - begin
             table = table.join(columns)  # empty for the images that follow
@@ -115,12 +118,12 @@ def evaluate_run(
 
 
 def _reference(
-    model: ImageModel, guide: Any, images: Tensor, config: RunConfig
+    model: ImageModel, guide: Any, images: Tensor, config: RunConfig, progress: bool
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Returns the means of all reference estimates, and a table with one row per image."""
     found = reference_evidence(
         model, images, guide, num_samples=config.num_samples, num_chains=8, num_steps=30,
-        widths=WIDTHS, chunk_size=config.chunk_size, seed=config.seed,
+        widths=WIDTHS, chunk_size=config.chunk_size, seed=config.seed, progress=progress,
     )  # fmt: skip
     rows = {
         name: {
@@ -146,11 +149,17 @@ def _reference(
 
 
 def evaluate(
-    model: ImageModel, guide: Any, images: Tensor, config: RunConfig
+    model: ImageModel, guide: Any, images: Tensor, config: RunConfig, progress: bool = False
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Returns the scores of a record, and a table with one row per image."""
     evidence = log_evidence(
-        model, guide, images, config.num_samples, chunk_size=config.chunk_size, seed=config.seed
+        model,
+        guide,
+        images,
+        config.num_samples,
+        chunk_size=config.chunk_size,
+        seed=config.seed,
+        progress=progress,
     )
     names = ("log_evidence", "standard_error", "effective_sample_size", "elbo")
     table = pd.DataFrame({name: getattr(evidence, name).cpu().numpy() for name in names})

@@ -12,11 +12,11 @@ from typing import Any, Unpack
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 import pyro_gpvae
 from pyro_gpvae.core._environment import environment, sha256
 from pyro_gpvae.core._files import write_json, write_text
+from pyro_gpvae.core._progress import progress_bar
 from pyro_gpvae.evaluation.gap import BATCH, LADDER, decompose
 from pyro_gpvae.evaluation.importance import PARETO_LIMIT
 from pyro_gpvae.runs.folder import Place, Run, load_run
@@ -77,8 +77,8 @@ def measure_gaps(
         labels = guides if unique else [str(run.folder) for run in runs]
     counts = [min(num_images, len(run.data.test)) for run in runs]
     tables = []
-    hidden = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=sum(counts), desc="inference gap", unit="image", disable=hidden) as bar:
+    shown = None if progress else False
+    with progress_bar(shown, "inference gap", sum(counts), unit="image") as bar:
         for run, count, label in zip(runs, counts, labels, strict=True):
             own: dict[str, Any] = {"run": str(run.folder), "label": label}
             own |= {"guide": run.config.guide, "seed": run.config.seed}

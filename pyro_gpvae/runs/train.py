@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -246,7 +247,8 @@ def _train(
             record["warm_start"] = start.record
         if (plan := options.get("plan")) is not None:
             record["plan"] = dict(plan)
-        return _finish(folder, record, data.test, model, guide, history)
+        shown = bool(progress) and sys.stderr.isatty()
+        return _finish(folder, record, data.test, model, guide, history, shown)
 
 
 def _build(
@@ -289,13 +291,14 @@ def _finish(
     model: ImageModel,
     guide: torch.nn.Module,
     trained: History,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the trained guide, completes the record, and writes the files of the run."""
     history, config = trained.frame(), RunConfig(**record["config"])
     write_text(folder / "history.csv", history.to_csv(index=False))
     _check_finite(config, folder, loss=history["loss"].iloc[-1])
     begin = time.monotonic()
-    scores, table = evaluate(model, guide, images, config)
+    scores, table = evaluate(model, guide, images, config, progress)
     _check_finite(config, folder, elbo=scores["elbo"], log_evidence=scores["log_evidence"])
     record["config"]["chunk_size"] = scores["chunk_size"]
     seconds = {"training": float(history["seconds"].iloc[-1])}

@@ -11,11 +11,11 @@ from typing import Any, Unpack, cast
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._float32 import without_autocast
 from pyro_gpvae.core._programs import PyroProgram, own_parameters
+from pyro_gpvae.core._progress import progress_bar
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.core._signals import Interrupts, stopped
 from pyro_gpvae.data.batch import Data, batch_of, take, to_batch
@@ -40,8 +40,8 @@ class FitOptions(StepOptions, total=False):
     """Further options of :func:`fit`.
 
     Attributes:
-        progress: Whether to show a progress bar on a terminal, or else log each epoch at the level
-            INFO; a text is the label. True by default.
+        progress: Whether to show a progress bar on a terminal or in a notebook, and elsewhere log
+            each epoch at the level INFO; a text is the label. True by default.
         callbacks: Functions that are called after each epoch with its row of the history, such as
             ``lambda row: writer.add_scalar("loss", row["loss"], row["step"])`` for TensorBoard.
             Both programs are in evaluation mode then. An exception ends the training.
@@ -142,9 +142,8 @@ def fit(
             stack.callback(module.eval)
         if checkpoints:
             stack.enter_context(checkpoints.in_use())
-        bar = stack.enter_context(
-            tqdm(total=num_steps, desc=label, disable=None if progress else True)
-        )
+        shown = None if progress else False
+        bar = stack.enter_context(progress_bar(shown, label, num_steps, unit="step"))
         first = take(batches.sample, slice(batches.batch_size))
         make_step = TrainingStep(
             model, guide, first, batches.num_images, num_steps=num_steps, **step
