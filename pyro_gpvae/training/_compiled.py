@@ -285,6 +285,7 @@ def _check_constants(traced: GraphModule) -> None:
 
 def _lift_noise(traced: GraphModule) -> list[Callable[[], Tensor]]:
     """Makes the results of random operators the last inputs of the graph."""
+    # inductor's fallback_random draws the eager numbers as well, but changes their order
     graph = traced.graph
     draws: list[Callable[[], Tensor]] = []
     last = graph.find_nodes(op="placeholder")[-1]

@@ -16,12 +16,7 @@ from pyro_gpvae.core._errors import UnsupportedError
 from pyro_gpvae.training.step import TrainingStep
 
 N, B = 50, 8
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """ "compiled" runs the graph that would be compiled, operator by operator."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 def assert_backends_agree(model, guide, dtype=torch.float64, **options):

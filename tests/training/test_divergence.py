@@ -17,14 +17,9 @@ from pyro_gpvae.model.elbo import Block
 from pyro_gpvae.training import _divergence, loop
 from pyro_gpvae.training.step import TrainingStep
 
+pytestmark = pytest.mark.usefixtures("interpreted")
 GOOD = uint8(N).clamp(max=254)
 with_backends = pytest.mark.parametrize("backend", ["eager", "compiled"])
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """ "compiled" runs the graph that would be compiled, operator by operator."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
 
 
 class Breaking(GaussianGuide):
