@@ -1,12 +1,12 @@
-r"""Kills a training over and over, with SIGKILL, and checks that nothing is lost.
+r"""Kills trainings over and over, with SIGKILL, and checks that nothing is lost.
 
-    OMP_NUM_THREADS=1 python experiments/reliability/crash_campaign.py --kills 100
+    OMP_NUM_THREADS=1 python experiments/reliability/crash_campaign.py --kills 130
 
-A GPVAE is trained on the embedded digits with a checkpoint every few steps. Its process is killed
-at random moments, every second time as soon as it is seen writing a checkpoint, and is then
-continued, until the run is finished; then the next run begins. Every finished run must have the
-weights, history and scores of the undisturbed one, bit for bit, and no kill may cost more steps
-than one interval between checkpoints.
+Each guide is trained on the embedded digits with a checkpoint every few steps. The process is
+killed in turn at a random moment, start-up included; while it writes a checkpoint; and after the
+training, while it evaluates and makes its last writes. It is then continued, until the run is
+finished; then the next run begins. Every finished run must have the weights, history and scores of
+the undisturbed one, bit for bit, and no kill may cost more steps than one interval.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ import tempfile
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import tyro
+from _attempt import publish
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pyro_gpvae import Checkpoints, RunConfig, resume_run, train_run
-from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import partial_folder, write_json, write_text
+from pyro_gpvae import Checkpoints, RunConfig, train_run
+from pyro_gpvae.core._files import partial_folder, read_json
+from pyro_gpvae.core._registry import registered_guides
+
+AIMS = ("at a random moment", "writing a checkpoint", "after training")
 
 
 @dataclass(kw_only=True)
@@ -38,172 +41,132 @@ class Options:
     """Options of the campaign.
 
     Attributes:
-        kills: How many kills.
-        guide: What is trained.
+        kills: How many kills, of all guides together.
+        guides: What is trained; by default all registered guides.
         train_images: On how many digits.
-        epochs: For how long.
         interval: Steps between checkpoints.
         seed: Of the moments of the kills, and of the training.
-        out: Folder of the summary; None is none.
+        out: Folder of the record; None is none.
     """
 
-    kills: int = 100
-    guide: str = "gp"
-    train_images: int = 512
-    epochs: int = 2
+    kills: int = 130
+    guides: tuple[str, ...] = ()
+    train_images: int = 256
     interval: int = 3
     seed: int = 0
     out: Path | None = None
 
 
-@dataclass
-class Summary:
-    """What happened; counts."""
+class Campaign:
+    """The runs of one guide in a folder, and what happened to them."""
 
-    kills: int = 0
-    inside_a_checkpoint: int = 0
-    finished_runs: int = 0
-    identical_runs: int = 0
-    steps_of_a_run: int = 0
-    interval: int = 0
-    most_steps_repeated: int = 0
-    seconds: float = 0.0
+    def __init__(self, guide: str, options: Options, root: Path) -> None:
+        self.config = RunConfig(
+            guide=guide, latent_dim=3, epochs=2, batch_size=32, train_images=options.train_images,
+            test_images=10, num_samples=10, seed=options.seed, device="cpu",
+        )  # fmt: skip
+        self.root, self.interval = root, options.interval
+        self.moments = random.Random(f"{options.seed} {guide}")
+        self.counts: Counter[str] = Counter()
+        begin = time.monotonic()
+        process = self.start(root / "undisturbed")
+        trained = self.kill(process, root / "undisturbed", AIMS[2], None)
+        self.duration = time.monotonic() - begin
+        self.tail = time.monotonic() - trained
+
+    def run(self, name: str, kills: int) -> bool:
+        """Trains one run that is killed up to so many times; True if it is the undisturbed one."""
+        out, steps = self.root / name, self.root / f"{name}.steps"
+        while True:
+            reached, before = self.last_checkpoint(out), _size(steps)
+            process, aim = self.start(out), AIMS[self.counts.total() % 3]
+            if self.kill(process, out, aim, self.moments if kills else None):
+                break
+            kills -= 1
+            self.counts[aim if reached is not None or _size(steps) else "before a checkpoint"] += 1
+            now = _size(self.root / "undisturbed.steps") if out.exists() else None
+            now = self.last_checkpoint(out) if now is None else now
+            if (lost := (reached or 0) + _size(steps) - before - (now or 0)) > self.interval:
+                raise RuntimeError(f"a kill cost {lost} steps of {self.config.guide}")
+        return _equal(self.root / "undisturbed", out)
+
+    def start(self, out: Path) -> int:
+        """Forks a process that trains, or goes on training; every step adds a byte to a file."""
+        sys.stdout.flush()
+        if process := os.fork():
+            return process
+        code = 1
+        try:
+            steps = os.open(
+                out.with_name(f"{out.name}.steps"), os.O_WRONLY | os.O_APPEND | os.O_CREAT
+            )
+
+            def note(*_: object) -> None:
+                os.write(steps, b".")
+
+            register_optimizer_step_post_hook(note)
+            warnings.simplefilter("ignore")
+            train_run(self.config, out, resume=True, progress=False, checkpoint_every=self.interval)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def kill(self, process: int, out: Path, aim: str, moments: random.Random | None) -> Any:
+        """Kills a process with the aim, if there are moments; else returns when it was trained.
+
+        Returns:
+            None if it was killed; otherwise the time at which the training was seen to be over.
+        """
+        begin, trained = time.monotonic(), 0.0
+        wait = moments.uniform(0, self.tail if aim == AIMS[2] else self.duration) if moments else 0
+        while True:
+            now = time.monotonic()
+            if not trained and (partial_folder(out) / "history.csv").exists():
+                trained = now
+            ready = now >= begin + wait
+            if aim == AIMS[1]:
+                ready = ready and (partial_folder(out) / ".checkpoint.pt.partial").exists()
+            elif aim == AIMS[2]:
+                ready = bool(trained) and now >= trained + wait
+            if moments and ready:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                return None
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended and status:
+                raise RuntimeError(f"a training that nobody killed ended with status {status}")
+            if ended:
+                return trained or now
+            time.sleep(0.0002)
+
+    @staticmethod
+    def last_checkpoint(out: Path) -> int | None:
+        """The step of the newest checkpoint that is whole."""
+        state = Checkpoints(partial_folder(out)).latest()
+        return None if state is None else state.step
 
 
-def main(options: Options) -> Summary:
-    config = RunConfig(
-        guide=options.guide,
-        latent_dim=5,
-        epochs=options.epochs,
-        batch_size=32,
-        train_images=options.train_images,
-        test_images=20,
-        num_samples=10,
-        seed=options.seed,
-        device="cpu",
-    )
-    moments = random.Random(options.seed)
-    summary = Summary(interval=options.interval)
+def main(options: Options) -> bool:
+    found = []
+    guides = options.guides or tuple(registered_guides())
     # a kill may lose time, never damage a checkpoint: a warning of one is an error here
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("error")
-        root = Path(folder)
-        begin = time.monotonic()
-        _wait(_start(config, root / "undisturbed", root / "steps", options.interval))
-        duration = time.monotonic() - begin
-        summary.steps_of_a_run = _count(root / "steps")
-        number = 0
-        while summary.kills < options.kills:
-            number += 1
-            out, steps = root / f"run-{number}", root / f"steps-{number}"
-            finished = False
-            while not finished:
-                reached, before = _last_checkpoint(out), _count(steps)
-                process = _start(config, out, steps, options.interval)
-                if summary.kills < options.kills:
-                    aim = summary.kills % 2 == 1
-                    finished = _kill(process, out, moments.uniform(0, duration), aim)
-                else:
-                    finished = _wait(process)
-                if finished:
-                    break
-                summary.kills += 1
-                summary.inside_a_checkpoint += bool(list(partial_folder(out).glob(".*.partial")))
-                now = summary.steps_of_a_run if out.exists() else _last_checkpoint(out)
-                lost = (reached or 0) + _count(steps) - before - (now or 0)
-                summary.most_steps_repeated = max(summary.most_steps_repeated, lost)
-            summary.finished_runs += 1
-            summary.identical_runs += _equal(root / "undisturbed", out)
-        summary.seconds = time.monotonic() - begin
-    text = report(options, summary)
-    print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        record: dict[str, Any] = {
-            "options": asdict(options) | {"out": str(options.out)},
-            "summary": asdict(summary),
-            **environment(torch.device("cpu")),
-        }
-        write_json(options.out / "crash_campaign.json", record)
-        write_text(options.out / "crash_campaign.md", text)
-    return summary
+        for guide in guides:
+            (Path(folder) / guide).mkdir()
+            campaign, number = Campaign(guide, options, Path(folder) / guide), 0
+            while (left := options.kills // len(guides) - campaign.counts.total()) > 0:
+                number += 1
+                same = campaign.run(f"run-{number}", left)
+                found.append((guide, "identical" if same else "broken", f"run {number} differs"))
+            found += [(guide, f"killed {aim}", "") for aim in campaign.counts.elements()]
+    chosen = {"kills": options.kills, "interval": options.interval, "seed": options.seed}
+    return publish("crash_campaign", options.out, chosen, found)
 
 
-def kept(summary: Summary) -> bool:
-    """Whether every promise was kept."""
-    identical = summary.finished_runs == summary.identical_runs > 0
-    return identical and summary.most_steps_repeated <= summary.interval
-
-
-def report(options: Options, summary: Summary) -> str:
-    """The summary as Markdown."""
-    rows = "\n".join(
-        f"| {name.replace('_', ' ')} | {value:.0f} |" for name, value in asdict(summary).items()
-    )
-    return (
-        f"| crash campaign | count |\n|---|--:|\n{rows}\n\n"
-        f"`{options.guide}` on {options.train_images} digits, {options.epochs} epochs, a "
-        f"checkpoint every {options.interval} steps, seed {options.seed}. Every second kill is "
-        "aimed at a process that is writing a checkpoint. "
-        f"{'All promises were kept.' if kept(summary) else 'A PROMISE WAS BROKEN.'}\n"
-    )
-
-
-def _start(config: RunConfig, out: Path, steps: Path, interval: int) -> int:
-    """Forks a process that trains, or goes on training; every step adds a byte to a file."""
-    sys.stdout.flush()
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        log = os.open(steps, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-        def note(*_: object) -> None:
-            os.write(log, b".")
-
-        register_optimizer_step_post_hook(note)
-        warnings.simplefilter("ignore")
-        if partial_folder(out).is_dir() and (partial_folder(out) / "config.json").is_file():
-            resume_run(out, progress=False, checkpoint_every=interval)
-        elif not out.exists():
-            train_run(config, out, progress=False, checkpoint_every=interval)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def _kill(process: int, out: Path, seconds: float, aim: bool) -> bool:
-    """Kills a process after so many seconds, or when it next writes; True if it ended before."""
-    end = time.monotonic() + seconds
-    while True:
-        left = time.monotonic() >= end
-        if left and (not aim or list(partial_folder(out).glob(".*.partial"))):
-            os.kill(process, signal.SIGKILL)
-            break
-        if os.waitpid(process, os.WNOHANG)[0]:
-            return True
-        time.sleep(0.0002)
-    os.waitpid(process, 0)
-    return False
-
-
-def _wait(process: int) -> bool:
-    status = os.waitpid(process, 0)[1]
-    if status != 0:
-        raise RuntimeError(f"a training that nobody killed ended with status {status}")
-    return True
-
-
-def _last_checkpoint(out: Path) -> int | None:
-    """The step of the newest checkpoint that is whole."""
-    state = Checkpoints(partial_folder(out)).latest()
-    return None if state is None else state.step
-
-
-def _count(path: Path) -> int:
+def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
@@ -213,11 +176,10 @@ def _equal(first: Path, second: Path) -> bool:
         (first / name).read_bytes() == (second / name).read_bytes()
         for name in ("weights.safetensors", "scores.csv", "config.json")
     )
-    histories = [
-        pd.read_csv(run / "history.csv").drop(columns="seconds") for run in (first, second)
-    ]
-    return same and histories[0].equals(histories[1])
+    scores = [read_json(run / "record.json")["scores"] for run in (first, second)]
+    frames = [pd.read_csv(run / "history.csv").drop(columns="seconds") for run in (first, second)]
+    return same and scores[0] == scores[1] and frames[0].equals(frames[1])
 
 
 if __name__ == "__main__":
-    sys.exit(0 if kept(main(tyro.cli(Options, description=__doc__))) else 1)
+    sys.exit(0 if main(tyro.cli(Options, description=__doc__)) else 1)

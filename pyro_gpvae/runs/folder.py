@@ -49,6 +49,9 @@ RUN_FILES = ("config.json", "history.csv", "record.json", "scores.csv", "weights
 #: The newest format of run folders that this version writes; it reads all older ones.
 FORMAT = 1
 
+#: Images of more pixels would only fail in the allocator.
+_MOST_PIXELS = 1 << 22
+
 
 class Place(TypedDict, total=False):
     """Where the parts of a run are now, and whether its guide is trusted.
@@ -92,10 +95,10 @@ class Run:
     @property
     def total_epochs(self) -> int:
         """The epochs of the run and of those that it started from."""
-        count, record = 0, dict(self.record)
+        count, record = self.config.epochs, self.record.get("warm_start")
         while record:
             count += record["config"]["epochs"]
-            record = record.get("warm_start") or {}
+            record = record.get("warm_start")
         return count
 
     @cached_property
@@ -173,13 +176,20 @@ def check_record(record: dict[str, Any], source: Path) -> RunConfig:
             "upgrade pyro-gpvae"
         )
     try:
-        counts = [*record["data"]["image_shape"], record["data"]["train_images"]]
+        shape = record["data"]["image_shape"]
+        counts = [*shape, record["data"]["train_images"]]
         start = record.get("warm_start")
         while start is not None:
             counts.append(start["config"]["epochs"])
             start = start.get("warm_start")
-        if len(record["data"]["image_shape"]) != 3 or not all(type(n) is int for n in counts):
+        if len(shape) != 3 or not all(type(n) is int and n > 0 for n in counts):
             raise ValueError(f"{counts} are not counts")
+        if math.prod(shape) > _MOST_PIXELS:
+            raise ValueError(f"{shape} are more than {_MOST_PIXELS:,} pixels")
+        # null is a Monte-Carlo error that is not known
+        numbers = [record["seconds"]["training"], record["scores"]["monte_carlo_error"] or 0]
+        if not all(isinstance(x, float | int) for x in numbers):
+            raise ValueError(f"{numbers} are not numbers")
         [record["data"][name] for name in ("train_sha256", "test_sha256")]
         scores = [record["scores"][name] for name in ("elbo", "log_evidence")]
         config = dict(record["config"])

@@ -12,7 +12,7 @@ import torch
 from pyro_gpvae.evaluation import generation
 from pyro_gpvae.evaluation.optimum import optimise_gaussian
 from pyro_gpvae.runs.folder import Run
-from pyro_gpvae.runs.report import Section
+from pyro_gpvae.runs.report import Section, number
 
 __all__ = ["configuration", "curves", "latent", "missed", "pictures", "scores"]
 
@@ -38,7 +38,7 @@ def scores(runs: Mapping[str, Run]) -> Section:
             {
                 "run": f"`{label}`",
                 "epochs": f"{run.total_epochs:,}",
-                "log p(x)": f"{found['log_evidence']:.1f} ± {found['monte_carlo_error']:.2f}",
+                "log p(x)": f"{found['log_evidence']:.1f} ± {number(found['monte_carlo_error'])}",
                 "ELBO": f"{found['elbo']:.1f}",
                 "K": f"{found['num_samples']}",
                 "σ": "–" if sigma is None else f"{sigma:.3f}",
@@ -55,6 +55,8 @@ def curves(runs: Mapping[str, Run], caption: str = "") -> Section:
     histories = {}
     for label, run in runs.items():
         history = pd.read_csv(run.folder / "history.csv")
+        if len(history.select_dtypes("number").columns) < len(history.columns):
+            raise ValueError(f"{run.folder / 'history.csv'} is damaged: expected numbers alone")
         epochs = run.total_epochs - len(history)
         histories[label] = history.assign(epoch=history["epoch"] + epochs)
     figure = loss_curves(histories, caption)

@@ -14,6 +14,7 @@ from pyro_gpvae.cli.main import main
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.data.images import load_data
 from pyro_gpvae.runs.reproduce import reproduce_run
+from pyro_gpvae.runs.run_report import report_runs
 
 CONFIG = RunConfig(
     guide="gp", latent_dim=2, decoder="fc", epochs=1, batch_size=48, train_images=64,
@@ -49,6 +50,31 @@ def test_counts_of_a_record_must_be_those_of_the_images(field, value, copy):
     write_json(copy / "record.json", record)
     with pytest.raises(ValueError, match=rf"data.{field} is {value}, expected .* for the images"):
         evaluate_run(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seconds": None},
+        {"seconds": {"training": "1"}},
+        {"data": {"image_shape": [2**31 - 1, 28, 28]}},
+        {"data": {"image_shape": [-1, -28, 28]}},
+    ],
+)
+def test_a_record_that_no_report_can_read_is_refused(change, copy):
+    record = read_json(copy / "record.json")
+    for name, value in change.items():
+        record[name] = record[name] | value if isinstance(value, dict) else value
+    write_json(copy / "record.json", record)
+    with pytest.raises(ValueError, match=r"record\.json is not the record of a run"):
+        load_run(copy)
+
+
+def test_a_damaged_history_is_refused_by_a_report(copy, tmp_path):
+    history = (copy / "history.csv").read_text()
+    (copy / "history.csv").write_text(2 * history)
+    with pytest.raises(ValueError, match=r"history\.csv is damaged"):
+        report_runs([copy], tmp_path / "report.html", images=0, progress=False)
 
 
 class Kill(BaseException):

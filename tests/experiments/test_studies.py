@@ -1,14 +1,10 @@
 """The studies run with tiny settings, and their arithmetic is right."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import ais_cost
 import alternating
-import crash_campaign
 import gradient_variance
 import newton
 import pytest
@@ -78,21 +74,3 @@ def test_committed_pages_are_those_of_the_committed_records(module, tmp_path):
     shutil.copy(RESULTS / f"{name}.json", tmp_path)
     module.main(module.Options(render=True, out=tmp_path))
     assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
-
-
-@pytest.mark.slow
-def test_twenty_kills_lose_nothing(tmp_path):
-    # in a process of its own: it forks, which torch survives only before its threads have run
-    script = crash_campaign.__file__
-    done = subprocess.run(
-        [sys.executable, script, "--kills=20", f"--out={tmp_path}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = read_json(tmp_path / "crash_campaign.json")["summary"]
-    assert summary["kills"] == 20
-    assert summary["inside_a_checkpoint"] > 0
-    assert "All promises were kept." in done.stdout
