@@ -1,7 +1,9 @@
 r"""The documentation: ``sphinx-build -W --keep-going -b html docs docs/_build/html``.
 
 The tutorials are executed while they are built. With the environment variable PYRO_GPVAE_SMOKE
-set they run with budgets of a few seconds, and every page says so.
+set they run with budgets of a few seconds, and every page says so: the front matter of a page has
+pairs of a text and its replacement under "smoke". A build fails if a link of a page leads nowhere,
+or if a page needs a file from the web.
 """
 
 from __future__ import annotations
@@ -9,11 +11,16 @@ from __future__ import annotations
 import functools
 import os
 import pkgutil
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+import yaml
 from docutils import nodes
 from nbclient import NotebookClient
 from sphinx.application import Sphinx
+from sphinx.util import logging
 
 import pyro_gpvae
 
@@ -28,6 +35,8 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx-mathjax-offline",  # MathJax in the built pages
 ]
 exclude_patterns = ["_build", "results/*"]
 
@@ -49,13 +58,12 @@ nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
 nb_execution_timeout = 600
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and output
 # The output of %%bash arrives in pieces of 100 bytes. They are joined here, because myst-nb would
 # break lines between them.
 NotebookClient.__init__ = functools.partialmethod(  # type: ignore[assignment]
     NotebookClient.__init__, coalesce_streams=True
 )
-# Without Jupyter's widgets tqdm warns, although progress bars are off in the tutorials.
-os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 # Names of this project must be documented. Types of other libraries are shown as text.
 nitpicky = True
@@ -95,5 +103,59 @@ def resolve_short_names(app: Sphinx, env: Any, node: Any, content: nodes.Element
     )
 
 
+def use_small_budgets(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Makes the replacements under "smoke" in the front matter of a page."""
+    if not os.environ.get("PYRO_GPVAE_SMOKE") or not source[0].startswith("---\n"):
+        return
+    _, front, text = source[0].split("---\n", 2)
+    for old, new in yaml.safe_load(front).get("smoke", []):
+        if old not in text:
+            raise ValueError(f"{docname}: there is no {old!r} to replace")
+        text = text.replace(old, new)
+    source[0] = f"---\n{front}---\n{text}"
+
+
+class Page(HTMLParser):
+    """What a page defines and needs: its anchors, its links, and the files that it loads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: set[str] = set()
+        self.loaded: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attributes}
+        self.anchors |= {found[name] for name in ("id", "name") if name in found}
+        if "href" in found:
+            (self.links if tag == "a" else self.loaded).add(found["href"])
+        if "src" in found:
+            self.loaded.add(found["src"])
+
+
+def check_links(app: Sphinx, exception: Exception | None) -> None:
+    """Warns of links to missing files and anchors, and of files that a page loads from the web."""
+    if exception is not None or app.builder.format != "html":
+        return
+    folder = Path(app.outdir).resolve()
+    pages = {path: Page(path.read_text(encoding="utf-8")) for path in folder.rglob("*.html")}
+    warn = logging.getLogger(__name__).warning
+    for path, page in pages.items():
+        for link in sorted(page.links | page.loaded):
+            url = urlsplit(link)
+            if url.scheme == "data" or (url.scheme and link in page.links):
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            if url.scheme or url.netloc:
+                warn("%s loads %s", path.relative_to(folder), link)
+            elif not target.is_file():
+                warn("%s links to %s, which is missing", path.relative_to(folder), link)
+            elif target in pages and unquote(url.fragment) not in {"", *pages[target].anchors}:
+                warn("%s links to %s: no such anchor", path.relative_to(folder), link)
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", use_small_budgets)
     app.connect("missing-reference", resolve_short_names)
+    app.connect("build-finished", check_links, priority=900)  # after all files are copied

@@ -19,7 +19,7 @@ from pyro_gpvae.evaluation import (
 )
 from pyro_gpvae.model.density import sample_posterior
 
-__all__ = ["InstanceGuide", "InstanceOptimum"]
+__all__ = ["InstanceGuide"]
 
 
 class InstanceGuide(Program):

@@ -62,13 +62,31 @@ def test_ci_runs_the_commands_of_the_readme():
         assert command in ci
 
 
-def test_there_are_seven_tutorials_and_each_has_a_smoke_setting():
+def test_there_are_seven_tutorials_with_a_smoke_setting_and_a_notebook():
     assert [int(page.name[0]) for page in TUTORIALS] == [1, 2, 3, 4, 5, 6, 7]
     for page in TUTORIALS:
         text = page.read_text()
         assert text.startswith("---\nfile_format: mystnb\n"), page
-        assert 'os.environ.get("PYRO_GPVAE_SMOKE")' in text, page
+        assert "\nsmoke:" in text.split("---\n")[1], page
+        assert "remove-cell" not in text, page  # a reader of the notebook would see the cell
+        assert f"{{nb-download}}`{page.stem}.ipynb`" in text, page
         assert "## What can go wrong" in text, page
+
+
+def test_the_tutorials_work_one_after_the_other_in_one_folder():
+    """No two cells of any pages make the same run folder, which the command would refuse."""
+    made = [folder for page in TUTORIALS for folder in run_folders(page.read_text())]
+    assert {"runs/vae", "runs/gap-vae", "killed/gp-0", "sweep"} <= set(made)
+    assert len(made) == len(set(made)), sorted(made)
+
+
+def run_folders(text):
+    """The folders that the executed cells of a page train or write to."""
+    cells = "".join(re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", text, re.M | re.S))
+    trained = re.findall(r'train_run\(.*?f?"([^"]+)", progress', cells)
+    cells = re.sub(r".*--dry-run.*", "", cells)
+    started = re.findall(r"""--out(?:", "|\s+)(\w[\w/.{}$-]*)""", cells)
+    return trained + started
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
