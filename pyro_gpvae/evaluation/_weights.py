@@ -2,6 +2,7 @@ r"""Log weights log p(x, z) - log q(z|x) from the traces of any model and guide.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -187,8 +188,8 @@ class Weights:
             if is_sampled(site) and not site["is_observed"] and name not in p
             if site["mask"] is not False
         }
-        numbers = {name: self._size(site) for name, site in auxiliary.items()}
-        needed = sum(self._size(p.nodes[name]) for name in points)
+        numbers = {name: self._size(site, shape) for name, site in auxiliary.items()}
+        needed = sum(self._size(p.nodes[name], shape) for name in points)
         what = f"the sites {points} of the guide {name_of(self.guide)} are points"
         if not numbers:
             raise ValueError(
@@ -216,19 +217,13 @@ class Weights:
             log_q = log_q + value.reshape(shape)
         return log_q
 
-    def _size(self, site: Any) -> int:
-        """The number of unconstrained values of a site for one member."""
-        fn, value = site["fn"], site["value"]
-        depth = value.dim() - fn.event_dim
+    def _size(self, site: Any, shape: tuple[int, ...]) -> int:
+        """The number of unconstrained values of a site for one particle and member."""
+        support, size = site["fn"].support, site["value"].shape
+        if not support.is_discrete:
+            size = biject_to(support).inverse_shape(size)
         local = in_plate(site, self.structure.plate) or in_plate(site, self.guide_structure.plate)
-        last = depth - 1 if local else depth
-        plates = value.shape[max(0, depth - self.structure.nesting) : last]
-        shape = (
-            value.shape
-            if fn.support.is_discrete
-            else biject_to(fn.support).inverse_shape(value.shape)
-        )
-        return plates.numel() * shape[depth:].numel()
+        return size.numel() // math.prod(shape if local else shape[:-1])
 
     def _sum_out(self, trace: Any, sites: list[Any], shape: tuple[int, ...]) -> Tensor:
         """Sums p(x, z) over enumerated sites, by Pyro's message passing."""

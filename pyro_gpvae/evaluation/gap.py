@@ -287,24 +287,22 @@ def _elbos(
 def _kl_global(guide: Any, num_train: int | None, like: Tensor) -> Tensor:
     """KL(q(W, U) ‖ p)/N of a random encoder, NaN if it is not known, zero for others: ()."""
     if not isinstance(guide, HasMoments):
-        return like.new_full((), math.nan if _is_random(guide) else 0.0)
+        return like.new_tensor(math.nan if _is_random(guide) else 0.0)
     if num_train is None or num_train < 1:
         raise ValueError(
             "num_train must be the number of training images, by which eq. (2) divides the "
             f"guide's kl_weights(): got {num_train}"
         )
-    kl: Tensor = guide.kl_weights()
-    return kl.to(like) / num_train
+    return guide.kl_weights().to(like) / num_train
 
 
 def _weight_information(guide: Any, batch: Batch, like: Tensor) -> Tensor:
     """I(z; (W, U) | x), NaN if it is not known, zero if nothing is random: (B,)."""
     # without posterior(x), z is scored given the weights, and the ELBO includes their cost
-    if not (_is_random(guide) and isinstance(guide, HasPosterior)):
-        return like.new_zeros(len(batch[0]))
-    if not isinstance(guide, HasMoments):
-        return like.new_full((len(batch[0]),), math.nan)
-    return weight_information(guide, batch[0]).to(like)
+    is_paid = not (_is_random(guide) and isinstance(guide, HasPosterior))
+    if isinstance(guide, HasMoments) and not is_paid:
+        return weight_information(guide, batch[0]).to(like)
+    return like.new_full((len(batch[0]),), 0.0 if is_paid else math.nan)
 
 
 def _is_random(guide: Any) -> bool:

@@ -153,10 +153,7 @@ def _fc_decoder(image_shape: ImageShape, latent_dim: int, parameters: int) -> nn
         sizes = (latent_dim + 1) * width + (width + 1) * width + (width + 1) * pixels
         return abs(sizes - parameters)
 
-    # the number is quadratic in the width: compare the two integers next to its positive root
-    b = latent_dim + 2 + pixels
-    root = int((-b + math.sqrt(b * b + 4 * max(parameters - pixels, 1))) / 2)
-    width = min((max(root, 1), root + 1), key=excess)
+    width = min(range(1, math.isqrt(parameters) + 2), key=excess)
     layers: list[nn.Module] = [nn.Linear(latent_dim, width), nn.ReLU(), nn.Linear(width, width)]
     layers += [nn.ReLU(), nn.Linear(width, pixels), nn.Unflatten(1, image_shape)]
     return nn.Sequential(*layers)
