@@ -25,15 +25,28 @@ def exact_float32() -> Iterator[None]:
 
     By default torch computes convolutions in TF32 on NVIDIA GPUs, with 10 bits of mantissa.
     """
+    cublas: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    matmul: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    backends = (*matmul, cudnn.conv, cudnn.rnn)
-    before = [backend.fp32_precision for backend in backends]
+    new = (cublas, cudnn.conv, cudnn.rnn)
+    every: tuple[Any, ...] = (*new, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in every]
+    # torch has two sets of names for these settings. It refuses to read the older names once the
+    # newer ones hold a value that the older ones cannot express.
+    try:
+        old = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:
+        old = None
     with without_autocast():
         try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
+            if old is None:
+                for backend in new:
+                    backend.fp32_precision = "ieee"
+            else:
+                cublas.allow_tf32 = cudnn.allow_tf32 = False
             yield
         finally:
-            for backend, value in zip(backends, before, strict=True):
+            if old is not None:
+                torch.set_float32_matmul_precision(old[0])
+                cudnn.allow_tf32 = old[1]
+            for backend, value in zip(every, before, strict=True):
                 backend.fp32_precision = value
