@@ -37,10 +37,9 @@ def share_against_passes(rows: list[dict[str, Any]], caption: str = "") -> Figur
     highest = [*accumulate((share for _, share, *_ in points), max)]
     axes.step([point[0] for point in points], highest, where="post", color="0.6", label="frontier")
     for number, (passes, share, spread, name) in enumerate(points):
-        style: Any = {
-            "fmt": MARKERS[number % len(MARKERS)],
-            "color": COLOURS[number % len(COLOURS)],
-        }
+        # colours repeat after seven guides, the pairs of colour and marker do not
+        marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+        style: Any = {"fmt": marker, "color": COLOURS[number % len(COLOURS)]}
         axes.errorbar(passes, share, spread or None, capsize=2, label=name, **style)
     for level, name in ((0, "encoder of the VAE"), (100, "optimum for each image")):
         axes.axhline(level, color="0.6", linewidth=0.8, linestyle="--")

@@ -15,7 +15,6 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import tyro
 from _study import publish
 from torch import Tensor
 
-from pyro_gpvae import RunConfig, load_run, log_evidence, make_guide, train_run
+from pyro_gpvae import ImageModel, fit, initial_sigma, load_data, log_evidence, make_guide
 from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation.annealing import annealed_evidence
 from pyro_gpvae.evaluation.importance import ParetoWarning
@@ -64,8 +63,14 @@ class Options:
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """Returns a row for each setting, and the bounds on simulated images."""
-    model, encoder, x = train(options)
+    """Trains the VAE, and returns a row for each setting."""
+    data = load_data("mnist5k")
+    torch.manual_seed(options.seed)
+    model = ImageModel(data.image_shape, options.latent_dim, sigma=initial_sigma(data.train))
+    encoder = make_guide("vae", model)
+    fit(model, encoder, data.train, epochs=options.epochs, seed=options.seed, progress=False)
+    model.requires_grad_(False)
+    x = data.test[: options.images]
     optimum = make_guide("instance:full", model, warm_start=encoder)
     guides: dict[str, Any] = {"prior": None, "encoder": encoder, "optimum": optimum}
     settings = [("IWAE", start, k) for start in ("encoder", "optimum") for k in options.samples]
@@ -125,22 +130,6 @@ def measure(options: Options) -> dict[str, Any]:
             }
         )
     return {"rows": rows}
-
-
-def train(options: Options) -> tuple[Any, Any, Tensor]:
-    """Returns a trained model, its encoder, and test images."""
-    with TemporaryDirectory() as folder:
-        config = RunConfig(
-            guide="vae",
-            latent_dim=options.latent_dim,
-            epochs=options.epochs,
-            test_images=options.images,
-            seed=options.seed,
-            device="cpu",
-        )
-        train_run(config, folder, overwrite=True)
-        run = load_run(folder)
-    return run.model.requires_grad_(False), run.guide, run.data.test[: options.images]
 
 
 def page(record: dict[str, Any]) -> str:
