@@ -8,11 +8,14 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
+from pyro.infer.autoguide.effect import AutoMessenger
+from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_gpvae.core._errors import nonfinite_as_error
+from pyro_gpvae.core._programs import HALF, autoguides_of
 
 #: The name of the data plate in the programs of this library. Other programs may use another name.
 DATA_PLATE = "data"
@@ -52,11 +55,17 @@ def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:
     several, it is the one named "data".
 
     Raises:
-        ValueError: If there is no such plate, or several of other names; if the plate subsamples,
-            because its sites would be scaled twice; if no latent site lies in it; or if an
-            observed site lies in another plate at dimension -1.
+        ValueError: If a site is in half precision; if there is no such plate, or several of other
+            names; if the plate subsamples, because its sites would be scaled twice; if no latent
+            site lies in it; or if an observed site lies in another plate at dimension -1.
     """
     sites = {name: site for name, site in nodes.items() if is_sampled(site)}
+    for name, site in sites.items():
+        if getattr(site["value"], "dtype", None) in HALF:
+            raise ValueError(
+                f"the site {name!r} is {site['value'].dtype}, in which log densities are wrong by "
+                "whole nats: call float() on the parameters of its distribution"
+            )
     stacks = [site["cond_indep_stack"] for site in sites.values()]
     last = {frame.name: frame for stack in stacks for frame in stack if frame.dim == -1}
     for frame in last.values():
@@ -92,22 +101,54 @@ def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:
     return plate
 
 
-def check_separable(nodes: Mapping[str, Any], plate: str) -> None:
-    """Raises ValueError if a guide draws local latents from one auxiliary site outside their plate.
+def hide_observations(guide: Any) -> Any:
+    """Returns a guide without the observed sites of the model that a ``GuideMessenger`` runs."""
+    is_messenger = isinstance(guide, GuideMessenger)
+    return poutine.block(guide, hide_fn=is_observation) if is_messenger else guide
 
-    The density of such a site belongs to all members of a batch, and has no right weight in a
-    minibatch. Pyro's ``AutoMultivariateNormal`` of local latents has such a site.
+
+def check_guide_sites(nodes: Mapping[str, Any]) -> None:
+    """Raises ValueError if a guide observes a value, which is no part of q; factors may be."""
+    found = [
+        name
+        for name, site in nodes.items()
+        if is_observation(site) and not isinstance(site["fn"], Unit) and site["mask"] is not False
+    ]
+    if found:
+        raise ValueError(
+            f"the guide observes {found}, whose density would be divided out of p(x, z): only the "
+            "model may have obs="
+        )
+
+
+def check_separable(guide: Any, nodes: Mapping[str, Any], plate: str) -> None:
+    """Raises ValueError if a guide cannot be trained on a part of the data.
+
+    The density of an auxiliary site outside the data plate, from which local latents are drawn,
+    belongs to all members of a batch, and has no right weight in a minibatch. Pyro's autoguides
+    have parameters for each member of the batch that they have seen first.
     """
     sampled = [site for site in nodes.values() if is_sampled(site)]
     auxiliary = [s for s in sampled if s["infer"].get("is_auxiliary") and s["mask"] is not False]
     local = [site["name"] for site in sampled if in_plate(site, plate)]
     points = [s["name"] for s in sampled if isinstance(s["fn"], Delta) and s["name"] in local]
+    why = "it is not amortised, and needs all data in one batch (batch_size = number of data)"
     if points and auxiliary and not any(site["name"] in local for site in auxiliary):
         raise ValueError(
             f"the guide draws {points} of all members of a batch from its site "
-            f"{auxiliary[0]['name']!r} outside of plate({plate!r}): it is not amortised, and needs "
-            "all data in one batch (batch_size = number of data)"
+            f"{auxiliary[0]['name']!r} outside of plate({plate!r}): {why}"
         )
+    for auto in autoguides_of(guide):
+        if isinstance(auto, AutoMessenger):
+            known = [] if plate in auto.amortized_plates else local
+        else:
+            known = getattr(auto.prototype_trace, "nodes", [])
+        held = [name for name in local if name in known]
+        if held:
+            raise ValueError(
+                f"{type(auto).__name__} has parameters for each member of a batch, for the sites "
+                f"{held}: {why}"
+            )
 
 
 def nodes_of(program: Any, batch: Sequence[Tensor], **kwargs: Any) -> Mapping[str, Any]:

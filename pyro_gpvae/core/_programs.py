@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 import pyro
 import torch
 from pyro.distributions import constraints
+from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ _Result = TypeVar("_Result")
 
 #: A Pyro model or guide: any callable of a batch that has sample statements.
 PyroProgram = Callable[..., Any]
+#: In these dtypes log densities are wrong by whole nats.
+HALF = (torch.float16, torch.bfloat16)
 #: Pyro's handlers, its parameter store and torch's global random state belong to all threads of a
 #: process. What relies on them holds this lock, so that threads take turns.
 pyro_lock = threading.RLock()
@@ -104,6 +108,13 @@ def modules_of(program: Any) -> dict[str, nn.Module]:
     return found
 
 
+def autoguides_of(program: Any) -> list[Any]:
+    """Returns Pyro's autoguides in a program, which have parameters for each member of a batch."""
+    outermost = modules_of(program).values()
+    inner = [module for each in outermost for module in each.modules()]
+    return [module for module in inner if isinstance(module, AutoGuide | AutoMessenger)]
+
+
 def _referred(function: Any) -> list[tuple[str, Any]]:
     """Returns what a function refers to outside of itself, by name, in the order of its code."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -124,17 +135,16 @@ def _global_names(code: CodeType) -> tuple[str, ...]:
 
 def check_precision(*programs: Any) -> None:
     """Raises ValueError, which names the parameter, if one is in half precision."""
-    half = (torch.float16, torch.bfloat16)
     for role, program in zip(("model", "guide"), programs, strict=False):
         for prefix, module in modules_of(program).items():
             for name, parameter in module.named_parameters():
-                if parameter.dtype in half:
+                if parameter.dtype in HALF:
                     where = ".".join(filter(None, (role, prefix, name)))
                     raise ValueError(
                         f"{where} is {parameter.dtype}, in which log densities are wrong by whole "
                         "nats: call float() on the model and the guide"
                     )
-    if torch.get_default_dtype() in half:
+    if torch.get_default_dtype() in HALF:
         raise ValueError(
             f"the default dtype is {torch.get_default_dtype()}, in which log densities are wrong "
             "by whole nats: call torch.set_default_dtype(torch.float32)"

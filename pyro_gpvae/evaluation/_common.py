@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide.effect import AutoMessenger
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -106,7 +107,7 @@ def check_at_least(minimum: int, **values: int) -> None:
 
 def check_amortised(guide: Any) -> None:
     """Raises ValueError for Pyro's autoguides, which know only the data they were fitted to."""
-    if isinstance(guide, AutoGuide):
+    if isinstance(guide, AutoGuide | AutoMessenger):
         name = name_of(guide)
         raise ValueError(
             f"{name} is not amortised: it holds the posteriors of the data that it was fitted to. "

@@ -21,7 +21,14 @@ from torch.distributions import biject_to
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.core._errors import nonfinite_as_error, unvalidated
-from pyro_gpvae.core._plates import check_observes, in_plate, is_sampled
+from pyro_gpvae.core._plates import (
+    check_guide_sites,
+    check_observes,
+    hide_observations,
+    in_plate,
+    is_observation,
+    is_sampled,
+)
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._progress import tqdm
 from pyro_gpvae.data.batch import Batch
@@ -90,7 +97,7 @@ class Weights:
         """The guide, or a program that samples from its q(z|x), which is computed once."""
         q = posterior_of(self.guide, *batch)
         if q is None:
-            return self.guide
+            return hide_observations(self.guide)
         if not isinstance(q, LatentPosterior) and len({*self.latent} - {"z"}) > 1:
             raise ValueError(
                 f"posterior(x) of the guide {name_of(self.guide)} is the distribution of one site, "
@@ -172,7 +179,10 @@ class Weights:
         proposed = [name for name in latent if name in local_q]
         unscored = {n for n in latent if n not in proposed and _ENUMERATED not in sites[n]["infer"]}
         scored = [site for name, site in sites.items() if name not in unscored]
-        log_q = self.structure.log_prob([local_q.nodes[name] for name in proposed], shape)
+        check_guide_sites(local_q.nodes)
+        factors = [site for site in local_q.nodes.values() if is_observation(site)]
+        proposals = [local_q.nodes[name] for name in proposed]
+        log_q = self.structure.log_prob(proposals + factors, shape)
         points = [name for name in proposed if is_point(local_q.nodes[name]["fn"])]
         if points:
             log_q = log_q + self._log_auxiliary(p, q, points, shape)
@@ -195,6 +205,14 @@ class Weights:
             raise ValueError(
                 f"{what}, which have no density: log p(x) needs a guide with a density"
             )
+        outside = [n for n, site in auxiliary.items() if not self.guide_structure.is_local(site)]
+        if outside and shape[-1] > 1:
+            raise ValueError(
+                f"the guide {name_of(self.guide)} draws all {shape[-1]} members of the batch at "
+                f"once, from its sites {outside}, so that they have no weights of their own: "
+                "evaluate a batch of one member, or use make_guide("
+                f'"instance:autoguide={name_of(self.guide)}", model), which fits it to each one'
+            )
         if sum(numbers.values()) != needed:
             raise ValueError(
                 f"{what} with {needed} numbers, and its auxiliary sites hold {numbers}: log q(z|x) "
@@ -204,15 +222,7 @@ class Weights:
         q.compute_log_prob(lambda name, _: name in auxiliary)
         local = [site for site in auxiliary.values() if self.guide_structure.is_local(site)]
         log_q = self.structure.log_prob(local, shape)
-        for name, site in auxiliary.items():
-            if self.guide_structure.is_local(site):
-                continue
-            if shape[-1] > 1:
-                raise ValueError(
-                    f"the site {name!r} of the guide {name_of(self.guide)} is one draw for all "
-                    f"{shape[-1]} members of the batch, so that they have no weights of their own: "
-                    "evaluate a batch of one member"
-                )
+        for site in map(auxiliary.__getitem__, outside):
             value = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
             log_q = log_q + value.reshape(shape)
         return log_q

@@ -256,7 +256,8 @@ def sigmoidal_schedule(num_steps: int, steepness: float = 4.0) -> list[float]:
         [0.0, 0.105, 0.5, 0.895, 1.0]
     """
     check_at_least(1, num_steps=num_steps)
-    s = torch.linspace(-steepness, steepness, num_steps + 1, dtype=torch.float64).sigmoid()
+    s = torch.linspace(-steepness, steepness, num_steps + 1, dtype=torch.float64, device="cpu")
+    s = s.sigmoid()
     return cast(list[float], ((s - s[0]) / (s[-1] - s[0])).tolist())
 
 
@@ -283,7 +284,7 @@ class _Annealing:
         """Calls the work with the number of images whose chains fit into a chunk."""
         device = device_of(data, self.model, self.guide)
         chains, size = chains_with_pilots(self.num_chains), self.settings.chunk_size
-        with seeded(self.seed, device):
+        with seeded(self.seed, device), device:  # instead of a default device
             return halving_chunks(lambda size: work(max(1, size // chains)), size, device)
 
     def bar(self, total: int) -> tqdm:

@@ -322,7 +322,10 @@ def _family(guide: Any, density: JointDensity) -> Family:
         with seeded(seed, batch[0].device):
             traces.append(poutine.trace(guide).get_trace(*batch).nodes)
     nodes = traces[0]
-    free = [name for name, s in nodes.items() if is_sampled(s) and not is_point(s["fn"])]
+    sampled = {name: site for name, site in nodes.items() if is_sampled(site)}
+    if any(site["is_observed"] for site in sampled.values()):  # a factor
+        return "other"
+    free = [name for name, site in sampled.items() if not is_point(site["fn"])]
     scores = [
         [trace[name]["fn"].log_prob(nodes[name]["value"]) for name in free] for trace in traces
     ]

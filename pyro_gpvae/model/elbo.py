@@ -25,10 +25,12 @@ from torch.distributions import kl_divergence
 
 from pyro_gpvae.core._float32 import exact_float32
 from pyro_gpvae.core._plates import (
+    check_guide_sites,
     check_observes,
     check_separable,
     data_plate,
     find_data_plate,
+    hide_observations,
     in_plate,
     is_sampled,
 )
@@ -259,7 +261,7 @@ class PerImage(Program):
 
     def forward(self, *batch: Any, **kwargs: Any) -> Any:
         with _PerImageScale(self.find_plate(*batch, **kwargs), len(batch[0]), self.num_images):
-            return self.program(*batch, **kwargs)
+            return hide_observations(self.program)(*batch, **kwargs)
 
     def find_plate(self, *batch: Any, **kwargs: Any) -> str:
         """Returns the name of the data plate, for which the program is run once at the first call.
@@ -312,14 +314,15 @@ def elbo_terms(
     batch = to_batch(data, model, guide)
     terms = dict.fromkeys(("log_likelihood", "kl_z", "kl_global"), 0.0)
     with evaluation_mode((model, guide)), exact_float32():
-        guide_trace: Any = poutine.trace(guide).get_trace(*batch)
+        guide_trace: Any = poutine.trace(hide_observations(guide)).get_trace(*batch)
+        check_guide_sites(guide_trace.nodes)
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
         model_trace: Any = poutine.trace(replayed).get_trace(*batch)
         check_observes(model_trace.nodes)
         for trace, sign in ((guide_trace, -1.0), (model_trace, 1.0)):
             plate = data_plate(trace.nodes, len(batch[0]))
             if trace is guide_trace and len(batch[0]) != num_images:
-                check_separable(trace.nodes, plate)
+                check_separable(guide, trace.nodes, plate)
             trace.compute_log_prob(lambda _, site: is_sampled(site))
             for site in filter(is_sampled, trace.nodes.values()):
                 log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])

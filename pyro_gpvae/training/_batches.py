@@ -42,6 +42,7 @@ class TensorBatches:
         #: the first members, at least a minibatch
         self.sample = take(data, slice(max(SAMPLE_SIZE, batch_size)))
         self.source = "tensors"
+        self._keeps_order = False
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
@@ -50,10 +51,16 @@ class TensorBatches:
         """Returns the SHA-256 of all data."""
         return sha256(*self.data)
 
+    def keep_order(self) -> None:
+        """Keeps the order of all members, if they are one minibatch."""
+        self._keeps_order = True
+
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
         """Iterates over an epoch without its first minibatches; the generator decides the order."""
         # a default device is not that of the generator
         order = torch.randperm(self.num_images, generator=generator, device=CPU)
+        if self._keeps_order and len(self) == 1:
+            order = order.sort().values
         for numbers in order.to(self.data[0].device).split(self.batch_size)[skip:]:
             yield Batch(take(self.data, numbers), numbers)
 
@@ -96,6 +103,14 @@ class LoaderBatches:
     def hash(self) -> str:
         """Returns the SHA-256 of the first members, because all may be more than memory holds."""
         return sha256(*self.sample)
+
+    def keep_order(self) -> None:
+        """Raises ValueError if the loader gives all members in one minibatch in a random order."""
+        if len(self) == 1 and not isinstance(self.loader.sampler, SequentialSampler):
+            raise ValueError(
+                "the guide has parameters for each member of the data, so that their order "
+                "counts: give a DataLoader with shuffle=False, or tensors"
+            )
 
     def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
         """Iterates over an epoch without its first minibatches; the generator decides the order."""

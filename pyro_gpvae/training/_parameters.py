@@ -13,8 +13,14 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
-from pyro_gpvae.core._plates import check_observes, check_separable, data_plate
-from pyro_gpvae.core._programs import PyroProgram, modules_of
+from pyro_gpvae.core._plates import (
+    check_guide_sites,
+    check_observes,
+    check_separable,
+    data_plate,
+    hide_observations,
+)
+from pyro_gpvae.core._programs import PyroProgram, autoguides_of, modules_of
 from pyro_gpvae.data.batch import Batch
 from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model.elbo import Block
@@ -45,9 +51,11 @@ def named_parameters(
     capture = poutine.trace(param_only=True)
     # the first step says where something is not finite
     with suppress(NonFiniteError), torch.no_grad(), nonfinite_as_error(), capture:
-        guide_trace: Any = poutine.trace(guide).get_trace(*batch)
+        guide_trace: Any = poutine.trace(hide_observations(guide)).get_trace(*batch)
+        check_guide_sites(guide_trace.nodes)
         if len(batch[0]) != num_images:
-            check_separable(guide_trace.nodes, data_plate(guide_trace.nodes, len(batch[0])))
+            plate = data_plate(guide_trace.nodes, len(batch[0]))
+            check_separable(guide, guide_trace.nodes, plate)
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
         check_observes(poutine.trace(replayed).get_trace(*batch).nodes)
     named: dict[str, Tensor] = {}
@@ -66,6 +74,12 @@ def named_parameters(
                 owner = f"program-{programs.setdefault(owner, len(programs))}"
             named[f"param.{owner}{dot}{attribute}"] = leaf
     return named
+
+
+def knows_members(guide: PyroProgram, parameters: Mapping[str, Tensor], num_images: int) -> bool:
+    """Returns whether a guide may have parameters for each member of the data, in their order."""
+    own = [p for name, p in parameters.items() if not name.startswith("model")]
+    return any(p.shape[:1] == (num_images,) for p in own) or bool(autoguides_of(guide))
 
 
 def check_leaves(loss: Tensor, trained: Sequence[Tensor]) -> None:

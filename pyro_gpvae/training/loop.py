@@ -23,7 +23,7 @@ from pyro_gpvae.model.guide import check_program_data
 from pyro_gpvae.training._batches import Batches, LoaderBatches, TensorBatches
 from pyro_gpvae.training._divergence import check_updates
 from pyro_gpvae.training._history import History, end_epoch
-from pyro_gpvae.training._parameters import modules_by_role
+from pyro_gpvae.training._parameters import knows_members, modules_by_role
 from pyro_gpvae.training._state import TrainingState
 from pyro_gpvae.training.checkpoint import Checkpoints
 from pyro_gpvae.training.step import StepOptions, TrainingStep
@@ -148,6 +148,8 @@ def fit(
         make_step = TrainingStep(
             model, guide, first, batches.num_images, num_steps=num_steps, **step
         )
+        if knows_members(guide, make_step.parameters, batches.num_images):
+            batches.keep_order()
         for optimizer in make_step.optimizers:
             stack.callback(optimizer.zero_grad)
         if batches.last_size == 1:
