@@ -252,7 +252,7 @@ def _names_in_store(modules: Sequence[nn.Module]) -> set[str] | None:
     for module in modules:
         if not isinstance(module, PyroModule):
             continue
-        if getattr(module, "prototype_trace", True) is None:
+        if isinstance(module, AutoMessenger) or getattr(module, "prototype_trace", True) is None:
             return None
         classes = type(module).__mro__
         lazy = [n for c in classes for n, v in vars(c).items() if isinstance(v, PyroParam)]

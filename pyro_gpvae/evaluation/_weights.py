@@ -165,6 +165,7 @@ class Weights:
         """Returns log p(x, z) - log q(z|x) of the traces of a model and a guide."""
         local_p = _local_part(p, self.structure)
         local_q = _local_part(q, self.guide_structure)
+        check_guide_sites(local_q.nodes)
         depth = self.structure.nesting + len(shape) - 1
         if is_validation_enabled():
             check_model_guide_match(local_p, local_q, depth)
@@ -179,7 +180,6 @@ class Weights:
         proposed = [name for name in latent if name in local_q]
         unscored = {n for n in latent if n not in proposed and _ENUMERATED not in sites[n]["infer"]}
         scored = [site for name, site in sites.items() if name not in unscored]
-        check_guide_sites(local_q.nodes)
         factors = [site for site in local_q.nodes.values() if is_observation(site)]
         proposals = [local_q.nodes[name] for name in proposed]
         log_q = self.structure.log_prob(proposals + factors, shape)

@@ -58,6 +58,9 @@ def named_parameters(
             check_separable(guide, guide_trace.nodes, plate)
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
         check_observes(poutine.trace(replayed).get_trace(*batch).nodes)
+    for auto in autoguides_of(guide):
+        for parameter in auto.parameters():
+            parameter.data = parameter.data.clone()  # its first value may be a tensor of the model
     named: dict[str, Tensor] = {}
     for role, module in modules_by_role(model, guide).items():
         named |= {f"{role}.{name}": p for name, p in module.named_parameters()}
