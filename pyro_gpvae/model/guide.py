@@ -4,7 +4,8 @@ r"""The contract of models and guides, and loading guides by name.
 ``guide(*batch)``: a function, a ``functools.partial``, a bound method such as ``vae.guide``, an
 ``nn.Module``, a ``PyroModule``, or one of Pyro's autoguides. The batch consists of one or several
 tensors with the same first dimension B. Images of uint8 become floats in [0, 1], other floats get
-the dtype of the parameters, and other integers stay integers. Parameters, buffers, training mode
+the dtype of the parameters, or the default dtype if there are none, and other integers stay
+integers. Parameters, buffers, training mode
 and device are those of the modules to which the program belongs or refers.
 
 **The data plate** is the plate at dimension -1 with B members, or without a size; its name is free.
@@ -23,10 +24,11 @@ are vectorised, tensors computed from a global or auxiliary draw have shape (K, 
 library uses the parts that it finds.
 
 **What is refused**, with an error that names it: a program without a data plate, with several
-that could be meant, or with one that subsamples; a model that observes nothing; parameters in half
-precision; parameters that would never be trained; minibatches for a guide that draws the latents of
-all members from one site, as ``AutoMultivariateNormal``; objectives that enumerate sites; and data
-that the model's ``check_images`` refuses.
+that could be meant, or with one that subsamples; a model that observes nothing; a guide that
+observes something else than a factor; parameters or sites in half precision; parameters that would
+never be trained; minibatches for Pyro's autoguides, which have parameters for each member of the
+data, and for a guide that draws the latents of all members from one site; objectives that enumerate
+sites; and data that the model's ``check_images`` refuses.
 
 A guide that is found by name is a class ``MyGuide(model, **options)``. It is registered as an entry
 point of the group ``pyro_gpvae.guides``, or named as ``module:Class``.
