@@ -95,7 +95,7 @@ class Evidence:
         elbo: The mean of the log weights: the ELBO of q(z|x).
         pareto_k: The tail k̂ of the weights, see :func:`pareto_k`. Above 0.7 neither the estimate
             nor its standard error can be trusted.
-        num_samples: K.
+        num_samples: The number K of samples.
         chunk_size: The chunk size that fitted into the memory; None if it is not known.
     """
 

@@ -131,7 +131,7 @@ def reference_evidence(
     Arguments:
         model, data: See :func:`pyro_gpvae.log_weights`. All latents must be continuous.
         guide: A guide for it; None leaves out what needs one.
-        num_samples: K.
+        num_samples: The number K of samples.
         num_chains: The number of chains of annealing; 0 leaves it out.
         num_steps: Its number T of steps.
         widths: The factors c to choose from, such as :data:`WIDTHS`; by default none.

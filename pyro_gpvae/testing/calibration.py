@@ -30,7 +30,7 @@ class Calibration:
 
     Attributes:
         ranks: The number of draws below the truth, from 0 to L, of N simulations: (N, p).
-        num_draws: L.
+        num_draws: The number L of draws.
         p_value: For each coordinate, the p-value of a χ² test of uniform ranks: (p,).
     """
 
