@@ -52,6 +52,13 @@ MODULES = (
     "sitecustomize", "usercustomize", "guides", "evil", "torch", "pyro", "numpy", "matplotlib",
     "flint", "evil_backend", "conftest", "setup",
 )  # fmt: skip
+#: Variables that name code which would be found in the folder.
+ENVIRONMENT = {
+    "MPLBACKEND": "module://evil_backend",
+    "PYTHONBREAKPOINT": "evil.Guide",
+    "PYRO_GPVAE_DATA": ".",
+    "OMP_NUM_THREADS": "1",
+}
 GAP = ("--images=3", "--num-samples=4", "--reference-samples=4", "--ais-chains=0")
 #: Commands, and scripts of experiments/, with what they are called with.
 CALLS = {
@@ -117,7 +124,7 @@ def call_inside(folder: Path, arguments: list[str], scratch: Path) -> tuple[int,
     path = [entry for entry in sys.path if entry and entry != str(folder)]
     done = subprocess.run(
         [sys.executable, str(script), *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(path)},
         cwd=folder,
         capture_output=True,
         text=True,

@@ -6,6 +6,9 @@ import statistics
 from itertools import accumulate
 from typing import Any
 
+import pyro_gpvae.plots  # before matplotlib, without settings of the working directory  # noqa: F401
+
+# isort: split
 from matplotlib.figure import Figure
 
 from pyro_gpvae.plots._style import COLOURS, MARKERS, finish, tidy

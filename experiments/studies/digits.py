@@ -27,6 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro_gpvae.plots  # before matplotlib, without settings of the working directory  # noqa: F401
+
+# isort: split
 import matplotlib.pyplot as plt
 import pandas as pd
 import tyro

@@ -99,8 +99,10 @@ class Settings:
 
 
 def check_at_least(minimum: int, **values: int) -> None:
-    """Raises ValueError, which names the argument, if a value is less than the minimum."""
+    """Raises ValueError, which names the argument, if a value is no int or below the minimum."""
     for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
 

@@ -165,7 +165,7 @@ def log_evidence(
     r"""Estimates log p(x) of every image by IWAE: :math:`\log \frac1K \sum_i p(x,z_i)/q(z_i|x)`.
 
     This is the score of the paper (supplement, section 4). Warns of images with a Pareto k̂ above
-    0.7.
+    0.7, and of those whose estimate is not finite.
 
     Arguments:
         model, guide, data, num_samples, chunk_size, vectorized: See :func:`log_weights`, also for
@@ -187,6 +187,12 @@ def log_evidence(
             model, guide, data, num_samples, chunk_size, vectorized, progress
         )
     evidence = Evidence.from_log_weights(weights, used)
+    if lost := int((~evidence.log_evidence.isfinite()).sum()):
+        warnings.warn(
+            f"log p(x) of {lost} of {len(evidence.elbo)} images is not finite: the training has "
+            "diverged, or the model gives them no density. This is no score",
+            stacklevel=4,
+        )
     heavy = int((evidence.pareto_k > PARETO_LIMIT).sum())
     if heavy:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,15 @@ def test_hostile_data_files_are_refused(tmp_path):
     counts = campaign("hostile_data", tmp_path, "--attempts=40")
     assert sum(counts.values()) == 40
     assert sum(count for name, count in counts.items() if name.endswith("refused")) > 20
+
+
+def test_every_promise_names_its_test():
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in page.splitlines() if line.startswith("| ") and "| kept by |" not in line
+    ]
+    assert len(rows) > 40
+    assert [row for row in rows if not re.search(r"\| (`test_\w+`(, )?)+ \|$", row)] == []
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,21 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from _plans import read_plan
 from scipy.io import savemat
 
-from pyro_gpvae import Checkpoints, RunConfig, evaluate_run, load_run, resume_run, train_run
+from guides import GaussianGuide
+from pyro_gpvae import (
+    Checkpoints,
+    ImageModel,
+    RunConfig,
+    evaluate_run,
+    load_run,
+    log_evidence,
+    resume_run,
+    train_run,
+)
 from pyro_gpvae.cli.main import main
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.data.images import load_data
@@ -185,3 +196,20 @@ def test_a_raw_file_without_end_is_not_read(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte has 1,099,511,627,776 bytes"):
         load_data("mnist", root=tmp_path)
+
+
+def test_a_training_that_diverged_gives_no_score_without_a_warning():
+    images = load_data("mnist5k").test[:4]
+    model = ImageModel((1, 28, 28), 2)
+    guide = GaussianGuide(model)
+    with torch.no_grad():
+        model.decoder[-1].bias.fill_(1e30)
+    with pytest.warns(UserWarning, match="of 4 of 4 images is not finite.* This is no score"):
+        assert log_evidence(model, guide, images, 2).mean == -torch.inf
+
+
+@pytest.mark.parametrize("count", [True, 2.5, "2"])
+def test_a_number_of_samples_is_a_whole_number(count):
+    model = ImageModel((1, 28, 28), 2)
+    with pytest.raises(ValueError, match=f"num_samples must be a whole number, got {count!r}"):
+        log_evidence(model, GaussianGuide(model), torch.rand(2, 1, 28, 28), count)
