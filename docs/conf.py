@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import pkgutil
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 from docutils import nodes
 from nbclient import NotebookClient
+from sphinx.addnodes import download_reference
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
@@ -115,6 +117,17 @@ def use_small_budgets(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = f"---\n{front}---\n{text}"
 
 
+def link_notebook(app: Sphinx, doctree: nodes.document) -> None:
+    """Links a tutorial to its executed notebook, below its title."""
+    name = app.env.docname
+    if re.match(r"tutorials/\d", name):
+        path = Path(app.env.mystnb_config.output_folder, f"{name}.ipynb")  # type: ignore[attr-defined]
+        link = download_reference(reftarget="/" + os.path.relpath(path, app.srcdir))
+        link += nodes.Text("Download this page as a notebook")
+        title = next(doctree.findall(nodes.title))
+        title.parent.insert(title.parent.index(title) + 1, nodes.paragraph("", "", link))
+
+
 class Page(HTMLParser):
     """What a page defines and needs: its anchors, its links, and the files that it loads."""
 
@@ -157,5 +170,6 @@ def check_links(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", use_small_budgets)
+    app.connect("doctree-read", link_notebook, priority=100)  # before Sphinx collects downloads
     app.connect("missing-reference", resolve_short_names)
     app.connect("build-finished", check_links, priority=900)  # after all files are copied
