@@ -62,8 +62,8 @@ def test_ci_runs_the_commands_of_the_readme():
         assert command in ci
 
 
-def test_there_are_seven_tutorials_that_are_notebooks_with_a_smoke_setting():
-    assert [int(page.name[0]) for page in TUTORIALS] == [1, 2, 3, 4, 5, 6, 7]
+def test_there_are_eight_tutorials_that_are_notebooks_with_a_smoke_setting():
+    assert [int(page.name[0]) for page in TUTORIALS] == [1, 2, 3, 4, 5, 6, 7, 8]
     for page in TUTORIALS:
         text = page.read_text()
         assert text.startswith("---\nfile_format: mystnb\n"), page
