@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 import pyro_gpvae
-from pyro_gpvae.core._files import write_text
+from pyro_gpvae.core._files import write_bytes, write_text
 from pyro_gpvae.core._text import printable
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Report:
         environment = Environment(
             loader=PackageLoader("pyro_gpvae.runs", ""), autoescape=True, trim_blocks=True
         )
-        environment.filters |= {"code": _code, "png": _png}
+        environment.filters |= {"code": _code, "png": _base64_png}
         template = environment.get_template("report.html.jinja")
         return template.render(report=self, version=pyro_gpvae.__version__)
 
@@ -98,7 +98,7 @@ class Report:
         folder = Path(folder)
         for section in self.sections:
             for name, figure in section.figures.items():
-                figure.savefig(folder / name)
+                write_bytes(folder / name, _png(figure))  # a link would lead out of the folder
         write_text(folder / page, self.markdown())
         write_text(folder / HTML, self.html())
 
@@ -123,11 +123,16 @@ def _code(text: str) -> Any:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _png(figure: Figure) -> str:
-    """Returns a figure as the content of a data URL."""
+def _png(figure: Figure) -> bytes:
+    """Returns a figure as the content of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png")
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
+
+
+def _base64_png(figure: Figure) -> str:
+    """Returns a figure as the content of a data URL."""
+    return base64.b64encode(_png(figure)).decode()
 
 
 def describe(run: Run) -> dict[str, Any]:

@@ -149,7 +149,8 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".checkpoint.pt.partial"
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)  # a link would lead out of the folder
+            with temporary.open("xb") as file:
                 try:
                     torch.save({"format": FORMAT, **vars(checkpoint)}, file)
                 except RuntimeError as error:  # torch's for a full disk

@@ -5,6 +5,7 @@ import shutil
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from _plans import read_plan
@@ -24,8 +25,11 @@ from pyro_gpvae import (
 from pyro_gpvae.cli.main import main
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.data.images import load_data
+from pyro_gpvae.plots import loss_curves
+from pyro_gpvae.runs.report import Report, Section
 from pyro_gpvae.runs.reproduce import reproduce_run
 from pyro_gpvae.runs.run_report import report_runs
+from pyro_gpvae.training.checkpoint import Checkpoint
 
 CONFIG = RunConfig(
     guide="gp", latent_dim=2, decoder="fc", epochs=1, batch_size=48, train_images=64,
@@ -213,3 +217,18 @@ def test_a_number_of_samples_is_a_whole_number(count):
     model = ImageModel((1, 28, 28), 2)
     with pytest.raises(ValueError, match=f"num_samples must be a whole number, got {count!r}"):
         log_evidence(model, GaussianGuide(model), torch.rand(2, 1, 28, 28), count)
+
+
+def test_links_in_a_folder_do_not_lead_writes_out_of_it(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (".checkpoint.pt.partial", "curves.png", "page.md", "report.html"):
+        (folder / name).symlink_to(mine)
+    Checkpoints(folder, on_error="stop").save(Checkpoint(1, {}))
+    figure = loss_curves({"vae": pd.DataFrame({"epoch": [1], "loss": [2.0]})})
+    section = Section("Curves", figures={"curves.png": figure})
+    Report("Title", "caption", [section]).save(folder, "page.md")
+    assert mine.read_text() == "mine"
+    assert not any(path.is_symlink() for path in folder.iterdir())
