@@ -27,7 +27,7 @@ from pyro_gpvae.core._programs import (
 )
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import Batch, Data, split_batch, take, to_batch
-from pyro_gpvae.model._local import agree, name_of
+from pyro_gpvae.model._local import agree, complete, name_of
 from pyro_gpvae.model.guide import posterior_of
 
 #: Members of a batch that are encoded or refined at once by guides that do much work for each.
@@ -159,7 +159,7 @@ def find_posterior(guide: PyroProgram, batch: Batch) -> Any:
         return None
     (first,), (second,) = found
     scores = [site["fn"].log_prob(first["value"]) for site in (first, second)]
-    return first["fn"] if agree(*scores) else None
+    return complete(first["fn"]) if agree(*scores) else None
 
 
 def posterior_mean(guide: PyroProgram, batch: Batch) -> Tensor:

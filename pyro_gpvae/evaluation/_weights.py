@@ -36,6 +36,7 @@ from pyro_gpvae.model._local import (
     PARTICLES,
     Structure,
     agree,
+    complete,
     is_point,
     is_real,
     name_of,
@@ -229,7 +230,7 @@ class Weights:
 
     def _size(self, site: Any, shape: tuple[int, ...]) -> int:
         """The number of unconstrained values of a site for one particle and member."""
-        support, size = site["fn"].support, site["value"].shape
+        support, size = complete(site["fn"]).support, site["value"].shape
         if not support.is_discrete:
             size = biject_to(support).inverse_shape(size)
         local = in_plate(site, self.structure.plate) or in_plate(site, self.guide_structure.plate)
@@ -301,7 +302,7 @@ def _last_draws(trace: Any) -> dict[str, Tensor]:
 def _check_support(trace: Any) -> None:
     """Refuses draws that the prior cannot make, also where Pyro's validation is off."""
     for name, site in trace.nodes.items():
-        if site["is_observed"] or is_real(site["fn"].support):
+        if site["is_observed"] or is_real(complete(site["fn"]).support):
             continue
         if not bool(site["fn"].support.check(site["value"]).all()):
             raise _SupportError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -77,6 +78,24 @@ class Structure(NamedTuple):
             for site in sites
         ]
         return torch.stack(terms).sum(0) if terms else torch.zeros(shape)
+
+
+class _ZukoFlow(ZukoToPyro):
+    """Zuko's distributions in Pyro, with draws and a support: the densities of real vectors."""
+
+    support = constraints.independent(constraints.real, 1)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        draws: Tensor = self.dist.rsample(torch.Size(sample_shape))
+        return draws
+
+    def expand(self, *args: Any, **kwargs: Any) -> Any:
+        return _ZukoFlow(self.dist.expand(*args, **kwargs))
+
+
+def complete(fn: Any) -> Any:
+    """Returns a distribution of ``pyro.contrib.zuko`` with draws and a support, others as is."""
+    return _ZukoFlow(fn.dist) if type(fn) is ZukoToPyro else fn
 
 
 def is_real(support: Any) -> bool:

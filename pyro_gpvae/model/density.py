@@ -24,6 +24,7 @@ from pyro_gpvae.model._local import (
     PARTICLES,
     Structure,
     agree,
+    complete,
     is_real,
     name_of,
     warn_of_loop,
@@ -94,7 +95,7 @@ class JointDensity:
         for name, site in found.items():
             if site["is_observed"]:
                 continue
-            support = site["fn"].support
+            support = complete(site["fn"]).support
             if support.is_discrete:
                 raise ValueError(
                     f"the latent site {name!r} of the model {name_of(model)} is discrete, and this "
@@ -199,6 +200,8 @@ class JointDensity:
         with pyro.validation_enabled(False):
             trace.compute_log_prob()
         local = filter(self.structure.is_local, trace.nodes.values())
+        if latents.stops:  # observations before the last latent site have been run as well
+            local = filter(lambda site: site["name"] in self.sites, local)
         return self.structure.log_prob(local, latents.shape) + latents.log_jacobian
 
     def _check(self) -> bool:
@@ -241,7 +244,7 @@ class _Latents(Messenger):
         stop: bool = False,
     ) -> None:
         super().__init__()
-        self.density, self._given, self._values, self._stop = density, u, values, stop
+        self.density, self._given, self._values, self.stops = density, u, values, stop
         self.count = len(u) if u is not None and u.dim() == 3 else count
         self.shape = (len(density),) if self.count is None else (self.count, len(density))
         self.draws = u is None and values is None
@@ -263,7 +266,7 @@ class _Latents(Messenger):
             return
         if self._given is not None:
             part = place.read(self._given, self.density.structure.nesting)
-            msg["value"] = biject_to(msg["fn"].support)(part)
+            msg["value"] = biject_to(complete(msg["fn"]).support)(part)
             self._parts[msg["name"]] = part
         elif self._values is not None:
             msg["value"] = self._values[msg["name"]]
@@ -272,18 +275,18 @@ class _Latents(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] not in self.density.sites:
             return
-        name, transform = msg["name"], biject_to(msg["fn"].support)
+        name, transform = msg["name"], biject_to(complete(msg["fn"]).support)
         if name not in self._parts:
             self._parts[name] = transform.inv(msg["value"])
         msg["log_jacobian"] = None
-        if not is_real(msg["fn"].support):
+        if not is_real(complete(msg["fn"]).support):
             log_jacobian = transform.log_abs_det_jacobian(self._parts[name], msg["value"])
             msg["log_jacobian"] = log_jacobian
             self.log_jacobian = self.log_jacobian + self.density.structure.per_member(
                 log_jacobian, self.shape
             )
         self.sites[name] = msg
-        if self._stop and len(self.sites) == len(self.density.sites):
+        if self.stops and len(self.sites) == len(self.density.sites):
             raise _AllDrawn
 
 

@@ -49,6 +49,7 @@ from torch import Tensor
 from pyro_gpvae.core._programs import modules_of
 from pyro_gpvae.core._registry import distribution_name, import_named, registered_guides
 from pyro_gpvae.data.batch import Data, batch_of, check_data
+from pyro_gpvae.model._local import complete
 
 __all__ = [
     "HasBlocks",
@@ -131,7 +132,7 @@ class HasMoments(Protocol):
 
 def posterior_of(guide: Any, *batch: Tensor) -> TorchDistribution | None:
     """Returns q(z|x) of a guide, or None if the guide has no ``posterior``."""
-    return guide.posterior(*batch) if isinstance(guide, HasPosterior) else None
+    return complete(guide.posterior(*batch)) if isinstance(guide, HasPosterior) else None
 
 
 def check_program_data(model: Any, data: Data, name: str = "data") -> None:

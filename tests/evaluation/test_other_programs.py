@@ -140,3 +140,21 @@ def test_a_program_that_cannot_be_vectorised_runs_in_a_loop():
     assert bool(((found.log_evidence - asked.log_evidence).abs() < 4 * error).all())
     with pytest.raises(ValueError, match="observes nothing"):
         log_evidence(prior_of_three, prior_of_three, X, 5)
+
+
+def test_observations_between_latent_sites_are_no_part_of_the_prior():
+    def model(x):
+        with pyro.plate("series", len(x)):
+            z = torch.zeros(len(x))
+            for t in range(x.shape[1]):
+                z = pyro.sample(f"z{t}", dist.Normal(z, 1.0))
+                pyro.sample(f"x{t}", dist.Normal(z, 0.5), obs=x[:, t])
+
+    rows = torch.stack([X, X.flip(0), LABELS.double()], -1)
+    walk = torch.ones(3, 3).tril()
+    covariance = walk @ walk.mT + 0.25 * torch.eye(3)
+    exact = dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(rows)
+    found = annealed_evidence(model, rows, num_chains=32, seed=0)
+    assert float(((found.log_evidence - exact) / found.standard_error).abs().max()) < 4
+    reference = reference_evidence(model, rows, num_samples=50, seed=0)
+    torch.testing.assert_close(reference.log_evidence, exact, rtol=0, atol=1e-6)
