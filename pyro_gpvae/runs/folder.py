@@ -190,6 +190,8 @@ def check_record(record: dict[str, Any], source: Path) -> RunConfig:
         numbers = [record["seconds"]["training"], record["scores"]["monte_carlo_error"] or 0]
         if not all(isinstance(x, float | int) for x in numbers):
             raise ValueError(f"{numbers} are not numbers")
+        if not isinstance(record.get("versions", {}), dict):
+            raise ValueError(f"{record['versions']!r} are not versions")
         [record["data"][name] for name in ("train_sha256", "test_sha256")]
         scores = [record["scores"][name] for name in ("elbo", "log_evidence")]
         config = dict(record["config"])

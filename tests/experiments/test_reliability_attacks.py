@@ -71,6 +71,7 @@ def test_counts_of_a_record_must_be_those_of_the_images(field, value, copy):
     "change",
     [
         {"seconds": None},
+        {"versions": False},
         {"seconds": {"training": "1"}},
         {"data": {"image_shape": [2**31 - 1, 28, 28]}},
         {"data": {"image_shape": [-1, -28, 28]}},
