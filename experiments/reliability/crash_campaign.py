@@ -72,6 +72,9 @@ class Campaign:
         process = self.start(root / "undisturbed")
         trained = self.kill(process, root / "undisturbed", AIMS[2], None)
         self.duration = time.monotonic() - begin
+        self.total = read_json(root / "undisturbed" / "record.json")["steps"]
+        # a step of several optimisers adds several bytes
+        self.bytes = _size(root / "undisturbed.steps") // self.total
         self.tail = time.monotonic() - trained
 
     def run(self, name: str, kills: int) -> bool:
@@ -84,9 +87,9 @@ class Campaign:
                 break
             kills -= 1
             self.counts[aim if reached is not None or _size(steps) else "before a checkpoint"] += 1
-            now = _size(self.root / "undisturbed.steps") if out.exists() else None
-            now = self.last_checkpoint(out) if now is None else now
-            if (lost := (reached or 0) + _size(steps) - before - (now or 0)) > self.interval:
+            now = self.total if out.exists() else self.last_checkpoint(out)
+            made = -(-(_size(steps) - before) // self.bytes)
+            if (lost := (reached or 0) + made - (now or 0)) > self.interval:
                 raise RuntimeError(f"a kill cost {lost} steps of {self.config.guide}")
         return _equal(self.root / "undisturbed", out)
 
