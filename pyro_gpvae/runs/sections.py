@@ -54,6 +54,8 @@ def curves(runs: Mapping[str, Run], caption: str = "") -> Section:
 
     histories = {}
     for label, run in runs.items():
+        if (size := (run.folder / "history.csv").stat().st_size) > 64 << 20:
+            raise ValueError(f"{run.folder / 'history.csv'} is damaged: it has {size:,} bytes")
         history = pd.read_csv(run.folder / "history.csv")
         if len(history.select_dtypes("number").columns) < len(history.columns):
             raise ValueError(f"{run.folder / 'history.csv'} is damaged: expected numbers alone")

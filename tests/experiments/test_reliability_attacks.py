@@ -88,9 +88,12 @@ def test_a_record_that_no_report_can_read_is_refused(change, copy):
 
 def test_a_damaged_history_is_refused_by_a_report(copy, tmp_path):
     history = (copy / "history.csv").read_text()
-    (copy / "history.csv").write_text(2 * history)
-    with pytest.raises(ValueError, match=r"history\.csv is damaged"):
-        report_runs([copy], tmp_path / "report.html", images=0, progress=False)
+    for size in (2 * len(history), 1 << 40):
+        with (copy / "history.csv").open("w") as file:
+            file.write(2 * history)
+            file.truncate(size)
+        with pytest.raises(ValueError, match=r"history\.csv is damaged"):
+            report_runs([copy], tmp_path / "report.html", images=0, progress=False)
 
 
 class Kill(BaseException):
