@@ -66,6 +66,8 @@ copybutton_exclude = ".linenos, .gp, .go"  # prompts and output
 NotebookClient.__init__ = functools.partialmethod(  # type: ignore[assignment]
     NotebookClient.__init__, coalesce_streams=True
 )
+# Pyro imports tqdm, which warns without Jupyter's widgets. Pages have no progress bars.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 # Names of this project must be documented. Types of other libraries are shown as text.
 nitpicky = True
