@@ -21,7 +21,8 @@ class Gap(Where):
     it is done, only --overwrite replaces the files in OUT; no image is measured again.
 
     Attributes:
-        runs: Run folders.
+        runs: Run folders, or MODULE:FUNCTION that returns a model and its guide, with
+            --trust-guide.
         images: The number of test images of each run, from the first on.
         num_samples: Samples K per image for each ELBO.
         reference_samples: Samples K per image from the best full Gaussian, for log p(x).

@@ -15,7 +15,8 @@ class Generate(Where):
     """Draw samples and reconstructions, and map the latent space of a run.
 
     Attributes:
-        run_folder: The run folder.
+        run_folder: The run folder, or MODULE:FUNCTION that returns a model and its guide, with
+            --trust-guide.
         out: Folder for samples.png, reconstructions.png, latent.png, generated.json and
             report.html.
         samples: Number of samples from the prior.

@@ -18,7 +18,8 @@ class Report(Where):
     """Compare runs in one HTML file: scores, curves, gaps, hard images, samples, latent space.
 
     Attributes:
-        runs: Run folders.
+        runs: Run folders, or MODULE:FUNCTION that returns a model and its guide, with
+            --trust-guide.
         out: The HTML file, which needs no other file.
         images: The inference gap is measured on the first so many test images; 0 omits it.
         overwrite: Replace the file.

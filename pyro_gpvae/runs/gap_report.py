@@ -19,7 +19,8 @@ from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.core._progress import progress_bar
 from pyro_gpvae.evaluation.gap import BATCH, LADDER, decompose
 from pyro_gpvae.evaluation.importance import PARETO_LIMIT
-from pyro_gpvae.runs.folder import Place, Run, load_run
+from pyro_gpvae.runs.folder import Place, Run
+from pyro_gpvae.runs.programs import open_run
 from pyro_gpvae.runs.report import HTML, Report, Section, caption, describe, number
 
 __all__ = [
@@ -57,7 +58,7 @@ def measure_gaps(
     further runs, or with more images. A damaged chunk is measured again, with a warning.
 
     Arguments:
-        folders: Run folders.
+        folders: Run folders, or ``module:function``; see :func:`pyro_gpvae.runs.programs.open_run`.
         out: The folder of the chunks.
         budget: Further arguments of :func:`pyro_gpvae.decompose`.
         num_images: The number of images of each run.
@@ -70,7 +71,7 @@ def measure_gaps(
         raise ValueError(f"expected one or more different run folders, got {len(folders)}")
     if num_images < 1:
         raise ValueError(f"images must be at least 1, got {num_images}")
-    runs = [load_run(folder, **place) for folder in folders]
+    runs = [open_run(folder, **place) for folder in folders]
     if labels is None:
         guides = [run.config.guide for run in runs]
         unique = len(set(guides)) == len(guides)

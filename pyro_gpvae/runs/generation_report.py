@@ -10,7 +10,8 @@ from typing import Unpack
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import new_folder, write_json
 from pyro_gpvae.runs import sections
-from pyro_gpvae.runs.folder import Place, load_run
+from pyro_gpvae.runs.folder import Place
+from pyro_gpvae.runs.programs import open_run
 from pyro_gpvae.runs.report import HTML, Report, caption, describe
 
 __all__ = ["GENERATION_FILES", "report_generation"]
@@ -37,7 +38,7 @@ def report_generation(
     """
     begin = time.monotonic()
     with new_folder(out, overwrite=overwrite, files=GENERATION_FILES) as folder:
-        run = load_run(run_folder, **place)
+        run = open_run(run_folder, **place)
         seed = run.config.seed if seed is None else seed
         test = run.data.test
         index = list(range(min(8, len(test))) if images is None else images)

@@ -76,22 +76,20 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        def plain(text: str) -> Text:
-            return Text(printable(text))
-
         console = Console(highlight=False)
-        console.print(plain(self.caption))
+        console.print(Text(self.caption))
         for section in self.sections[: self.printed]:
             console.print()
             if section.table is not None:
-                shown = Table(title=plain(section.title), title_justify="left")
-                for n, name in enumerate(section.table.columns):
-                    shown.add_column(plain(name), justify="right" if n else "left")
-                for row in section.table.itertuples(index=False):
-                    shown.add_row(*map(plain, row))
+                table = _fitting(section.table, console.width)
+                shown = Table(title=Text(section.title), title_justify="left")
+                for n, name in enumerate(table.columns):
+                    shown.add_column(Text(name), justify="right" if n else "left", overflow="fold")
+                for row in table.itertuples(index=False):
+                    shown.add_row(*map(Text, row))
                 console.print(shown)
             for paragraph in section.text:
-                console.print(plain(paragraph))
+                console.print(Text(paragraph))
 
     def save(self, folder: str | Path, page: str) -> None:
         """Writes the figures, the Markdown page with this name, and ``report.html``."""
@@ -101,6 +99,16 @@ class Report:
                 write_bytes(folder / name, _png(figure))  # a link would lead out of the folder
         write_text(folder / page, self.markdown())
         write_text(folder / HTML, self.html())
+
+
+def _fitting(table: pd.DataFrame, width: int) -> pd.DataFrame:
+    """Returns a table of texts, or its transpose if its numbers do not fit into the width."""
+    cells = [[*name.split(), *table[name]] for name in table.columns]
+    needed = sum(max(map(len, column)) + 3 for column in cells) + 1  # heads are broken at spaces
+    if needed <= width or len(table) >= table.shape[1]:
+        return table
+    first = table.columns[0]
+    return table.set_index(first).T.rename_axis(index=first, columns=None).reset_index()
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -161,9 +169,10 @@ def caption(runs: Sequence[dict[str, Any]], test_images: int, budget: str) -> st
     latent_dim, seed = (
         common([config[name] for config in configs]) for name in ("latent_dim", "seed")
     )
+    training = f"{epochs} epochs, seed {seed}" if epochs != "0" else "trained elsewhere"
     return (
-        f"{data}: {train} training and {test_images} test images, p = {latent_dim}, "
-        f"{epochs} epochs, seed {seed}. {budget}"
+        f"{data}: {train} training and {test_images} test images, p = {latent_dim}, {training}. "
+        f"{budget}"
     )
 
 

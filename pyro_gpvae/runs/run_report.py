@@ -9,8 +9,9 @@ from typing import Any, Unpack
 
 from pyro_gpvae.core._files import write_text
 from pyro_gpvae.runs import sections
-from pyro_gpvae.runs.folder import Place, Run, load_run
+from pyro_gpvae.runs.folder import Place, Run
 from pyro_gpvae.runs.gap_report import QUICK, gap_sections, measure_gaps
+from pyro_gpvae.runs.programs import open_run
 from pyro_gpvae.runs.report import Report, caption, describe
 
 __all__ = ["labelled", "report_runs"]
@@ -28,7 +29,7 @@ def report_runs(
     """Writes one HTML file about runs: scores, curves, gaps, pictures, latent space, options.
 
     Arguments:
-        folders: Run folders.
+        folders: Run folders, or ``module:function``; see :func:`pyro_gpvae.runs.programs.open_run`.
         out: The HTML file.
         images: The inference gap is measured on the first so many test images; 0 omits it.
         overwrite: Whether to replace the file.
@@ -42,8 +43,9 @@ def report_runs(
     out = Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or replace it (--overwrite)")
-    runs = labelled([load_run(folder, **place) for folder in folders])
-    parts = [sections.scores(runs), sections.curves(runs)]
+    runs = labelled([open_run(folder, **place) for folder in folders])
+    trained = {label: run for label, run in runs.items() if "scores" in run.record}
+    parts = [sections.scores(trained), sections.curves(trained)] if trained else []
     if images:
         with tempfile.TemporaryDirectory() as chunks:
             table, _ = measure_gaps(
@@ -60,7 +62,8 @@ def report_runs(
         found = [sections.pictures(run, index, 32, run.config.seed)]
         found.append(sections.latent(run, run.config.seed))
         parts += [_named(section, label, runs) for section in found]
-    parts.append(sections.configuration(runs))
+    if trained:
+        parts.append(sections.configuration(trained))
     text = caption([describe(run) for run in runs.values()], _test_images(runs), "")
     title = f"pyro-gpvae: {', '.join(runs)}"
     report = Report(title, text.strip(), parts)

@@ -13,8 +13,9 @@ from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.evaluation import uncertainty
 from pyro_gpvae.evaluation.posterior_grid import posterior_record
-from pyro_gpvae.runs.folder import Place, Run, load_run
+from pyro_gpvae.runs.folder import Place, Run
 from pyro_gpvae.runs.gap_report import measure_gaps
+from pyro_gpvae.runs.programs import open_run
 from pyro_gpvae.runs.report import Report, Section, caption
 
 __all__ = ["SCORES", "add_uncertainty", "correlate", "correlation_table", "report_uncertainty"]
@@ -94,7 +95,7 @@ def report_uncertainty(
     :func:`pyro_gpvae.load_run`. A guide without uncertainty, or fewer than 8 images that
     converge, are a ValueError.
     """
-    out, run = Path(out), load_run(run_folder, **place)
+    out, run = Path(out), open_run(run_folder, **place)
     test = run.data.test[:images]
     if len(test) < uncertainty.MIN_IMAGES:
         raise ValueError(
