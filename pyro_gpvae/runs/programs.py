@@ -69,7 +69,7 @@ def open_run(source: str | Path, **place: Unpack[Place]) -> Run:
         latent_dim=model.latent_dim, likelihood=likelihood, device=str(device),
     )  # fmt: skip
     counts = {"train_images": len(data.train), "test_images": len(data.test)}
-    record: dict[str, Any] = {"config": {"epochs": 0}, "data": counts}
+    record: dict[str, Any] = {"data": counts}
     if model.sigma is not None:
         record["sigma"] = float(model.sigma.detach())
     run = Run(Path(source), config, record, model, guide)

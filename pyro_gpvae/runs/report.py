@@ -14,7 +14,6 @@ import pandas as pd
 
 import pyro_gpvae
 from pyro_gpvae.core._files import write_bytes, write_text
-from pyro_gpvae.core._text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,7 +148,7 @@ def describe(run: Run) -> dict[str, Any]:
         "run": str(run.folder),
         "config": {k: v for k, v in vars(run.config).items() if k != "root"},
         "train_images": run.record["data"]["train_images"],
-        "epochs": run.total_epochs,
+        "epochs": run.total_epochs if "scores" in run.record else 0,  # 0: trained elsewhere
         "sigma": run.record.get("sigma"),
         "weights_sha256": run.weights_sha256,
     }

@@ -5,17 +5,19 @@ import io
 import math
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
+import torch
 from matplotlib.image import imread
 from scipy import stats
 from torch import nn
 
-from pyro_gpvae import RunConfig, evaluate_run, load_run, train_run
+from pyro_gpvae import ImageModel, RunConfig, evaluate_run, load_data, load_run, train_run
 from pyro_gpvae.core._files import read_json
 from pyro_gpvae.evaluation import gap
 from pyro_gpvae.evaluation.gap import decompose
@@ -31,6 +33,7 @@ from pyro_gpvae.runs.gap_report import (
     summarise,
 )
 from pyro_gpvae.runs.generation_report import GENERATION_FILES, report_generation
+from pyro_gpvae.runs.programs import open_run
 from pyro_gpvae.runs.report import Report, Section
 from pyro_gpvae.runs.run_report import labelled, report_runs
 from pyro_gpvae.runs.uncertainty_report import report_uncertainty
@@ -138,10 +141,77 @@ class TestReport:
         report_runs([runs / "vae"], out, images=0, overwrite=True)
         check_page(out, pictures=4)
 
+    def test_a_table_that_is_too_wide_is_printed_as_columns(self, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        wide = pd.DataFrame([{"guide": "vae"} | {f"quantity {n}": f"{n}234.5" for n in range(9)}])
+        Report("title", "", [Section("part", table=wide)]).print()
+        printed = capsys.readouterr().out
+        for n in range(9):
+            assert f"quantity {n}" in printed
+            assert f"{n}234.5" in printed
+
     def test_runs_of_one_guide_are_named_by_their_folders(self, runs):
         run = load_run(runs / "vae")
         assert list(labelled([run, load_run(runs / "gp")])) == ["vae", "gp"]
         assert list(labelled([run, run])) == [str(runs / "vae")]
+
+
+def own_programs():
+    """A model and a guide that were trained elsewhere; the guide is no module."""
+    torch.manual_seed(0)
+    model = ImageModel(
+        (1, 28, 28), 2, nn.Sequential(nn.Linear(2, 784), nn.Unflatten(1, (1, 28, 28)))
+    )
+    return model, SimpleNamespace(
+        posterior=lambda x: dist.Normal(x.mean((1, 2, 3))[:, None].expand(-1, 2), 0.5).to_event(1)
+    )
+
+
+class TestOwnPrograms:
+    SPEC = f"{__name__}:own_programs"
+
+    def test_they_are_measured_as_in_python(self, tmp_path):
+        options = {"budget": BUDGET | {"num_chains": 0, "num_steps": 1, "seed": 0}}
+        options |= {"num_images": 3, "progress": False, "trust_guide": True}
+        report = report_gaps([self.SPEC], tmp_path, **options)
+        assert "trained elsewhere" in report.caption
+        model, guide = own_programs()
+        images = load_data("mnist5k").test[:3]
+        expected = decompose(model.eval(), guide, images, num_train=4000, **options["budget"])
+        found = read_table(tmp_path / "gap.csv")
+        assert found["elbo"].to_list() == pytest.approx(expected.elbo.tolist())
+        report_runs([self.SPEC], tmp_path / "r.html", images=0, progress=False, trust_guide=True)
+        check_page(tmp_path / "r.html", pictures=3)
+
+    @pytest.mark.parametrize(
+        ("spec", "options", "message"),
+        [
+            (SPEC, {}, "pass --trust-guide"),
+            (
+                f"{__name__}:absent",
+                {"trust_guide": True},
+                r"AttributeError.*\(model, guide",
+            ),
+            (f"{__name__}:two_numbers", {"trust_guide": True}, "model of type int"),
+            ("absent_module:f", {"trust_guide": True}, "No module named 'absent_module'"),
+        ],
+    )
+    def test_what_cannot_be_opened_is_named(self, spec, options, message):
+        with pytest.raises(ValueError, match=message):
+            open_run(spec, **options)
+
+    def test_other_images_are_refused(self, tmp_path):
+        np.savez(
+            tmp_path / "a.npz",
+            train=np.zeros((4, 8, 8), np.uint8),
+            test=np.zeros((2, 8, 8), np.uint8),
+        )
+        with pytest.raises(ValueError, match="name its own with --data"):
+            open_run(self.SPEC, trust_guide=True, data=str(tmp_path / "a.npz"))
+
+
+def two_numbers():
+    return 1, 2
 
 
 class TestDemo:
