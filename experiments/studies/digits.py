@@ -238,8 +238,10 @@ def picture(record: dict[str, Any]) -> Figure:
     for value, epoch, name, colour in sorted(ends, reverse=True):
         if epoch == record["epochs"]:  # labels of the lower bundle stand below the longer curves
             place = min(value if value > top - 30 else top - 80, place - gap)
+        else:
+            place = value
         axes.annotate(
-            str(name), (epoch, value), (epoch + 3, place if epoch == record["epochs"] else value), color=colour, fontsize=8, va="center",
+            str(name), (epoch, value), (epoch + 3, place), color=colour, fontsize=8, va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0},
         )  # fmt: skip
     axes.set(
