@@ -234,15 +234,15 @@ def picture(record: dict[str, Any]) -> Figure:
         ends.append((float(curve.iloc[-1]), before + len(curve), name, line.get_color()))
     top, gap = max(end[0] for end in ends), 11.0  # nats between two labels
     axes.set_ylim(top - 270, top + 25)
-    place = math.inf
+    last, place = max(end[1] for end in ends), math.inf
     for value, epoch, name, colour in sorted(ends, reverse=True):
         if epoch == record["epochs"]:  # labels of the lower bundle stand below the longer curves
             place = min(value if value > top - 30 else top - 80, place - gap)
         else:
             place = value
-        axes.annotate(
-            str(name), (epoch, value), (epoch + 3, place), color=colour, fontsize=8, va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0},
+        axes.text(
+            epoch + 0.02 * last, place, str(name), color=colour, fontsize=9, va="center",
+            in_layout=False,
         )  # fmt: skip
     axes.set(
         xlabel="epoch, of the VAE before included",
@@ -250,7 +250,7 @@ def picture(record: dict[str, Any]) -> Figure:
         title=f"The embedded digits, means over {record['seeds']} seeds, "
         f"{record['validation']} held-out digits",
     )
-    axes.set_xlim(0, 1.18 * max(end[1] for end in ends))
+    axes.set_xlim(0, 1.18 * last)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
