@@ -60,14 +60,22 @@ class Report:
 
     def html(self) -> str:
         """Returns the report as one HTML file, which needs no other file and no network."""
+        return self._html(self._drawn())
+
+    def _drawn(self) -> dict[Figure, bytes]:
+        """Returns the PNG file of each figure."""
+        return {f: _png(f) for section in self.sections for f in section.figures.values()}
+
+    def _html(self, drawn: dict[Figure, bytes]) -> str:
         from jinja2 import Environment, PackageLoader
 
         environment = Environment(
             loader=PackageLoader("pyro_gpvae.runs", ""), autoescape=True, trim_blocks=True
         )
-        environment.filters |= {"code": _code, "png": _base64_png}
+        environment.filters |= {"code": _code}
+        pictures = {figure: base64.b64encode(png).decode() for figure, png in drawn.items()}
         template = environment.get_template("report.html.jinja")
-        return template.render(report=self, version=pyro_gpvae.__version__)
+        return template.render(report=self, pictures=pictures, version=pyro_gpvae.__version__)
 
     def print(self) -> None:
         """Prints caption, tables and texts, in the width of the terminal."""
@@ -92,12 +100,12 @@ class Report:
 
     def save(self, folder: str | Path, page: str) -> None:
         """Writes the figures, the Markdown page with this name, and ``report.html``."""
-        folder = Path(folder)
+        folder, drawn = Path(folder), self._drawn()
         for section in self.sections:
             for name, figure in section.figures.items():
-                write_bytes(folder / name, _png(figure))  # a link would lead out of the folder
+                write_bytes(folder / name, drawn[figure])  # a link would lead out of the folder
         write_text(folder / page, self.markdown())
-        write_text(folder / HTML, self.html())
+        write_text(folder / HTML, self._html(drawn))
 
 
 def _fitting(table: pd.DataFrame, width: int) -> pd.DataFrame:
@@ -137,18 +145,13 @@ def _png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _base64_png(figure: Figure) -> str:
-    """Returns a figure as the content of a data URL."""
-    return base64.b64encode(_png(figure)).decode()
-
-
 def describe(run: Run) -> dict[str, Any]:
     """Returns what a record tells about a run: its folder, options, data, epochs, σ and weights."""
     return {
         "run": str(run.folder),
         "config": {k: v for k, v in vars(run.config).items() if k != "root"},
         "train_images": run.record["data"]["train_images"],
-        "epochs": run.total_epochs if "scores" in run.record else 0,  # 0: trained elsewhere
+        "epochs": run.total_epochs,
         "sigma": run.record.get("sigma"),
         "weights_sha256": run.weights_sha256,
     }
@@ -168,6 +171,7 @@ def caption(runs: Sequence[dict[str, Any]], test_images: int, budget: str) -> st
     latent_dim, seed = (
         common([config[name] for config in configs]) for name in ("latent_dim", "seed")
     )
+    # 0 epochs are those of programs that no run trained
     training = f"{epochs} epochs, seed {seed}" if epochs != "0" else "trained elsewhere"
     return (
         f"{data}: {train} training and {test_images} test images, p = {latent_dim}, {training}. "

@@ -139,8 +139,7 @@ def missed(run: Run, table: pd.DataFrame, count: int = 10, caption: str = "") ->
     worst = table.nlargest(min(count, len(table)), "gap")
     images = run.data.test[worst["image"].to_list()]
     encoder = generation.reconstruct(run.model, run.guide, images, seed=run.config.seed)
-    x = images.to(encoder.z) / 255
-    best = optimise_gaussian(run.model, x, start=run.guide).posterior.mean
+    best = optimise_gaussian(run.model, images, start=run.guide).posterior.mean
     with torch.no_grad():
         decoded: dict[str, Any] = {
             "decoded from\nthe guide's mean": (encoder.images, worst["gap"]),
@@ -158,7 +157,7 @@ def missed(run: Run, table: pd.DataFrame, count: int = 10, caption: str = "") ->
 
 
 def configuration(runs: Mapping[str, Run]) -> Section:
-    """Returns the options in which runs differ or that are not the default, and how to repeat."""
+    """Returns options, versions, machine and weights of the runs, and how to repeat them."""
     columns = {}
     for label, run in runs.items():
         record, config = run.record, run.config
