@@ -72,7 +72,7 @@ def run_demo(
         train_run(config, out / name, overwrite=True, progress=progress and bar)
     runs = {label: load_run(out / name) for name, label in LABELS.items()}
     table, _ = measure_gaps(
-        [out / name for name in LABELS], out, QUICK | {"seed": config.seed},
+        [*runs.values()], out, QUICK | {"seed": config.seed},
         num_images=gap_images, labels=[*runs], progress=progress,
     )  # fmt: skip
     write_text(out / "gap.csv", table.to_csv(index=False))

@@ -20,7 +20,7 @@ from pyro_gpvae.core._progress import progress_bar
 from pyro_gpvae.evaluation.gap import BATCH, LADDER, decompose
 from pyro_gpvae.evaluation.importance import PARETO_LIMIT
 from pyro_gpvae.runs.folder import Place, Run
-from pyro_gpvae.runs.programs import open_run
+from pyro_gpvae.runs.programs import labels_of, open_runs
 from pyro_gpvae.runs.report import HTML, Report, Section, caption, describe, number
 
 __all__ = [
@@ -42,7 +42,7 @@ _COSTS = ["weight_information", "kl_global"]
 
 
 def measure_gaps(
-    folders: Sequence[str | Path],
+    folders: Sequence[str | Path | Run],
     out: str | Path,
     budget: dict[str, Any],
     *,
@@ -59,6 +59,7 @@ def measure_gaps(
 
     Arguments:
         folders: Run folders, or ``module:function``; see :func:`pyro_gpvae.runs.programs.open_run`.
+            Or runs that are open already.
         out: The folder of the chunks.
         budget: Further arguments of :func:`pyro_gpvae.decompose`.
         num_images: The number of images of each run.
@@ -67,15 +68,10 @@ def measure_gaps(
         progress: Whether to show a progress bar.
         place: See :class:`pyro_gpvae.runs.folder.Place`.
     """
-    if not folders or len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise ValueError(f"expected one or more different run folders, got {len(folders)}")
     if num_images < 1:
         raise ValueError(f"images must be at least 1, got {num_images}")
-    runs = [open_run(folder, **place) for folder in folders]
-    if labels is None:
-        guides = [run.config.guide for run in runs]
-        unique = len(set(guides)) == len(guides)
-        labels = guides if unique else [str(run.folder) for run in runs]
+    runs = open_runs(folders, **place)
+    labels = labels_of(runs) if labels is None else labels
     counts = [min(num_images, len(run.data.test)) for run in runs]
     tables = []
     shown = None if progress else False

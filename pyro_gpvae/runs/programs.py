@@ -2,6 +2,7 @@ r"""Reports on a model and a guide of the user's own, which no run folder holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,7 +15,25 @@ from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.folder import Place, Run, load_run, named_device
 
-__all__ = ["open_run"]
+__all__ = ["labels_of", "open_run", "open_runs"]
+
+
+def open_runs(sources: Sequence[str | Path | Run], **place: Unpack[Place]) -> list[Run]:
+    """Opens different runs; those that are open already are taken as they are.
+
+    Raises:
+        ValueError: If there is none, or one is given twice; and as :func:`open_run`.
+    """
+    runs = [s if isinstance(s, Run) else open_run(s, **place) for s in sources]
+    if not runs or len({run.folder.resolve() for run in runs}) < len(runs):
+        raise ValueError(f"expected one or more different run folders, got {len(runs)}")
+    return runs
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    """Names each run by its guide, or by its folder where guides are not unique."""
+    guides = [run.config.guide for run in runs]
+    return guides if len(set(guides)) == len(guides) else [str(run.folder) for run in runs]
 
 
 def open_run(source: str | Path, **place: Unpack[Place]) -> Run:
@@ -67,6 +86,7 @@ def open_run(source: str | Path, **place: Unpack[Place]) -> Run:
     config = RunConfig(
         data=place.get("data") or RunConfig.data, root=place.get("root"), guide=str(source),
         latent_dim=model.latent_dim, likelihood=likelihood, device=str(device),
+        epochs=0,  # trained elsewhere
     )  # fmt: skip
     counts = {"train_images": len(data.train), "test_images": len(data.test)}
     record: dict[str, Any] = {"data": counts}

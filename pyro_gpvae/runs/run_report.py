@@ -11,10 +11,10 @@ from pyro_gpvae.core._files import write_text
 from pyro_gpvae.runs import sections
 from pyro_gpvae.runs.folder import Place, Run
 from pyro_gpvae.runs.gap_report import QUICK, gap_sections, measure_gaps
-from pyro_gpvae.runs.programs import open_run
+from pyro_gpvae.runs.programs import labels_of, open_runs
 from pyro_gpvae.runs.report import Report, caption, describe
 
-__all__ = ["labelled", "report_runs"]
+__all__ = ["report_runs"]
 
 
 def report_runs(
@@ -43,15 +43,15 @@ def report_runs(
     out = Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another --out, or replace it (--overwrite)")
-    runs = labelled([open_run(folder, **place) for folder in folders])
+    opened = open_runs(folders, **place)
+    runs = dict(zip(labels_of(opened), opened, strict=True))
     trained = {label: run for label, run in runs.items() if "scores" in run.record}
     parts = [sections.scores(trained), sections.curves(trained)] if trained else []
     if images:
         with tempfile.TemporaryDirectory() as chunks:
             table, _ = measure_gaps(
-                folders, chunks, QUICK | {"seed": 0}, num_images=images, labels=[*runs],
-                progress=progress, **place,
-            )  # fmt: skip
+                opened, chunks, QUICK | {"seed": 0}, num_images=images, progress=progress
+            )
         parts += gap_sections(table)
         parts += [
             _named(sections.missed(run, table[table["label"] == label]), label, runs)
@@ -70,13 +70,6 @@ def report_runs(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, report.html())
     return report
-
-
-def labelled(runs: Sequence[Run]) -> dict[str, Run]:
-    """Names each run by its guide, or by its folder where guides are not unique."""
-    guides = [run.config.guide for run in runs]
-    unique = len(set(guides)) == len(guides)
-    return dict(zip(guides if unique else [str(r.folder) for r in runs], runs, strict=True))
 
 
 def _named(section: Any, label: str, runs: dict[str, Run]) -> Any:

@@ -105,9 +105,7 @@ def report_uncertainty(
     uncertainty.uncertainty_scores(run.model, run.guide, test[:1])  # fails before the work
     budget = {"num_samples": num_samples, "reference_samples": reference_samples}
     budget |= {"num_chains": 0, "num_steps": 1, "seed": seed}
-    table, runs = measure_gaps(
-        [run_folder], out, budget, num_images=images, progress=progress, **place
-    )
+    table, runs = measure_gaps([run], out, budget, num_images=images, progress=progress)
     table = add_uncertainty(table, run)
     correlations = correlate(table, bootstrap, seed)
     left = len(table) - int(table["converged"].sum())

@@ -33,9 +33,9 @@ from pyro_gpvae.runs.gap_report import (
     summarise,
 )
 from pyro_gpvae.runs.generation_report import GENERATION_FILES, report_generation
-from pyro_gpvae.runs.programs import open_run
+from pyro_gpvae.runs.programs import labels_of, open_run
 from pyro_gpvae.runs.report import Report, Section
-from pyro_gpvae.runs.run_report import labelled, report_runs
+from pyro_gpvae.runs.run_report import report_runs
 from pyro_gpvae.runs.uncertainty_report import report_uncertainty
 
 TINY = {
@@ -138,6 +138,8 @@ class TestReport:
         assert not (tmp_path / "chunks").exists()
         with pytest.raises(FileExistsError, match="--overwrite"):
             report_runs([runs / "vae"], out, images=0)
+        with pytest.raises(ValueError, match="different run folders, got 2"):
+            report_runs([runs / "vae"] * 2, out, images=0, overwrite=True)
         report_runs([runs / "vae"], out, images=0, overwrite=True)
         check_page(out, pictures=4)
 
@@ -152,8 +154,8 @@ class TestReport:
 
     def test_runs_of_one_guide_are_named_by_their_folders(self, runs):
         run = load_run(runs / "vae")
-        assert list(labelled([run, load_run(runs / "gp")])) == ["vae", "gp"]
-        assert list(labelled([run, run])) == [str(runs / "vae")]
+        assert labels_of([run, load_run(runs / "gp")]) == ["vae", "gp"]
+        assert labels_of([run, run]) == [str(runs / "vae")] * 2
 
 
 def own_programs():
