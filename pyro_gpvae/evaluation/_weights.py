@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from pyro_gpvae.core._plates import (
     is_sampled,
 )
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.core._progress import tqdm
 from pyro_gpvae.data.batch import Batch
 from pyro_gpvae.model._local import (
     PARTICLES,
@@ -77,21 +76,26 @@ class Weights:
             self.guide_structure = Structure(plate, nesting)
 
     def draw(
-        self, batch: Batch, num_samples: int, chunk_size: int, bar: tqdm | None = None
+        self,
+        batch: Batch,
+        num_samples: int,
+        chunk_size: int,
+        done: Callable[[int], object] = lambda count: None,
     ) -> Tensor:
-        """Returns log weights (K, B) of a batch, at most so many latent vectors at once."""
+        """Returns log weights (K, B) of a batch, at most so many latent vectors at once.
+
+        ``done`` is called with the number of weights after each chunk.
+        """
         with nonfinite_as_error():
             guide = self._proposal(batch)
         size = max(1, chunk_size // len(batch[0]))
         counts = [min(size, num_samples - k) for k in range(0, num_samples, size)]
         parts = [self._first(guide, batch, counts[0])]
+        done(parts[0].numel())
         with unvalidated():  # the programs have been checked; log weights are checked at the end
             for count in counts[1:]:
                 parts.append(self._weights(guide, batch, count))
-                if bar is not None:
-                    bar.update(count * len(batch[0]))
-        if bar is not None:
-            bar.update(counts[0] * len(batch[0]))
+                done(parts[-1].numel())
         return torch.cat(parts)
 
     def _proposal(self, batch: Batch) -> PyroProgram:

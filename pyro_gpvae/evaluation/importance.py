@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import NonFiniteError, unvalidated
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.core._progress import progress_bar, tqdm
+from pyro_gpvae.core._progress import progress_bar
 from pyro_gpvae.data.batch import Batch, Data, size_of
 from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
@@ -244,7 +244,9 @@ def _weights_and_chunk_size(
         total = size_of(data) * num_samples
         with progress_bar(progress, "log p(x)", total, unit="sample") as bar:
             for batch in batches(data, model, guide, size=min(size, MAX_IMAGES)):
-                columns.append(checked_weights(weights, batch, num_samples, size, begin, bar))
+                columns.append(
+                    checked_weights(weights, batch, num_samples, size, begin, bar.update)
+                )
                 begin += len(batch[0])
         return torch.cat(columns, dim=1), size
 
@@ -257,12 +259,12 @@ def checked_weights(
     num_samples: int,
     chunk_size: int,
     first_image: int = 0,
-    bar: tqdm | None = None,
+    done: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
     """Draws log weights (K, B) of a batch, and names images that are not finite."""
     what = "log p(x, z) - log q(z|x)"
     try:
-        found = weights.draw(batch, num_samples, chunk_size, bar)
+        found = weights.draw(batch, num_samples, chunk_size, done)
         check_log_weights(found, first_image, what)
         return found
     except LinAlgError as error:

@@ -319,10 +319,11 @@ def elbo_terms(
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
         model_trace: Any = poutine.trace(replayed).get_trace(*batch)
         check_observes(model_trace.nodes)
-        for trace, sign in ((guide_trace, -1.0), (model_trace, 1.0)):
-            plate = data_plate(trace.nodes, len(batch[0]))
-            if trace is guide_trace and len(batch[0]) != num_images:
-                check_separable(guide, trace.nodes, plate)
+        traces = (guide_trace, model_trace)
+        plates = [data_plate(trace.nodes, len(batch[0])) for trace in traces]
+        if len(batch[0]) != num_images:
+            check_separable(guide, guide_trace.nodes, plates[0])
+        for trace, plate, sign in zip(traces, plates, (-1.0, 1.0), strict=True):
             trace.compute_log_prob(lambda _, site: is_sampled(site))
             for site in filter(is_sampled, trace.nodes.values()):
                 log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
