@@ -12,9 +12,20 @@ import tyro
 
 from pyro_gpvae.core._text import printable
 
-__all__ = ["Command", "Quiet", "RunFolder", "Where", "keywords", "one_line", "print_scores"]
+__all__ = [
+    "Command",
+    "Quiet",
+    "RunFolder",
+    "RunFolders",
+    "Where",
+    "keywords",
+    "one_line",
+    "print_scores",
+]
 
-RunFolder = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+_Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+RunFolder = tyro.conf.Positional[_Folder]
+RunFolders = tyro.conf.Positional[tuple[_Folder, ...]]
 Quiet = Annotated[bool, tyro.conf.arg(aliases=["-q"])]
 
 

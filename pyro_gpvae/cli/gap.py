@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from pyro_gpvae.cli._shared import Quiet, Where, keywords
+from pyro_gpvae.cli._shared import Quiet, RunFolders, Where, keywords
 
 __all__ = ["Gap"]
 
@@ -35,7 +32,7 @@ class Gap(Where):
         quiet: Show no progress on standard error.
     """
 
-    runs: tyro.conf.Positional[tuple[Annotated[Path, tyro.conf.arg(metavar="RUN")], ...]]
+    runs: RunFolders
     images: int = 100
     num_samples: int = 500
     reference_samples: int = 1000

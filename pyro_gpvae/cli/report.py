@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from pyro_gpvae.cli._shared import Quiet, Where, keywords
+from pyro_gpvae.cli._shared import Quiet, RunFolders, Where, keywords
 
 __all__ = ["Report"]
 
@@ -26,7 +23,7 @@ class Report(Where):
         quiet: Show no progress on standard error.
     """
 
-    runs: tyro.conf.Positional[tuple[Annotated[Path, tyro.conf.arg(metavar="RUN")], ...]]
+    runs: RunFolders
     out: Path = Path("report.html")
     images: int = 20
     overwrite: bool = False

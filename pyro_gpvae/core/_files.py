@@ -48,13 +48,18 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False) + "\n")
 
 
+def check_size(path: Path, limit: int) -> None:
+    """Raises ValueError if a file that is read as a whole has more bytes; a hole fills memory."""
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"{path} has {size:,} bytes, expected at most {limit:,}")
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a JSON file that holds one object; other contents are a ValueError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: expected a complete run folder")
-    if (size := path.stat().st_size) > _JSON_LIMIT:
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {_JSON_LIMIT:,}")
+    check_size(path, _JSON_LIMIT)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pyro_gpvae.core._files import write_bytes
+from pyro_gpvae.core._files import check_size, write_bytes
 from pyro_gpvae.training.checkpoint import check_extra_state, copy_tensors
 
 __all__ = ["load_weights", "save_weights"]
@@ -53,9 +53,8 @@ def load_weights(path: str | Path, model: Any, guide: Any, sha256: str | None = 
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}: expected one that train wrote")
     expected = _named_tensors(model, guide)
-    size, limit = path.stat().st_size, sum(2 * t.nbytes + 1000 for t in expected.values()) + 10**6
-    if size > limit:  # of twice the precision, with names; a file with a hole fills the memory
-        raise ValueError(f"{path} has {size:,} bytes, expected at most {limit:,}: it is another")
+    # of twice the precision, with names
+    check_size(path, sum(2 * t.nbytes + 1000 for t in expected.values()) + 10**6)
     content = path.read_bytes()
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path} is not the file that was written: its SHA-256 differs")
