@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import resource
 import signal
 import sys
@@ -49,6 +50,28 @@ def attempt(work: Callable[[], Any], seconds: int = SECONDS) -> tuple[str, str]:
         return "broken", f"the process ended with status {status}"
     kind, text = json.loads(content)
     return kind, text
+
+
+def damaged(content: bytes, kind: str, choose: random.Random, flips: Sequence[int]) -> bytearray:
+    """Returns the content of a file with flipped bits, cut, repeated, or empty; else as it is.
+
+    Arguments:
+        content: The content, not empty.
+        kind: "bits", "cut", "repeat", "empty", or anything else.
+        choose: What is random.
+        flips: How many bits may be flipped; one of the numbers is chosen.
+    """
+    array = bytearray(content)
+    if kind == "bits":
+        for _ in range(choose.choice(flips)):
+            array[choose.randrange(len(array))] ^= 1 << choose.randrange(8)
+    elif kind == "cut":
+        del array[choose.randrange(len(array)) :]
+    elif kind == "repeat":
+        array += content
+    elif kind == "empty":
+        array.clear()
+    return array
 
 
 def _limit(seconds: int) -> None:

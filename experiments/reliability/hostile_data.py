@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import tyro
-from _attempt import attempt, publish
+from _attempt import attempt, damaged, publish
 from scipy.io import savemat
 
 from pyro_gpvae.data.images import load_data
@@ -119,19 +119,10 @@ def _damage(path: Path, choose: random.Random, trace: Path) -> str:
         path.unlink()
         _OTHER[kind](path)
         return kind
-    array = bytearray(content)
-    if kind == "bits":
-        for _ in range(choose.choice([1, 2, 16])):
-            array[choose.randrange(len(array))] ^= 1 << choose.randrange(8)
-    elif kind == "cut":
-        del array[choose.randrange(len(array)) :]
-    elif kind == "repeat":
-        array += content
-    elif kind == "numbers":  # in a header: shapes, sizes and offsets
+    array = damaged(content, kind, choose, flips=(1, 2, 16))
+    if kind == "numbers":  # in a header: shapes, sizes and offsets
         where = choose.choice([4, 8, 12, choose.randrange(max(1, len(array) - 8))])
         array[where : where + 4] = struct.pack(choose.choice("<>") + "I", choose.choice(_NUMBERS))
-    elif kind == "empty":
-        array.clear()
     elif kind == "bomb":
         array = bytearray(_bomb(path.suffix))
     elif kind == "pickle":

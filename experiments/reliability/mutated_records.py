@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from _attempt import attempt, publish
+from _attempt import attempt, damaged, publish
 
 import pyro_gpvae.plots  # before the attempts fork  # noqa: F401
 from pyro_gpvae import Checkpoints, RunConfig, evaluate_run, resume_run, train_run
@@ -203,18 +203,8 @@ def _paths(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 def _change_bytes(path: Path, choose: random.Random) -> str:
-    content = bytearray(path.read_bytes())
     kind = choose.choice(["bits", "cut", "repeat", "empty", "huge", "folder"])
-    if kind == "bits":
-        for _ in range(choose.choice([1, 1, 8])):
-            content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
-    elif kind == "cut":
-        del content[choose.randrange(len(content)) :]
-    elif kind == "repeat":
-        content += bytes(content)
-    elif kind == "empty":
-        content.clear()
-    path.write_bytes(content)
+    path.write_bytes(damaged(path.read_bytes(), kind, choose, flips=(1, 1, 8)))
     if kind == "huge":  # a hole, which takes no room on the disk
         with path.open("r+b") as file:
             file.truncate(4 << 30)

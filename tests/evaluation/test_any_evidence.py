@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.contrib.easyguide import EasyGuide
+from rows import WEIGHT, X, evidence_of_linear, linear
 from torch import nn
 
 from pyro_gpvae import (
@@ -109,23 +110,6 @@ def test_every_evaluator_gives_the_evidence_of_counts(name):
     assert float(error.abs().max()) < 4
     reference = reference_evidence(model, x, num_samples=2000, seed=0)  # without a guide
     assert bool(((reference.log_evidence - exact).abs() < 4 * reference.standard_error).all())
-
-
-WEIGHT = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.6, -1.2]]).double()
-
-
-def linear(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z @ WEIGHT.mT, 0.5).to_event(1), obs=x)
-
-
-def evidence_of_linear(x):
-    covariance = WEIGHT @ WEIGHT.mT + 0.25 * torch.eye(3)
-    return dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x)
-
-
-X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
 
 
 class Encoder(nn.Module):

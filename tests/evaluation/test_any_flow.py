@@ -5,26 +5,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.contrib.zuko import ZukoToPyro
+from rows import WEIGHT, X, evidence_of_linear, linear
 from torch import nn
 
 from pyro_gpvae import annealed_evidence, decompose, fit, log_evidence, reference_evidence
 
 zuko = pytest.importorskip("zuko")
 pytestmark = pytest.mark.usefixtures("double_precision")
-
-WEIGHT = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.6, -1.2]]).double()
-X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).double()
-
-
-def linear(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
-        pyro.sample("x", dist.Normal(z @ WEIGHT.mT, 0.5).to_event(1), obs=x)
-
-
-def evidence_of_linear(x):
-    covariance = WEIGHT @ WEIGHT.mT + 0.25 * torch.eye(3)
-    return dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x)
 
 
 class Flow(nn.Module):
