@@ -71,8 +71,18 @@ CALLS = {
     "report": ("report", ".", "--images=0", "--out={out}/report.html"),
     "repeat": ("train", "--from-record=record.json", "--out={out}"),
     "sweep.py": ("{experiments}/sweep/sweep.py", "--plan=plan.toml", "--in-turn", "--out={out}"),
-    "newton.py": ("{experiments}/studies/newton.py", "--help"),
-}
+    "train": (
+        "train", "--guide=gp", "--epochs=1", "--train-images=32", "--test-images=2",
+        "--num-samples=2", "--out={out}",
+    ),
+    "demo": ("demo", "--quick", "--out={out}"),
+    "uncertainty": (
+        "uncertainty", ".", "--images=16", "--num-samples=4", "--reference-samples=4",
+        "--bootstrap=10", "--out={out}",
+    ),
+}  # fmt: skip
+for _script in sorted(EXPERIMENTS.glob("[!r]*/[!_]*.py")):  # not the campaigns, which fork
+    CALLS.setdefault(_script.name, (str(_script), "--help"))
 PLAN = """
 [budget]
 epochs = 1
@@ -101,7 +111,7 @@ class Options:
 def make_hostile(folder: Path) -> None:
     """Makes a run folder with everything in it that could be taken for code to run."""
     config = RunConfig(
-        guide="vae", latent_dim=2, epochs=1, train_images=32, test_images=4, num_samples=2,
+        guide="gp", latent_dim=2, epochs=1, train_images=32, test_images=16, num_samples=2,
         device="cpu",
     )  # fmt: skip
     train_run(config, folder, progress=False)
