@@ -1,9 +1,11 @@
-"""All guides on the embedded digits: the comparison that anyone can repeat overnight.
+"""All guides, each trained with a decoder of its own: which gives the best model?
 
-    python experiments/studies/digits.py --seeds 3
+    python experiments/studies/ranking.py --seeds 3
 
-Every guide is trained together with a decoder from random weights, with the same number of epochs,
-σ at a learning rate of 1e-2, and the weights of the epoch with the highest ELBO on held-out digits.
+This is the comparison on the embedded digits, which anyone can repeat overnight; ``--data`` and
+``--decoder`` choose other images and networks. Every guide is trained together with a decoder from
+random weights, with the same number of epochs, σ at a learning rate of 1e-2, and the weights of the
+epoch with the highest ELBO on held-out images.
 ``vae, 2 x epochs`` has the time of guides whose steps cost twice as much, and ``gp after vae``
 starts from the trained VAE, as in the paper. Each is an ordinary run folder in --out, which is
 continued if the study is stopped, and compared by
@@ -13,8 +15,8 @@ continued if the study is stopped, and compared by
   is that was trained with this guide;
 * the ELBO, and the gap, log p(x) - ELBO.
 
-Differences to the VAE are paired over seeds. ``digits.json``, ``digits.md`` and ``digits.png`` are
-written to --out; ``--render`` makes the last two from ``digits.json``.
+Differences to the VAE are paired over seeds. ``ranking_DATA_DECODER.json``, ``.md`` and ``.png``
+are written to --out; ``--render`` makes the last two from the first.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyro_gpvae.plots  # before matplotlib, without settings of the working directory  # noqa: F401
 
@@ -58,6 +60,9 @@ ROWS: dict[str, tuple[str, str | None, int]] = {
     "rme:2": ("rme:2", None, 1),
     "full": ("full", None, 1),
 }
+#: Further rows for the fully-connected decoder, as in the paper.
+FC_ROWS: dict[str, tuple[str, str | None, int]] = {"vlae:1": ("vlae:1", None, 1)}
+NETWORKS = {"conv": "convolutional", "fc": "fully-connected"}
 #: Importance samples for each image and proposal of the reference estimate, without annealing.
 REFERENCE_SAMPLES = 500
 
@@ -67,6 +72,9 @@ class Options:
     """Options of the study.
 
     Attributes:
+        data: Name of a data set, or path of an .npz file.
+        root: Folder where data sets are kept; None is that of the command.
+        decoder: Networks of the paper: "conv" or "fc".
         epochs: Passes over the training images.
         seeds: The number of seeds, from 0.
         latent_dim: Dimension p of z.
@@ -77,9 +85,12 @@ class Options:
         num_samples: Importance samples K per image.
         rows: Only these rows; none is all. The VAE is always there.
         out: Folder of the runs and the results.
-        render: Only make page and picture from digits.json.
+        render: Only make page and picture from the record.
     """
 
+    data: str = "mnist5k"
+    root: str | None = None
+    decoder: Literal["conv", "fc"] = "conv"
     epochs: int = 60
     seeds: int = 3
     latent_dim: int = 10
@@ -89,29 +100,42 @@ class Options:
     reference_images: int = 200
     num_samples: int = 100
     rows: tuple[str, ...] = ()
-    out: Path = Path("runs/digits")
+    out: Path = Path("runs/ranking")
     render: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the record."""
+        return f"ranking_{Path(self.data).stem}_{self.decoder}"
 
 
 def main(options: Options) -> None:
-    record = publish("digits", options, partial(measure, options), markdown)
-    picture(record).savefig(options.out / "digits.png", dpi=150)
+    record = publish(options.name, options, partial(measure, options), markdown)
+    picture(record).savefig(options.out / f"{options.name}.png", dpi=150)
     plt.close("all")
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Trains and evaluates what is missing; returns a row for each seed and guide."""
-    chosen = [name for name in ROWS if not options.rows or name in ("vae", *options.rows)]
+    rows = ROWS | (FC_ROWS if options.decoder == "fc" else {})
+    chosen = [name for name in rows if not options.rows or name in ("vae", *options.rows)]
     found = [cell(options, name, seed) for seed in range(options.seeds) for name in chosen]
     return {"cells": found}
 
 
 def cell(options: Options, name: str, seed: int) -> dict[str, Any]:
     """Trains and evaluates one row for one seed, unless its folder has the result."""
-    guide, start, factor = ROWS[name]
-    folder = options.out / f"{name.replace(' ', '-').replace(',', '').replace(':', '')}-seed{seed}"
+    guide, start, factor = (ROWS | FC_ROWS)[name]
+    folder = (
+        options.out
+        / options.name
+        / f"{name.replace(' ', '-').replace(',', '').replace(':', '')}-seed{seed}"
+    )
     config = RunConfig(
+        data=options.data,
+        root=options.root,
         guide=guide,
+        decoder=options.decoder,
         latent_dim=options.latent_dim,
         epochs=factor * options.epochs,
         sigma_learning_rate=1e-2,
@@ -122,7 +146,7 @@ def cell(options: Options, name: str, seed: int) -> dict[str, Any]:
         num_samples=options.num_samples,
         seed=seed,
         device="cpu",
-        warm_start=None if start is None else str(options.out / f"{start}-seed{seed}"),
+        warm_start=None if start is None else str(folder.parent / f"{start}-seed{seed}"),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ParetoWarning)  # log p(x) is by the reference
@@ -150,7 +174,7 @@ def cell(options: Options, name: str, seed: int) -> dict[str, Any]:
 def reference_scores(options: Options, folder: Path, seed: int) -> dict[str, Any]:
     """Returns the mean reference log p(x) of the first test images."""
     run = load_run(folder)
-    x = to_batch(load_data("mnist5k").test[: options.reference_images])[0]
+    x = to_batch(load_data(options.data, options.root).test[: options.reference_images])[0]
     found = reference_evidence(
         run.model, x, run.guide, num_samples=REFERENCE_SAMPLES, num_chains=0, seed=seed
     )
@@ -207,9 +231,9 @@ def caption(record: dict[str, Any]) -> str:
     """Returns the data, the budget, the tests and the machine, in sentences."""
     first = record["cells"][0]
     return (
-        f"The embedded digits, {first['train_images']:,} for training, {record['validation']} held "
-        f"out and {first['test_images']:,} for the scores; p = {record['latent_dim']}, the "
-        f"convolutional networks of the paper, {record['epochs']} epochs (the paper: 2,000), Adam "
+        f"{record['data']}: {first['train_images']:,} images for training, {record['validation']} "
+        f"held out and {first['test_images']:,} for the scores; p = {record['latent_dim']}, the "
+        f"{NETWORKS[record['decoder']]} networks of the paper, {record['epochs']} epochs (the paper: 2,000), Adam "
         "at 5e-4 and 1e-2 for log σ, weights of the epoch with the highest held-out ELBO, which "
         f"is the last column. Nats per image, means ± standard deviations over seeds. log p(x) by "
         f"`reference_evidence` on the first {record['reference_images']} test images, with "
@@ -246,9 +270,9 @@ def picture(record: dict[str, Any]) -> Figure:
         )  # fmt: skip
     axes.set(
         xlabel="epoch, of the VAE before included",
-        ylabel="ELBO of held-out digits (nats per image)",
-        title=f"The embedded digits, means over {record['seeds']} seeds, "
-        f"{record['validation']} held-out digits",
+        ylabel="ELBO of held-out images (nats per image)",
+        title=f"{record['data']}, {record['decoder']}, means over seeds, "
+        f"{record['validation']} held-out images",
     )
     axes.set_xlim(0, 1.18 * last)
     axes.grid(alpha=0.25)

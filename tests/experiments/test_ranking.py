@@ -1,38 +1,40 @@
-"""The study of all guides on the embedded digits, with a budget of seconds."""
+"""The study of all guides, with a budget of seconds."""
 
 import math
 
-import digits
 import pytest
+import ranking
 from scipy import stats
 
 from pyro_gpvae.core._files import read_json
 
 
 def test_the_study_trains_what_is_missing_and_renders_its_record(tmp_path, capsys):
-    options = digits.Options(
+    options = ranking.Options(
         epochs=1, seeds=1, latent_dim=2, validation=20, train_images=60, test_images=3,
         reference_images=2, num_samples=3, rows=("gp after vae",), out=tmp_path,
     )  # fmt: skip
-    digits.main(options)
-    cells = {cell["row"]: cell for cell in read_json(tmp_path / "digits.json")["cells"]}
+    ranking.main(options)
+    cells = {
+        cell["row"]: cell for cell in read_json(tmp_path / "ranking_mnist5k_conv.json")["cells"]
+    }
     assert list(cells) == ["vae", "gp after vae"]
-    warm = read_json(tmp_path / "gp-after-vae-seed0" / "record.json")
+    warm = read_json(tmp_path / "ranking_mnist5k_conv/gp-after-vae-seed0" / "record.json")
     assert warm["warm_start"]["scores"]["log_evidence"] == cells["vae"]["iwae"]
     assert cells["vae"]["train_images"] == 40
     assert cells["vae"]["best_epoch"] == 1
-    assert (tmp_path / "digits.png").stat().st_size > 10_000
-    page = (tmp_path / "digits.md").read_text()
+    assert (tmp_path / "ranking_mnist5k_conv.png").stat().st_size > 10_000
+    page = (tmp_path / "ranking_mnist5k_conv.md").read_text()
     assert "20 held out and 3 for the scores" in page
 
-    runs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/record.json")}
-    digits.main(options)
+    runs = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/record.json")}
+    ranking.main(options)
     assert runs == {path: path.stat().st_mtime_ns for path in runs}
-    assert (tmp_path / "digits.md").read_text() == page
+    assert (tmp_path / "ranking_mnist5k_conv.md").read_text() == page
 
 
 def test_differences_are_tested_in_pairs():
     differences = [1.0, 2.0, 4.0]
     expected = stats.ttest_rel([3.0, 5.0, 8.0], [2.0, 3.0, 4.0]).pvalue
-    assert digits.paired_p(differences) == pytest.approx(expected)
-    assert math.isnan(digits.paired_p(differences[:2]))
+    assert ranking.paired_p(differences) == pytest.approx(expected)
+    assert math.isnan(ranking.paired_p(differences[:2]))
