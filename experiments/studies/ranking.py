@@ -233,9 +233,10 @@ def caption(record: dict[str, Any]) -> str:
     return (
         f"{record['data']}: {first['train_images']:,} images for training, {record['validation']} "
         f"held out and {first['test_images']:,} for the scores; p = {record['latent_dim']}, the "
-        f"{NETWORKS[record['decoder']]} networks of the paper, {record['epochs']} epochs (the paper: 2,000), Adam "
-        "at 5e-4 and 1e-2 for log σ, weights of the epoch with the highest held-out ELBO, which "
-        f"is the last column. Nats per image, means ± standard deviations over seeds. log p(x) by "
+        f"{NETWORKS[record['decoder']]} networks of the paper, {record['epochs']} epochs (the "
+        "paper: 2,000), Adam at 5e-4 and 1e-2 for log σ, weights of the epoch with the highest "
+        "held-out ELBO, which is the last column. Nats per image, means ± standard deviations over "
+        "seeds. log p(x) by "
         f"`reference_evidence` on the first {record['reference_images']} test images, with "
         f"{REFERENCE_SAMPLES} samples of each proposal and no annealing (not reliable for at most "
         f"{max(c['untrusted'] for c in record['cells'])} images of a run); the gap is log p(x) - "
