@@ -1,12 +1,16 @@
 """The study of all guides, with a budget of seconds."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import ranking
 from scipy import stats
 
 from pyro_gpvae.core._files import read_json
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 def test_the_study_trains_what_is_missing_and_renders_its_record(tmp_path, capsys):
@@ -38,3 +42,13 @@ def test_differences_are_tested_in_pairs():
     expected = stats.ttest_rel([3.0, 5.0, 8.0], [2.0, 3.0, 4.0]).pvalue
     assert ranking.paired_p(differences) == pytest.approx(expected)
     assert math.isnan(ranking.paired_p(differences[:2]))
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("ranking_*.json")), ids=lambda p: p.stem)
+def test_committed_pages_are_those_of_the_committed_records(path, tmp_path):
+    shutil.copy(path, tmp_path)
+    record = read_json(path)
+    options = {"data": record["data"], "decoder": record["decoder"]}
+    ranking.main(ranking.Options(**options, render=True, out=tmp_path))
+    page = path.with_suffix(".md")
+    assert (tmp_path / page.name).read_text() == page.read_text()

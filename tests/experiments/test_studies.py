@@ -5,7 +5,6 @@ from pathlib import Path
 
 import ais_cost
 import alternating
-import digits
 import gradient_variance
 import newton
 import pytest
@@ -69,7 +68,7 @@ def test_ais_cost(tmp_path):
 
 @pytest.mark.parametrize(
     "module",
-    [ais_cost, alternating, digits, gradient_variance, newton],
+    [ais_cost, alternating, gradient_variance, newton],
     ids=lambda module: module.__name__,
 )
 def test_committed_pages_are_those_of_the_committed_records(module, tmp_path):
