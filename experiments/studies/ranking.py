@@ -62,6 +62,8 @@ ROWS: dict[str, tuple[str, str | None, int]] = {
 }
 #: Further rows for the fully-connected decoder, as in the paper.
 FC_ROWS: dict[str, tuple[str, str | None, int]] = {"vlae:1": ("vlae:1", None, 1)}
+#: The published scores of Tables 4 and 5.
+PUBLISHED = Path(__file__).parents[1] / "tables" / "published"
 NETWORKS = {"conv": "convolutional", "fc": "fully-connected"}
 #: Importance samples for each image and proposal of the reference estimate, without annealing.
 REFERENCE_SAMPLES = 500
@@ -195,13 +197,12 @@ def shortfalls(folder: Path, reference: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Returns the table of the record."""
+    """Returns the table of the record, with the paper's scores where it has them."""
     cells = pd.DataFrame(record["cells"])
-    lines = [
-        "| guide (seeds) | log p(x) | difference to the VAE | p | gap | IWAE misses | IWAE | ELBO "
-        "| σ | epoch |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    paper = published(record)
+    heads = ["guide (seeds)", "log p(x)", "difference to the VAE", "p", "gap", "IWAE misses"]
+    heads += ["IWAE", *(["paper"] if paper else []), "ELBO", "σ", "epoch"]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
     for name, group in cells.groupby("row", sort=False):
         paired = group.set_index("seed")["reference"].sub(
             cells[cells["row"] == "vae"].set_index("seed")["reference"]
@@ -209,10 +210,22 @@ def markdown(record: dict[str, Any]) -> str:
         difference = "–" if name == "vae" else mean(paired)
         p = math.nan if name == "vae" else paired_p(paired)
         texts = [mean(group["reference"]), difference, "–" if math.isnan(p) else f"{p:.3f}"]
-        texts += [mean(group[key]) for key in ("gap", "iwae_shortfall", "iwae", "elbo")]
-        texts += [f"{group['sigma'].mean():.3f}", mean(group["best_epoch"], 0)]
+        texts += [mean(group[key]) for key in ("gap", "iwae_shortfall", "iwae")]
+        texts += [paper.get(str(name), "–")] if paper else []
+        texts += [mean(group["elbo"]), f"{group['sigma'].mean():.3f}", mean(group["best_epoch"], 0)]
         lines.append(f"| `{name}` ({len(group)}) | " + " | ".join(texts) + " |")
     return "\n".join([*lines, "", caption(record), ""])
+
+
+def published(record: dict[str, Any]) -> dict[str, str]:
+    """Returns the scores of the paper by row. Its GPVAE starts from a VAE."""
+    tables = [pd.read_csv(PUBLISHED / f"table{n}.csv", comment="#") for n in (4, 5)]
+    key = (record["data"], record["decoder"], record["latent_dim"])
+    scores = pd.concat(tables).set_index(["data", "decoder", "latent_dim"])
+    if key not in scores.index:
+        return {}
+    found = scores.loc[[key]].replace({"guide": {"gp": "gp after vae"}}).set_index("guide")
+    return found["score"].map("{:.1f}".format).to_dict()
 
 
 def mean(values: Any, digits: int = 1) -> str:

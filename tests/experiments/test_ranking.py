@@ -52,3 +52,10 @@ def test_committed_pages_are_those_of_the_committed_records(path, tmp_path):
     ranking.main(ranking.Options(**options, render=True, out=tmp_path))
     page = path.with_suffix(".md")
     assert (tmp_path / page.name).read_text() == page.read_text()
+
+
+def test_the_scores_of_the_paper_stand_beside_ours():
+    scores = ranking.published({"data": "mnist", "decoder": "fc", "latent_dim": 10})
+    assert (scores["vae"], scores["gp after vae"]) == ("563.6", "568.7")
+    assert "gp" not in scores
+    assert ranking.published({"data": "mnist5k", "decoder": "conv", "latent_dim": 10}) == {}
