@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,13 +15,12 @@ from pyro.infer.util import is_validation_enabled
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
-from pyro.poutine.messenger import Messenger
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from pyro_gpvae.core._errors import nonfinite_as_error, unvalidated
+from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error, unvalidated
 from pyro_gpvae.core._plates import (
     check_guide_sites,
     check_observes,
@@ -30,6 +30,7 @@ from pyro_gpvae.core._plates import (
     is_sampled,
 )
 from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import Batch
 from pyro_gpvae.model._local import (
     PARTICLES,
@@ -41,6 +42,7 @@ from pyro_gpvae.model._local import (
     name_of,
     warn_of_loop,
 )
+from pyro_gpvae.model._points import FixedDraws, check_points
 from pyro_gpvae.model.density import LatentPosterior, sample_posterior
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
 
@@ -55,8 +57,9 @@ class Weights:
     prior, which cancels. Global sites never enter the weights.
 
     If latent sites of the guide are points (``Delta``), functions of its auxiliary sites as in
-    Pyro's autoguides, the density of these auxiliary sites enters. Other auxiliary sites do not:
-    p(x, z) / q(z|x, auxiliary) is unbiased.
+    Pyro's autoguides, the density of these auxiliary sites enters, and the log_density of the
+    points must be minus the log-Jacobian, see ``check_points`` of :mod:`pyro_gpvae.model._points`.
+    Other auxiliary sites do not enter: p(x, z) / q(z|x, auxiliary) is unbiased.
     """
 
     def __init__(
@@ -70,10 +73,15 @@ class Weights:
         self.enumerates = "parallel" in marks
         self.guide_structure = self.structure
         if not isinstance(guide, HasPosterior):
-            plate, nesting = Structure.of(guide, batch)[0]
+            (plate, nesting), own = Structure.of(guide, batch)
             nesting = max(nesting, self.structure.nesting)
             self.structure = self.structure._replace(nesting=nesting)
             self.guide_structure = Structure(plate, nesting)
+            if any(is_point(site["fn"]) for site in own.values()):
+                # what is not finite is reported by the weights, with its images
+                with seeded(0, batch[0].device), suppress(NonFiniteError):
+                    p, q = self._traces(hide_observations(guide), batch)
+                    check_points(guide, batch, q, p, plate)
 
     def draw(
         self,
@@ -155,14 +163,14 @@ class Weights:
 
             return run
 
-        with nonfinite_as_error(), _Fixed(fixed[1]):
+        with nonfinite_as_error(), FixedDraws(fixed[1]):
             q = poutine.trace(vectorized(guide)).get_trace(*batch)
         local = _local_part(q, self.guide_structure)
         model = poutine.replay(vectorized(self.model), trace=local)
         if self.enumerates:
             dim = -1 - self.structure.nesting - (count is not None)
             model = poutine.enum(model, first_available_dim=dim)
-        with nonfinite_as_error(), _Fixed(fixed[0]):
+        with nonfinite_as_error(), FixedDraws(fixed[0]):
             p = poutine.trace(model).get_trace(*batch)
         return p, q
 
@@ -259,18 +267,6 @@ class Weights:
 
 class _SupportError(ValueError):
     """The guide has drawn what the prior cannot."""
-
-
-class _Fixed(Messenger):
-    """Replaces draws by given values."""
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 def _local_part(trace: Any, structure: Structure) -> Any:

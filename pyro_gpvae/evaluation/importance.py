@@ -62,7 +62,8 @@ def log_weights(
     Latent sites may have any names and supports, continuous or discrete. Those that the guide does
     not sample are summed out if they are marked ``infer={"enumerate": "parallel"}``, and otherwise
     drawn from their prior. If the guide's latents are functions of auxiliary sites, as in Pyro's
-    autoguides, the density of these sites is used.
+    autoguides, the density of these sites is used; the ``log_density`` of each ``Delta`` must be
+    minus the log-Jacobian of the function, which is checked where gradients pass through it.
 
     Arguments:
         model: A Pyro model, called as ``model(*data)``, with observations in its data plate.
@@ -77,7 +78,8 @@ def log_weights(
 
     Raises:
         ValueError: If the data do not fit the model, the model observes nothing, the guide's
-            latents are points without a density, or K or chunk_size is less than 1.
+            latents are points without a density or with a wrong one, or K or chunk_size is less
+            than 1.
         TypeError: If data are no tensors.
         NonFiniteError: If a log weight is NaN or +∞; names the images. -∞ is an impossible draw.
     """

@@ -16,11 +16,11 @@ its guides sample the site ``"z"`` in ``plate("data", len(x))``.
 
 **Auxiliary sites** of the guide, which the model does not have, are marked with
 ``infer={"is_auxiliary": True}``. A latent that is a function of one is a ``Delta``, whose
-``log_density`` is minus the log-Jacobian, or zero for the identity. Random variables that the
-latents are no function of, such as f and log h of a random encoder, are sampled under
-``poutine.mask(mask=False)``: the mean of p(x, z) / q(z | x, auxiliary) is then p(x). An ELBO that
-scores them is not a bound. If particles are vectorised, tensors computed from a global or auxiliary
-draw have shape (K, B, ...).
+``log_density`` is minus the log-Jacobian, or zero for the identity; another one is refused. Random
+variables that the latents are no function of, such as f and log h of a random encoder, are sampled
+under ``poutine.mask(mask=False)``: the mean of p(x, z) / q(z | x, auxiliary) is then p(x). An
+ELBO that scores them is not a bound. If particles are vectorised, tensors computed from a global or
+auxiliary draw have shape (K, B, ...).
 
 **What is optional.** Each ``Protocol`` of this module is an optional part of the contract; the
 library uses the parts that it finds.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pyro
 import torch
 
+from pyro_gpvae.core._errors import NonFiniteError
 from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
 from pyro_gpvae.data.batch import Data, check_data, take, to_batch
 from pyro_gpvae.testing import _batches, _densities, _gradients, _structure
@@ -129,7 +130,7 @@ def check_guide(
             except Exception as error:
                 kind = type(error).__name__
                 found = Finding(kind, "no error", False, f"It raised {kind}: {error}")
-                cause = cause if name == "finite" else ""
+                cause = cause if isinstance(error, NonFiniteError) else ""
             account = "" if found.kept else found.seen
             if found.kept is False and (cause := found.cause or cause):
                 account += f"\nLikely cause: {cause}."

@@ -23,6 +23,7 @@ from pyro_gpvae.core._plates import (
 from pyro_gpvae.core._programs import PyroProgram, autoguides_of, modules_of
 from pyro_gpvae.data.batch import Batch
 from pyro_gpvae.model._pairing import pair
+from pyro_gpvae.model._points import check_points
 from pyro_gpvae.model.elbo import Block
 
 __all__ = ["check_leaves", "modules_by_role", "named_parameters", "parameter_groups"]
@@ -53,11 +54,13 @@ def named_parameters(
     with suppress(NonFiniteError), torch.no_grad(), nonfinite_as_error(), capture:
         guide_trace: Any = poutine.trace(hide_observations(guide)).get_trace(*batch)
         check_guide_sites(guide_trace.nodes)
+        plate = data_plate(guide_trace.nodes, len(batch[0]))
         if len(batch[0]) != num_images:
-            plate = data_plate(guide_trace.nodes, len(batch[0]))
             check_separable(guide, guide_trace.nodes, plate)
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
-        check_observes(poutine.trace(replayed).get_trace(*batch).nodes)
+        model_trace: Any = poutine.trace(replayed).get_trace(*batch)
+        check_observes(model_trace.nodes)
+        check_points(guide, batch, guide_trace, model_trace, plate)
     for auto in autoguides_of(guide):
         for parameter in auto.parameters():
             parameter.data = parameter.data.clone()  # its first value may be a tensor of the model
