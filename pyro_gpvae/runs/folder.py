@@ -106,9 +106,14 @@ class Run:
         """The images that the run was trained and evaluated on, read at first use.
 
         Raises:
+            FileNotFoundError: If they are not where the run found them; names --data.
             ValueError: If they are not the images of the run.
         """
-        data = load_images(self.config)
+        try:
+            data = load_images(self.config)
+        except FileNotFoundError as error:
+            where = "say where the data of the run are now with --data or --root"
+            raise FileNotFoundError(f"{self.folder}: {error} Or {where}.") from error
         check_images(data, self.record, self.folder / "record.json")
         return data
 

@@ -1,6 +1,7 @@
 """The command: what it prints, refuses and returns, and how it ends on signals."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -253,6 +254,19 @@ def test_a_terminal_without_greek_letters_and_a_reader_that_has_gone():
     assert process.wait() == 141
     assert process.stderr.read() == "", "as after | head"
     process.stderr.close()
+
+
+def test_gap_is_printed_where_there_are_no_greek_letters(monkeypatch, tmp_path):
+    assert main(["train", "--guide=vae", "--out=run", *TINY]) == 0
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    few = ["--images=2", "--num-samples=10", "--reference-samples=20", "--ais-chains=0", "--quiet"]
+    assert main(["gap", "run", *few]) == 0
+    printed = streams[0].buffer.getvalue().decode("ascii")
+    assert "written to gap" in printed
+    assert "?" in printed, "in the place of a letter"
+    assert "\N{PLUS-MINUS SIGN}" in (tmp_path / "gap" / "gap.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

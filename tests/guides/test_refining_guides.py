@@ -1,5 +1,6 @@
 import copy
 import math
+from contextlib import nullcontext
 
 import pyro.distributions as dist
 import pytest
@@ -17,7 +18,7 @@ from toy import (
 
 from guides.iterative import IterativeGuide
 from guides.semi_amortized import SemiAmortizedGuide
-from pyro_gpvae import ImageModel, fit, log_evidence
+from pyro_gpvae import ImageModel, decompose, fit, log_evidence, make_guide
 
 every_family = pytest.mark.parametrize("family", [SemiAmortizedGuide, IterativeGuide])
 # every way to take a step that is meant to raise the ELBO
@@ -228,6 +229,20 @@ def test_each_image_is_refined_once_however_many_samples(family, monkeypatch):
     monkeypatch.setattr(guide, "step", lambda x, *at: calls.append(len(x)) or step(x, *at))
     log_evidence(model, guide, images(6), 50, chunk_size=12)
     assert calls == [6, 6]
+
+
+@pytest.mark.parametrize("spec", ["sa:1", "iterative:1", "vlae:1", "newton:1", "instance"])
+def test_inference_mode_changes_no_number(spec):
+    model = linear_model()
+    guide = make_guide(spec, model, **({} if spec == "instance" else {"encoder": linear_encoder()}))
+    found = []
+    for context in (nullcontext(), torch.inference_mode()):
+        with context:
+            x = images(3)
+            gap = decompose(model, guide.double(), x, num_samples=5, reference_samples=20, seed=0)
+            weights = log_evidence(model, guide, x, 5, seed=0)
+            found.append(torch.stack([weights.log_evidence, gap.elbo, gap.log_evidence]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @every_family

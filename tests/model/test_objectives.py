@@ -289,6 +289,12 @@ def test_a_divergence_of_another_batch_shape_is_refused_without_validation():
 
 
 @pytest.mark.parametrize("kind", [Trace_ELBO, TraceELBO, TraceMeanField_ELBO, MeanFieldELBO])
+def test_programs_without_sites_have_the_loss_zero(kind):
+    for evaluate in ("loss", "differentiable_loss", "loss_and_grads"):
+        assert float(getattr(kind(), evaluate)(lambda: None, lambda: None)) == 0
+
+
+@pytest.mark.parametrize("kind", [Trace_ELBO, TraceELBO, TraceMeanField_ELBO, MeanFieldELBO])
 def test_a_loss_that_is_not_a_number_is_warned_of(kind):
     def program():
         pyro.sample("z", dist.Normal(ONE, ONE))

@@ -290,7 +290,7 @@ def test_bernoulli_fully_connected_and_your_own_images(tiny, tmp_path, monkeypat
     assert evaluate_run(tmp_path / "run")["scores"] == record["scores"]
 
     shutil.move(tmp_path / "own.npz", tmp_path / "moved.npz")
-    with pytest.raises(FileNotFoundError, match=r"own\.npz"):
+    with pytest.raises(FileNotFoundError, match=r"own\.npz does not exist.*are now with --data"):
         evaluate_run(tmp_path / "run")
     moved = evaluate_run(tmp_path / "run", data=str(tmp_path / "moved.npz"))
     assert moved["scores"] == record["scores"]
