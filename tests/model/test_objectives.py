@@ -128,6 +128,9 @@ MEAN_FIELD = {
     "no analytic KL": guides_of(lambda: dist.StudentT(5 * ONE, loc(), ONE)),
     "point": guides_of(lambda: dist.Delta(loc())),
     "scaled and masked": scaled_and_masked,
+    "masked distributions": guides_of(
+        lambda: dist.Normal(loc(), ONE).mask(False), lambda: dist.Normal(0 * ONE, ONE).mask(False)
+    ),
     "scaled and masked without KL": lambda: scaled_and_masked(partial(dist.StudentT, 5 * ONE)),
     "masked auxiliary sites": masked_auxiliary_sites_and_global_ones,
     "factors": factors,
