@@ -15,8 +15,9 @@ vector for each of 128 images, measured in turn with the guides.
 and for the time that newton:1 needs for --epochs. There the learning rate of σ is 1e-2, because at
 5e-4 a comparison of few epochs only shows how fast σ falls.
 
-Every result is a file in --out/cells and is not computed again. ``newton.json``, ``newton.md`` and
-``newton.png`` are written to --out; ``--render`` makes the last two from ``newton.json``.
+Every result is a file in --out/NAME and is not computed again. ``NAME.json``, ``NAME.md`` and
+``NAME.png``, where NAME is ``newton_DATA_pDIMENSION``, are written to --out; ``--render`` makes the
+last two from the first.
 """
 
 from __future__ import annotations
@@ -74,41 +75,56 @@ class Options:
     """Options of the study.
 
     Attributes:
-        data: Name of a data set.
+        data: Name of a data set, or path of an .npz file.
+        root: Folder where data sets are kept; None is that of the command.
         epochs: Passes over the training images, for the VAE and again for every guide.
         seeds: The number of seeds, from 0.
         latent_dim: Dimension p of z.
         test_images: How many test images are used.
         train_images: Use only the first so many training images; None is all.
         num_samples: Importance samples K per image.
+        sigma_learning_rate: That of σ while the VAE is trained.
         guides: Only these guides on the frozen decoder; none is all.
         end_to_end: Seeds of the training from scratch, from 0.
         out: Folder of the results.
-        render: Only make the table from newton.json.
+        render: Only make page and picture from the record.
     """
 
     data: str = "mnist5k"
+    root: str | None = None
     epochs: int = 20
     seeds: int = 3
     latent_dim: int = 10
     test_images: int = 200
     train_images: int | None = None
     num_samples: int = 100
+    sigma_learning_rate: float = 5e-4
     guides: tuple[str, ...] = ()
     end_to_end: int = 0
     out: Path = Path("runs/newton")
     render: bool = False
 
+    @property
+    def name(self) -> str:
+        """The name of the record."""
+        return f"newton_{Path(self.data).stem}_p{self.latent_dim}"
+
+    @property
+    def chosen(self) -> list[str]:
+        """The guides on the frozen decoder, in the order of the table."""
+        return [g for g in (*TRAINED, *UNTRAINED) if not self.guides or g in self.guides]
+
 
 def main(options: Options) -> None:
-    record = publish("newton", options, partial(measure, options), markdown)
+    record = publish(options.name, options, partial(measure, options), markdown)
     frozen = [row for row in record["rows"] if row["decoder"] == "frozen"]
-    share_against_passes(frozen, caption(record)).savefig(options.out / "newton.png", dpi=150)
+    figure = share_against_passes(frozen, caption(record))
+    figure.savefig(options.out / f"{options.name}.png", dpi=150)
 
 
 def measure(options: Options) -> dict[str, Any]:
     """Computes the cells that are missing; returns a row for each seed and guide."""
-    data = load_data(options.data)
+    data = load_data(options.data, options.root)
     train = data.train[: options.train_images]
     x = to_batch(data.test[: options.test_images])[0]
     rows = []
@@ -129,7 +145,7 @@ class _Study:
         self.seed = seed
         self.train = train
         self.x = x
-        self.folder = options.out / "cells" / f"seed-{seed}"
+        self.folder = options.out / options.name / f"seed-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def frozen_decoder(self) -> list[dict[str, Any]]:
@@ -137,12 +153,10 @@ class _Study:
         model.requires_grad_(False)
         optimum = self.cell("optimum", partial(self.optimum, model, encoder))
         start = self.cell("start", partial(self.scores, model, encoder))
-        wanted = self.options.guides or (*TRAINED, *UNTRAINED)
         rows = [{"guide": _START} | start]
-        for name in (*TRAINED, *UNTRAINED):
-            if name in wanted:
-                cell = self.cell(name, partial(self.guide, name, model, encoder))
-                rows.append({"guide": name} | cell)
+        for name in self.options.chosen:
+            cell = self.cell(name, partial(self.guide, name, model, encoder))
+            rows.append({"guide": name} | cell)
         passes = self.cell("passes", partial(self.passes, model, encoder))
         for row in rows:
             row["share"] = 1 - (optimum["elbo"] - row["elbo"]) / (optimum["elbo"] - start["elbo"])
@@ -156,7 +170,8 @@ class _Study:
         model, encoder = self.programs("vae")
         path = self.folder / "vae.pt"
         if not path.exists():
-            self.fit(model, encoder)
+            rates = {"model.log_sigma": self.options.sigma_learning_rate}
+            self.fit(model, encoder, learning_rates=rates)
             torch.save([model.state_dict(), encoder.state_dict()], path)
         for program, state in zip((model, encoder), torch.load(path), strict=True):
             program.load_state_dict(state)
@@ -241,7 +256,7 @@ class _Study:
         x = self.x[:BATCH]
         z = torch.zeros(len(x), self.options.latent_dim)
         guides = {_START: encoder}
-        for name in (*TRAINED, *UNTRAINED):
+        for name in self.options.chosen:
             guides[name] = make_guide(name, model, warm_start=encoder).eval()
         times: dict[str, list[float]] = {name: [] for name in ("decoder", *guides)}
         for _ in range(REPEATS):  # in turn, so that all of them meet the same other processes
@@ -290,11 +305,13 @@ def markdown(record: dict[str, Any]) -> str:
 
 def caption(record: dict[str, Any]) -> str:
     """Returns the data, the budget, the seeds and the machine, in sentences."""
+    rate = record.get("sigma_learning_rate", 5e-4)
+    sigma = "" if rate == 5e-4 else f" ({rate:g} for σ)"
     return (
         f"{record['data']}: {record['train_images']:,} training and {record['test_images']} "
         f"test images, p = {record['latent_dim']}, networks of the paper's tables, "
         f"{record['epochs']} epochs for the VAE and as many again for every trained guide, "
-        f"learning rate 5e-4, K = {record['num_samples']}. The number of seeds is in "
+        f"learning rate 5e-4{sigma}, K = {record['num_samples']}. The number of seeds is in "
         "brackets; means ± standard deviations over seeds. `sa` and `vlae` take the encoder "
         "of the VAE without training. "
         "Decoder passes: the CPU time to infer 128 images in units of that to decode 128 latent "
