@@ -30,7 +30,7 @@ from _attempt import attempt, damaged, publish
 import pyro_gpvae.plots  # before the attempts fork  # noqa: F401
 from pyro_gpvae import Checkpoints, RunConfig, evaluate_run, resume_run, train_run
 from pyro_gpvae.core._files import read_json
-from pyro_gpvae.runs.reproduce import reproduce_run
+from pyro_gpvae.runs.folder import check_record
 from pyro_gpvae.runs.results import differences, read_results
 from pyro_gpvae.runs.run_report import report_runs
 
@@ -131,8 +131,10 @@ def _numbers(record: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]
 
 
 def _repeat(root: Path) -> dict[str, Any]:
-    recorded = read_json(root / "a" / "record.json")
-    return _numbers(reproduce_run(root / "a", root / "again", progress=False), recorded)
+    source = root / "a" / "record.json"
+    recorded = read_json(source)
+    config = check_record(recorded, source)
+    return _numbers(train_run(config, root / "again", progress=False), recorded)
 
 
 def _resume(root: Path) -> dict[str, Any]:

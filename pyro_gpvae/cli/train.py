@@ -25,9 +25,9 @@ class Train(RunConfig, Command):
         out: The run folder. It appears when the run is finished; until then it is OUT.partial.
         resume: Continue this run folder with its own options, on another device if one is given;
             a finished one is left as it is. None starts a new run.
-        from_record: Repeat the run of this record.json in OUT, with its options, images and
-            threads; on the same device the score is the same. The options data, root and device
-            may say where things are now.
+        from_record: Train again with the options of this record.json; data, root and device may
+            say where things are now. The score is the same with the same versions, device and
+            number of threads.
         overwrite: Replace an earlier run in that folder, finished or not.
         checkpoint_every: Steps between checkpoints, or minutes such as "5m".
         on_checkpoint_error: If the disk is full or read-only, "continue" without a checkpoint, or
@@ -59,27 +59,19 @@ class Train(RunConfig, Command):
 
     def _run(self, seed: int, out: Path) -> None:
         """Trains one run, and prints its scores."""
-        from pyro_gpvae.runs.reproduce import reproduce_run
         from pyro_gpvae.runs.run_report import report_runs
         from pyro_gpvae.runs.train import resume_run, train_run
 
-        options = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
-        config = RunConfig(**options | {"seed": seed})
         names = ("checkpoint_every", "on_checkpoint_error", "download", "trust_guide")
         train_kwargs: dict[str, Any] = {name: getattr(self, name) for name in names}
         train_kwargs["progress"] = not self.quiet
         try:
             if self.resume is not None:
                 record = resume_run(out, device=self.device, **train_kwargs)
-            elif self.from_record is not None:
-                data = self.data if self.data != RunConfig.data else None
-                train_kwargs |= {"data": data, "root": self.root, "device": self.device}
-                train_kwargs["overwrite"] = self.overwrite
-                record = reproduce_run(self.from_record, out, **train_kwargs)
             else:
                 train_kwargs["overwrite"] = self.overwrite
                 train_kwargs["resume"] = self.seeds is not None and not self.overwrite
-                record = train_run(config, out, **train_kwargs)
+                record = train_run(self._config(seed), out, **train_kwargs)
         except (KeyboardInterrupt, SystemExit):
             if partial_folder(out).is_dir():
                 own = self.guide.partition(":")[0] not in registered_guides()
@@ -87,16 +79,26 @@ class Train(RunConfig, Command):
                 print(f"continue with: pyro-gpvae train --resume {out}{trust}", file=sys.stderr)
             raise
         print_scores(record)
-        trusted = self.trust_guide or self._names_guide()
-        report_runs([out], out / "report.html", images=0, overwrite=True, trust_guide=trusted)
+        named_here = self.resume is None and self.from_record is None
+        trust = self.trust_guide or named_here
+        report_runs([out], out / "report.html", images=0, overwrite=True, trust_guide=trust)
         print(f"written to {out}; the report is {out / 'report.html'}")
 
-    def _names_guide(self) -> bool:
-        """Whether the guide is one that the user named here, and no file."""
-        return self.resume is None and self.from_record is None
+    def _config(self, seed: int) -> RunConfig:
+        """Returns the options given here, or those of a record."""
+        if self.from_record is None:
+            options = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
+            return RunConfig(**options | {"seed": seed})
+        from pyro_gpvae.core._files import read_json
+        from pyro_gpvae.runs.folder import check_record, check_trust
+
+        config = check_record(read_json(self.from_record), self.from_record)
+        check_trust(config.guide, self.from_record, self.trust_guide)
+        data = self.data if self.data != RunConfig.data else None
+        return config.moved(data, self.root, self.device)
 
     def _check_options(self) -> None:
-        """Refuses options that a run which is continued or repeated has already."""
+        """Refuses options that come from the run which is continued or repeated."""
         if self.seeds is not None and self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         options = {field.name for field in fields(RunConfig)} | {"seeds"}

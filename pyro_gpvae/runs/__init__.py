@@ -2,8 +2,8 @@
 
 :mod:`~pyro_gpvae.runs.config` holds the options of a run and imports nothing heavy;
 :mod:`~pyro_gpvae.runs.train` trains and resumes, :mod:`~pyro_gpvae.runs.evaluate` evaluates again,
-:mod:`~pyro_gpvae.runs.folder` reads a folder back, :mod:`~pyro_gpvae.runs.results` reads many of
-them as a table, and :mod:`~pyro_gpvae.runs.reproduce` repeats a run from its record. The reports of
-the commands are made here as well. The rooms ``cli`` and ``experiments`` use this room, and it uses
-all rooms below them. Nothing is imported here, so that the command starts quickly.
+:mod:`~pyro_gpvae.runs.folder` reads a folder back, and :mod:`~pyro_gpvae.runs.results` reads many
+of them as a table. The reports of the commands are made here as well. The rooms ``cli`` and
+``experiments`` use this room, and it uses all rooms below them. Nothing is imported here, so that
+the command starts quickly.
 """

@@ -27,7 +27,6 @@ from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.data.images import load_data
 from pyro_gpvae.plots import loss_curves
 from pyro_gpvae.runs.report import Report, Section
-from pyro_gpvae.runs.reproduce import reproduce_run
 from pyro_gpvae.runs.run_report import report_runs
 from pyro_gpvae.training.checkpoint import Checkpoint
 
@@ -142,13 +141,6 @@ def test_a_checkpoint_that_unpacks_to_more_than_its_size_is_damaged(tmp_path):
         archive.writestr("archive/data.pkl", bytes(1 << 20))
     with pytest.raises(ValueError, match="it unpacks to more than its size"):
         checkpoints.latest()
-
-
-@pytest.mark.parametrize("threads", [0, 2**31 - 1, "2", True])
-def test_the_threads_of_a_record_are_bounded(threads, copy, tmp_path):
-    write_json(copy / "record.json", read_json(copy / "record.json") | {"threads": threads})
-    with pytest.raises(ValueError, match=r"record.json: threads must be 1 to 1024, got"):
-        reproduce_run(copy, tmp_path / "again", progress=False)
 
 
 def test_a_plan_of_too_many_cells_is_refused(tmp_path):

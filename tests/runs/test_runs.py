@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from pyro_gpvae import NonFiniteError, load_run, log_evidence, train_run
 from pyro_gpvae.cli.main import main
+from pyro_gpvae.cli.train import Train
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.runs.evaluate import evaluate_run
 from pyro_gpvae.runs.folder import RUN_FILES
-from pyro_gpvae.runs.reproduce import reproduce_run
 from pyro_gpvae.runs.train import resume_run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -222,7 +222,7 @@ def test_a_record_causes_no_download(vae, tmp_path):
     write_json(folder / "record.json", vae[1] | {"config": config})
     for call in (
         lambda: evaluate_run(folder),
-        lambda: reproduce_run(folder, tmp_path / "again"),
+        lambda: Train(from_record=folder / "record.json", out=tmp_path / "again").run(),
         lambda: resume_run(tmp_path / "b"),
     ):
         shutil.copytree(folder, tmp_path / "b.partial", dirs_exist_ok=True)
