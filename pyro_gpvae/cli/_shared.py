@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from pyro_gpvae.core._text import printable
-
 __all__ = [
     "Command",
     "Quiet",
@@ -21,6 +19,7 @@ __all__ = [
     "keywords",
     "one_line",
     "print_scores",
+    "printable",
 ]
 
 _Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
@@ -67,6 +66,11 @@ def keywords(command: Command) -> dict[str, Any]:
     if "quiet" in options:
         options["progress"] = not options.pop("quiet") and sys.stderr.isatty()
     return options
+
+
+def printable(text: str) -> str:
+    """Returns a text with escapes for control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def one_line(error: BaseException) -> str:

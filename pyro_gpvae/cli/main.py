@@ -13,19 +13,12 @@ from typing import Any, get_args
 import tyro
 
 from pyro_gpvae import __version__
-from pyro_gpvae.cli._shared import one_line
-from pyro_gpvae.cli.demo import Demo
-from pyro_gpvae.cli.evaluate import Evaluate
-from pyro_gpvae.cli.gap import Gap
-from pyro_gpvae.cli.generate import Generate
+from pyro_gpvae.cli._shared import one_line, printable
+from pyro_gpvae.cli.commands import Demo, Evaluate, Gap, Generate, Report, Results, Uncertainty
 from pyro_gpvae.cli.guides import Guides
-from pyro_gpvae.cli.report import Report
-from pyro_gpvae.cli.results import Results
 from pyro_gpvae.cli.train import Train
-from pyro_gpvae.cli.uncertainty import Uncertainty
 from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._signals import Terminated, ending_on_signals
-from pyro_gpvae.core._text import printable
 
 __all__ = ["main"]
 

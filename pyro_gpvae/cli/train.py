@@ -79,9 +79,9 @@ class Train(RunConfig, Command):
                 print(f"continue with: pyro-gpvae train --resume {out}{trust}", file=sys.stderr)
             raise
         print_scores(record)
-        named_here = self.resume is None and self.from_record is None
-        trust = self.trust_guide or named_here
-        report_runs([out], out / "report.html", images=0, overwrite=True, trust_guide=trust)
+        # a guide that was named here, and by no file, is trusted
+        trusted = self.trust_guide or (self.resume is None and self.from_record is None)
+        report_runs([out], out / "report.html", images=0, overwrite=True, trust_guide=trusted)
         print(f"written to {out}; the report is {out / 'report.html'}")
 
     def _config(self, seed: int) -> RunConfig:

@@ -15,14 +15,9 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from pyro_gpvae import NonFiniteError, __version__
-from pyro_gpvae.cli.demo import Demo
-from pyro_gpvae.cli.evaluate import Evaluate
-from pyro_gpvae.cli.gap import Gap
-from pyro_gpvae.cli.generate import Generate
+from pyro_gpvae.cli.commands import Demo, Evaluate, Gap, Generate, Results, Uncertainty
 from pyro_gpvae.cli.main import main
-from pyro_gpvae.cli.results import Results
 from pyro_gpvae.cli.train import Train
-from pyro_gpvae.cli.uncertainty import Uncertainty
 from pyro_gpvae.core import _registry
 from pyro_gpvae.core._files import read_json
 from pyro_gpvae.evaluation.importance import ParetoWarning

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from pyro_gpvae import RunConfig, load_data, resume_run, train_run
-from pyro_gpvae.cli.results import Results
+from pyro_gpvae.cli.commands import Results
 from pyro_gpvae.cli.train import Train
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.runs.evaluate import evaluate_run
