@@ -107,8 +107,9 @@ class GaussianGuide(Program):
         return dist.Normal(loc, log_scale.exp()).to_event(1)
 
     def forward(self, x: Tensor) -> Tensor:
+        q = self.posterior(x)  # outside of the plate, as a refining guide runs the model
         with pyro.plate(DATA_PLATE, len(x), dim=-1):
-            z: Tensor = pyro.sample("z", self.posterior(x))
+            z: Tensor = pyro.sample("z", q)
         return z
 
     def elbo(self) -> Objective:

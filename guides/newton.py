@@ -143,8 +143,8 @@ class NewtonGuide(FullCovarianceGuide):
         return self._refine(x)[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        q, starts = self._refine(x)
         with pyro.plate(DATA_PLATE, len(x), dim=-1):
-            q, starts = self._refine(x)
             infer: Any = {_STARTS: starts}
             z: Tensor = pyro.sample("z", q, infer=infer)
         return z

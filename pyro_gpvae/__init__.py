@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pyro_gpvae.model.image_model import ImageModel, initial_sigma
     from pyro_gpvae.model.marginal_posterior import MarginalPosterior
     from pyro_gpvae.model.networks import build_decoder, build_encoder
-    from pyro_gpvae.model.stratified import StratifiedELBO
+    from pyro_gpvae.model.unconstrained import UnconstrainedModel
     from pyro_gpvae.runs.config import RunConfig
     from pyro_gpvae.runs.evaluate import evaluate_run
     from pyro_gpvae.runs.folder import load_run
@@ -62,7 +62,7 @@ __all__ = [
     "PerImage",
     "Program",
     "RunConfig",
-    "StratifiedELBO",
+    "UnconstrainedModel",
     "UnsupportedError",
     "annealed_evidence",
     "available_guides",
@@ -101,7 +101,7 @@ _MODULES = {
     "model.guide": ("available_guides", "make_guide"),
     "model.image_model": ("ImageModel", "initial_sigma"),
     "model.networks": ("build_decoder", "build_encoder"),
-    "model.stratified": ("StratifiedELBO",),
+    "model.unconstrained": ("UnconstrainedModel",),
     "runs.config": ("RunConfig",),
     "runs.evaluate": ("evaluate_run",),
     "runs.folder": ("load_run",),

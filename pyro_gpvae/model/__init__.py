@@ -1,9 +1,10 @@
 r"""The generative model, its guides' contract, and the objectives that train both.
 
 ``image_model``, ``likelihoods`` and ``networks`` are the Pyro program of images, the density of its
-pixels, and the networks of the paper. ``guide`` is the contract that a guide fulfils, and loads
-guides by name. ``elbo`` and ``stratified`` estimate eq. (2); ``marginal_posterior`` is q(z|x) of a
-random encoder, and ``curvature`` the Gauss-Newton precision of a posterior.
+pixels, and the networks of the paper. ``unconstrained`` lets the guides infer any other program.
+``guide`` is the contract that a guide fulfils, and loads guides by name. ``elbo`` and
+``stratified`` estimate eq. (2); ``marginal_posterior`` is q(z|x) of a random encoder, and
+``curvature`` the Gauss-Newton precision of a posterior.
 
 This room imports ``core`` and ``data``. Training, evaluation, guides and the rooms above them
 import this room.
@@ -16,6 +17,7 @@ from pyro_gpvae.model.image_model import ImageModel, initial_sigma
 from pyro_gpvae.model.marginal_posterior import MarginalPosterior
 from pyro_gpvae.model.networks import build_decoder, build_encoder
 from pyro_gpvae.model.stratified import StratifiedELBO
+from pyro_gpvae.model.unconstrained import UnconstrainedModel
 
 __all__ = [
     "Block",
@@ -26,6 +28,7 @@ __all__ = [
     "PerImage",
     "StratifiedELBO",
     "TraceELBO",
+    "UnconstrainedModel",
     "available_guides",
     "build_decoder",
     "build_encoder",

@@ -31,7 +31,6 @@ from pyro_gpvae import (
     MarginalPosterior,
     PerImage,
     RunConfig,
-    StratifiedELBO,
     annealed_evidence,
     bidirectional,
     build_decoder,
@@ -58,6 +57,7 @@ from pyro_gpvae.evaluation.uncertainty import (
     weight_information,
 )
 from pyro_gpvae.model.elbo import MeanFieldELBO, TraceELBO
+from pyro_gpvae.model.stratified import StratifiedELBO
 from pyro_gpvae.testing import linear_gaussian, simulation_based_calibration
 
 Numbers = dict[str, Any]
