@@ -20,9 +20,8 @@ import tyro
 from pyro_gpvae import ImageModel, decompose, fit, initial_sigma, load_data, make_guide
 from pyro_gpvae.core._environment import environment
 from pyro_gpvae.core._files import write_json
-from pyro_gpvae.data.batch import to_batch
-from pyro_gpvae.evaluation.optimum import optimise_gaussian
-from pyro_gpvae.plots.missed import missed_images
+from pyro_gpvae.plots import missed_images
+from pyro_gpvae.runs.sections import decoded_means
 
 
 @dataclass(kw_only=True)
@@ -61,18 +60,7 @@ def main(options: Options) -> None:
     gap = decompose(model, guide, images, seed=options.seed)
     encoder, best = gap.log_evidence - gap.elbo, gap.log_evidence - gap.elbo_full
     worst = encoder.argsort(descending=True)[: options.columns]
-    (x,) = to_batch(images[worst], model)
-    with torch.no_grad():
-        means = {
-            "decoded from\nthe encoder's mean": (guide.posterior(x).mean, encoder),
-            "decoded from the mean\nof the best Gaussian": (
-                optimise_gaussian(model, x, start=guide).posterior.mean, best,
-            ),
-        }  # fmt: skip
-        decoded = {
-            name: (model.likelihood(z).mean.numpy(), lost[worst].numpy())
-            for name, (z, lost) in means.items()
-        }
+    decoded = decoded_means(model, guide, images[worst], encoder[worst], best[worst])
     caption = (
         f"The {options.columns} largest inference gaps of the first {options.images} test digits. "
         "Numbers are ELBO - log p(x) in nats. Embedded digits: a VAE with p = "

@@ -8,15 +8,18 @@ experiments use it.
 from pyro_gpvae.plots import _matplotlib  # first  # noqa: F401
 from pyro_gpvae.plots.curves import loss_curves
 from pyro_gpvae.plots.gap import gap_ladder, uncertainty_scatter
-from pyro_gpvae.plots.images import image_grid, image_table, reconstructions, uncertain_images
+from pyro_gpvae.plots.images import (
+    image_grid,
+    missed_images,
+    reconstructions,
+    uncertain_images,
+)
 from pyro_gpvae.plots.latent import latent_map
-from pyro_gpvae.plots.missed import missed_images
 from pyro_gpvae.plots.posterior import posterior_panels
 
 __all__ = [
     "gap_ladder",
     "image_grid",
-    "image_table",
     "latent_map",
     "loss_curves",
     "missed_images",

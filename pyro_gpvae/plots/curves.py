@@ -16,12 +16,6 @@ __all__ = ["loss_curves"]
 
 def loss_curves(histories: Mapping[str, pd.DataFrame], caption: str = "") -> Figure:
     """Draws the ELBO and the learned σ of each run, ``fit(...).frame()`` by label."""
-    if not histories:
-        raise ValueError("loss_curves needs at least one history")
-    for label, frame in histories.items():
-        missing = {"epoch", "loss"} - set(frame.columns)
-        if missing:
-            raise ValueError(f"the history {label!r} lacks the column {sorted(missing)[0]!r}")
     figure, ((left, right),) = panels(9, 4.2, columns=2)
     for index, (label, frame) in enumerate(histories.items()):
         style: dict[str, Any] = {

@@ -36,9 +36,6 @@ def gap_ladder(table: pd.DataFrame, caption: str = "") -> Figure:
     The table is that of :func:`pyro_gpvae.runs.gap_report.measure_gaps`; images that have not
     converged are left out.
     """
-    needed = {"label", "run", "converged", "gap", *_STEPS}
-    if needed - set(table.columns):
-        raise ValueError(f"gap_ladder needs the columns {sorted(needed - set(table.columns))}")
     table = table[table["converged"]]
     if table.empty:
         raise ValueError("gap_ladder needs at least one image whose optimum has converged")
@@ -103,9 +100,6 @@ def uncertainty_scatter(
     The table has the column ``gap`` (nats) and a column for each score; ``scores`` and ``titles``
     hold the label of the axis and the title of the panel by column.
     """
-    missing = {"gap", *scores} - set(table.columns)
-    if not scores or missing:
-        raise ValueError(f"uncertainty_scatter needs scores and the columns {sorted(missing)}")
     width = 3.6 * len(scores) + 0.6
     figure, (row,) = panels(width, 3.9, columns=len(scores), sharey=True)
     gap = table["gap"].clip(lower=1e-2)

@@ -1,9 +1,9 @@
-r"""Images: mosaics, reconstructions, and the least and most uncertain ones."""
+r"""Images: mosaics, reconstructions, and the most poorly encoded and most uncertain ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyro_gpvae.plots import _style
 
-__all__ = ["image_grid", "image_table", "reconstructions", "uncertain_images"]
+__all__ = ["image_grid", "missed_images", "reconstructions", "uncertain_images"]
 
 
 def image_grid(
@@ -26,8 +26,6 @@ def image_grid(
         columns: The number of images in a row of a mosaic.
         caption, title: Text below and above the figure.
     """
-    if not panels or columns < 1:
-        raise ValueError("image_grid needs at least one panel and one column")
     mosaics = {name: tile(to_pixels(images), columns) for name, images in panels.items()}
     ratio = max(m.shape[0] / m.shape[1] for m in mosaics.values())
     figure, (row,) = _style.panels(4.4 * len(panels), 4.4 * ratio + 1.1, columns=len(panels))
@@ -45,41 +43,40 @@ def reconstructions(
     All images (N, C, H, W) are uint8 or floats, which are clipped to [0, 1].
     """
     rows = {"image": to_pixels(images)} | {name: to_pixels(x) for name, x in decoded.items()}
-    for name, row in rows.items():
-        if row.shape != rows["image"].shape:
-            raise ValueError(f"{name!r} has shape {row.shape}, the images {rows['image'].shape}")
-    table = np.stack([*rows.values()]).transpose(0, 1, 4, 2, 3)
-    return image_table(table, [*rows], [""] * table.shape[1], caption=caption)
-
-
-def image_table(
-    images: ArrayLike,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    names: tuple[str, str] = ("", ""),
-    caption: str = "",
-) -> Figure:
-    """Draws images (R, S, C, H, W) with labels of rows and columns, and names of both axes.
-
-    The images are uint8 or floats, which are clipped to [0, 1].
-    """
-    table = np.asarray(images)
-    if table.ndim != 5 or table.shape[:2] != (len(rows), len(columns)):
-        raise ValueError(
-            f"expected images of shape ({len(rows)}, {len(columns)}, C, H, W), one for each label, "
-            f"got {table.shape}"
-        )
-    height, width = table.shape[3:]
+    count, height, width, _ = rows["image"].shape
     figure, ((axes,),) = _style.panels(
-        max(0.55 * len(columns) + 1.1, 5), max(0.55 * height / width * len(rows), 1.0) + 1.1
+        max(0.55 * count + 1.1, 5), max(0.55 * height / width * len(rows), 1.0) + 1.1
     )
-    show_pixels(axes, tile(to_pixels(table.reshape(-1, *table.shape[2:])), len(columns)))
-    # at the centre of each row and column
-    axes.set_yticks(np.arange(len(rows)) * (height + 2) + (height - 1) / 2, rows, fontsize=8)
-    axes.set_xticks(np.arange(len(columns)) * (width + 2) + (width - 1) / 2, columns, fontsize=8)
+    table = np.stack([*rows.values()])
+    show_pixels(axes, tile(table.reshape(-1, *table.shape[2:]), count))
+    centres = np.arange(len(rows)) * (height + 2) + (height - 1) / 2
+    axes.set_yticks(centres, [*rows], fontsize=8)
     axes.tick_params(length=0)
-    axes.set_ylabel(names[0], fontsize=9)
-    axes.set_xlabel(names[1], fontsize=9)
+    return _style.finish(figure, caption)
+
+
+def missed_images(
+    images: ArrayLike, decoded: Mapping[str, tuple[ArrayLike, Iterable[Any]]], caption: str = ""
+) -> Figure:
+    """Draws images, and below each what several q(z|x) of it decode to, with the nats they lose.
+
+    Arguments:
+        images: Images (N, C, H, W), uint8 or floats in [0, 1].
+        decoded: For the label of each row, decoded images of the same shape, and the gap
+            log p(x) - ELBO of each image in nats, (N,).
+        caption: Text below the figure.
+    """
+    count = len(np.asarray(images))
+    rows = {"image": (images, [None] * count), **decoded}
+    figure, grid = _style.panels(
+        0.78 * count + 1.6, 0.98 * len(rows) + 0.5, rows=len(rows), columns=count
+    )
+    for line, (name, (row, gaps)) in zip(grid, rows.items(), strict=True):
+        for axes, image, gap in zip(line, to_pixels(row), gaps, strict=True):
+            show_pixels(axes, image)
+            if gap is not None:
+                axes.set_xlabel(f"−{gap:.1f}" if gap > 0 else "0", fontsize=9, labelpad=2)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     return _style.finish(figure, caption)
 
 

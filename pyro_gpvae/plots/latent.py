@@ -18,14 +18,12 @@ def latent_map(means: ArrayLike, labels: ArrayLike | None = None, caption: str =
     each stands at the median of its points.
 
     Raises:
-        ValueError: If there are fewer than two images or dimensions, or not a label for each.
+        ValueError: If there are fewer than two images or dimensions.
     """
     z = np.asarray(means, dtype=float)
     if z.ndim != 2 or min(z.shape) < 2:
         raise ValueError(f"expected means (N, p) of at least 2 images with p >= 2, got {z.shape}")
     classes = np.zeros(len(z), dtype=int) if labels is None else np.asarray(labels)
-    if classes.shape != (len(z),):
-        raise ValueError(f"expected a label for each of {len(z)} images, got {classes.shape}")
     names = ("$z_1$", "$z_2$")
     if z.shape[1] > 2:
         centred = z - z.mean(0)

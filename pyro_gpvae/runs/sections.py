@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+from torch import Tensor
 
 from pyro_gpvae.evaluation import generation
 from pyro_gpvae.evaluation.optimum import optimise_gaussian
+from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.runs.folder import Run
 from pyro_gpvae.runs.report import Section, number
 
-__all__ = ["configuration", "curves", "latent", "missed", "pictures", "scores"]
+__all__ = ["configuration", "curves", "decoded_means", "latent", "missed", "pictures", "scores"]
 
 #: The latent map shows so many test images, and counts active units on them.
 LATENT_IMAGES = 500
@@ -138,22 +139,30 @@ def missed(run: Run, table: pd.DataFrame, count: int = 10, caption: str = "") ->
 
     worst = table.nlargest(min(count, len(table)), "gap")
     images = run.data.test[worst["image"].to_list()]
-    encoder = generation.reconstruct(run.model, run.guide, images, seed=run.config.seed)
-    best = optimise_gaussian(run.model, images, start=run.guide).posterior.mean
-    with torch.no_grad():
-        decoded: dict[str, Any] = {
-            "decoded from\nthe guide's mean": (encoder.images, worst["gap"]),
-            "decoded from the mean\nof the best Gaussian": (
-                generation.decode(run.model, best), worst["beyond_gaussian"],
-            ),
-        }  # fmt: skip
-    rows = {name: (found.cpu().numpy(), lost.to_numpy()) for name, (found, lost) in decoded.items()}
+    lost = worst["gap"], worst["beyond_gaussian"]
+    rows = decoded_means(run.model, run.guide, images, *lost, seed=run.config.seed)
     text = (
         f"The {len(worst)} largest inference gaps of the first {len(table)} test images; numbers "
         "are ELBO - log p(x) in nats."
     )
     figure = missed_images(images.numpy(), rows, f"{text} {caption}")
     return Section("Images that inference gets wrong", figures={"missed.png": figure})
+
+
+def decoded_means(
+    model: ImageModel, guide: Any, images: Tensor, lost: Any, lost_at_best: Any, seed: int = 0
+) -> dict[str, tuple[Any, Any]]:
+    """Decodes the guide's mean and that of the best Gaussian: the rows of ``missed_images``.
+
+    ``lost`` and ``lost_at_best`` are the nats (B,) that these two q lose.
+    """
+    encoder = generation.reconstruct(model, guide, images, seed=seed).images
+    best = optimise_gaussian(model, images, start=guide).posterior.mean
+    decoded = generation.decode(model, best)
+    return {
+        "decoded from\nthe guide's mean": (encoder.cpu().numpy(), lost),
+        "decoded from the mean\nof the best Gaussian": (decoded.cpu().numpy(), lost_at_best),
+    }
 
 
 def configuration(runs: Mapping[str, Run]) -> Section:
