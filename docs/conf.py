@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 from docutils import nodes
 from nbclient import NotebookClient
+from PIL import Image
 from sphinx.addnodes import download_reference
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -130,6 +131,14 @@ def link_notebook(app: Sphinx, doctree: nodes.document) -> None:
         title.parent.insert(title.parent.index(title) + 1, nodes.paragraph("", "", link))
 
 
+def mark_plots(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Marks images with a background: dark pages invert them. Figures of images have none."""
+    for node in doctree.findall(nodes.image):
+        with Image.open(Path(app.srcdir, node["uri"])) as image:
+            if image.convert("RGBA").getpixel((0, 0))[3]:
+                node["classes"].append("plot")
+
+
 class Page(HTMLParser):
     """What a page defines and needs: its anchors, its links, and the files that it loads."""
 
@@ -173,5 +182,6 @@ def check_links(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     app.connect("source-read", use_small_budgets)
     app.connect("doctree-read", link_notebook, priority=100)  # before Sphinx collects downloads
+    app.connect("doctree-resolved", mark_plots)
     app.connect("missing-reference", resolve_short_names)
     app.connect("build-finished", check_links, priority=900)  # after all files are copied

@@ -154,12 +154,20 @@ class Gap:
 
     def __repr__(self) -> str:
         left, doubtful = (int((~flags).sum()) for flags in (self.converged, self.trusted))
-        return (
-            f"Gap({len(self.elbo)} images, {left} of them not converged, {doubtful} without a "
-            "reliable log p(x): "
-            f"mean approximation gap {float(self.approximation[self.converged].mean()):.2f} nats, "
-            f"amortisation gap {float(self.amortisation[self.converged].mean()):.2f} nats)"
-        )
+        lines = [f"Gap of {len(self.elbo)} images, means in nats per image:"]
+        for name, values, meaning in (
+            ("log p(x)", self.log_evidence, ""),
+            ("ELBO", self.elbo, ""),
+            ("amortisation gap", self.amortisation, "what the guide loses to the best Gaussian"),
+            ("approximation gap", self.approximation, "what the best Gaussian loses"),
+        ):
+            mean = float(values[self.converged].mean())
+            lines.append(f"  {name:<18}{mean:9.2f}  {meaning}".rstrip())
+        if left:
+            lines.append(f"  {left} of them not converged, and left out of the means")
+        if doubtful:
+            lines.append(f"  {doubtful} of them without a reliable log p(x)")
+        return "\n".join(lines)
 
 
 @evaluator

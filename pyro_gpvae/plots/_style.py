@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 #: The colours of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "P", "X", "*")
 STYLES = ("-", "--", "-.", ":")
+#: A grey that can be read on white and on dark pages alike.
+GREY = "#7a7a7a"
 
 
 def panels(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> Any:
@@ -43,4 +46,15 @@ def finish(figure: Figure, caption: str, title: str = "") -> Figure:
     if title:
         figure.suptitle(title, fontsize=11)
     figure.tight_layout(rect=(0, bottom, 1, 1))
+    return figure
+
+
+def on_any_page(figure: Figure) -> Figure:
+    """Prepares a figure of images for light and dark pages: no background, and grey texts."""
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+        axes.tick_params(labelcolor=GREY)
+    for text in figure.findobj(Text):
+        text.set_color(GREY)
     return figure

@@ -32,7 +32,7 @@ def image_grid(
     for axes, (name, mosaic) in zip(row, mosaics.items(), strict=True):
         show_pixels(axes, mosaic)
         axes.set_title(name, fontsize=10)
-    return _style.finish(figure, caption, title)
+    return _style.on_any_page(_style.finish(figure, caption, title))
 
 
 def reconstructions(
@@ -52,7 +52,7 @@ def reconstructions(
     centres = np.arange(len(rows)) * (height + 2) + (height - 1) / 2
     axes.set_yticks(centres, [*rows], fontsize=8)
     axes.tick_params(length=0)
-    return _style.finish(figure, caption)
+    return _style.on_any_page(_style.finish(figure, caption))
 
 
 def missed_images(
@@ -77,7 +77,7 @@ def missed_images(
             if gap is not None:
                 axes.set_xlabel(f"−{gap:.1f}" if gap > 0 else "0", fontsize=9, labelpad=2)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-    return _style.finish(figure, caption)
+    return _style.on_any_page(_style.finish(figure, caption))
 
 
 def uncertain_images(
@@ -121,14 +121,16 @@ def to_pixels(images: ArrayLike) -> NDArray[np.floating[Any]]:
 
 
 def tile(images: NDArray[np.floating[Any]], columns: int) -> NDArray[np.floating[Any]]:
-    """Returns images (N, H, W, C) as one image (H', W', C), with white lines between them."""
-    _, height, width, channels = images.shape
+    """Returns images (N, H, W, C) as one RGBA image (H', W', 4), transparent between them."""
+    _, height, width, _ = images.shape
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    mosaic = np.ones((rows * (height + 2) - 2, columns * (width + 2) - 2, channels))
+    mosaic = np.ones((rows * (height + 2) - 2, columns * (width + 2) - 2, 4))
+    mosaic[..., 3] = 0
     for index, image in enumerate(images):
         top, left = index // columns * (height + 2), index % columns * (width + 2)
-        mosaic[top : top + height, left : left + width] = image
+        mosaic[top : top + height, left : left + width, :3] = image
+        mosaic[top : top + height, left : left + width, 3] = 1
     return mosaic
 
 

@@ -171,8 +171,9 @@ def configuration(runs: Mapping[str, Run]) -> Section:
     for label, run in runs.items():
         record, config = run.record, run.config
         values = {k: v for k, v in vars(config).items() if v is not None and k != "root"}
+        commit = record.get("commit") or "–"
         values |= {
-            "commit": record.get("commit"),
+            "commit": commit[:10] + "+" * commit.endswith("+"),
             "computed on": f"{record.get('device')}, {record.get('threads')} threads",
             **{f"{name} (version)": v for name, v in record.get("versions", {}).items()},
             "SHA-256 of the weights": run.weights_sha256[:16],

@@ -234,6 +234,9 @@ def test_an_optimum_that_has_not_converged_is_flagged():
     left = int((~found.converged).sum())
     assert left > 0
     assert f"{left} of them not converged" in repr(found)
+    mean = float(found.amortisation[found.converged].mean())
+    assert f"amortisation gap {mean:10.2f}" in repr(found)
+    assert max(map(len, repr(found).splitlines())) < 80
 
 
 class Point(nn.Module):

@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import rcParams
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from pyro_gpvae import plots
 
@@ -15,7 +17,7 @@ def history(epochs, **columns):
 
 
 def shown(axes):
-    return np.asarray(axes.images[0].get_array())
+    return np.asarray(axes.images[0].get_array())[..., 0]
 
 
 def texts(figure):
@@ -55,6 +57,20 @@ def test_reconstructions_are_below_their_images():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["image", "VAE"]
     assert (shown(axes)[10:] == 1).all(), "clipped"
     np.testing.assert_allclose(shown(axes)[:8, :8], IMAGES[0, 0] / 255)
+
+
+def test_figures_of_images_suit_light_and_dark_pages():
+    decoded = {"VAE": (IMAGES, np.ones(10))}
+    for figure in (
+        plots.image_grid({"a": IMAGES}, caption="c", title="t"),
+        plots.reconstructions(IMAGES, {"VAE": IMAGES}),
+        plots.missed_images(IMAGES, decoded, "c"),
+    ):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())
+        assert pixels[0, 0, 3] == 0, "no background"
+        assert {text.get_color() for text in figure.findobj(Text)} == {plots._style.GREY}
 
 
 def test_uncertain_images_are_the_extremes():

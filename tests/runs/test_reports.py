@@ -443,7 +443,8 @@ class TestGeneration:
                 for part in ("Guide vae", "p = 2", "1 epochs, seed 3", "Draws: seed 3"):
                     assert part in said.replace("\n", " "), f"{name} does not say {part}"
         run = load_run(runs / "vae")
-        shown = report.sections[0].figures["reconstructions.png"].axes[0].images[0].get_array()
+        (axes,) = report.sections[0].figures["reconstructions.png"].axes
+        shown = axes.images[0].get_array()[..., 0]
         test = run.data.test[[4, 0, 7], 0].numpy() / 255
         decoded = reconstruct(run.model, run.guide, run.data.test[[4, 0, 7]], seed=3)
         for n in range(3):
