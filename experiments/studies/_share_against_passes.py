@@ -10,7 +10,6 @@ import pyro_gpvae.plots  # before matplotlib, without settings of the working di
 
 # isort: split
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
@@ -59,7 +58,7 @@ def share_against_passes(rows: list[dict[str, Any]], caption: str = "") -> Figur
     axes.set_xlim(right=1.7 * points[-1][0])  # room for the last name
     tidy(axes, "decoder passes", "share of the amortisation gap closed (%)")
     finish(figure, caption.replace("`", ""))
-    _label(figure, axes, points)
+    _label(axes, points)
     return figure
 
 
@@ -67,9 +66,8 @@ def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _label(figure: Figure, axes: Axes, points: list[tuple[float, float, float, str]]) -> None:
+def _label(axes: Axes, points: list[tuple[float, float, float, str]]) -> None:
     """Writes the name of each point beside it, or at the nearest height that is free."""
-    renderer = FigureCanvasAgg(figure).get_renderer()
     at = axes.transData.transform([point[:2] for point in points])
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in at]
     for line in axes.lines:  # the frontier, the error bars and the lines at 0 and 100 %
@@ -85,7 +83,7 @@ def _label(figure: Figure, axes: Axes, points: list[tuple[float, float, float, s
                 name, (passes, share), (7, height), textcoords="offset points", va="center",
                 fontsize=8, color=_colour(number),
             )  # fmt: skip
-            box = text.get_window_extent(renderer)
+            box = text.get_window_extent()
             if not box.count_overlaps(taken):
                 break
             text.remove()
