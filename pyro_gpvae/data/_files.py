@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pyro_gpvae.core._files import write_bytes
+from pyro_gpvae.core._files import check_size, write_bytes
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +41,8 @@ PUBLISHED = {
 
 _OMNIGLOT = "https://raw.githubusercontent.com/yburda/iwae/master/datasets/OMNIGLOT/chardata.mat"
 _OMNIGLOT_LIMIT = 100 * 2**20  # the largest file that its host keeps
-_RAW_LIMIT = 2**30  # five times the largest published file that is read as a whole
+#: Five times the largest published file that is read as a whole.
+RAW_LIMIT = 2**30
 _COMPRESSED = 15  # the kind of an element in a file of MATLAB 5
 
 
@@ -50,12 +51,6 @@ def open_regular(path: Path) -> IO[bytes]:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     return path.open("rb")
-
-
-def check_size(path: Path) -> None:
-    """Raises ValueError if a file that is read as a whole is larger than 1 GiB."""
-    if (size := path.stat().st_size) > _RAW_LIMIT:
-        raise ValueError(f"{path} has {size:,} bytes, more than {_RAW_LIMIT:,}")
 
 
 def to_parts(arrays: Mapping[str, Array]) -> Parts:
@@ -109,7 +104,7 @@ def read_npz(file: IO[bytes]) -> Parts:
 
 def _check_unpacked(file: IO[bytes]) -> None:
     """Raises ValueError if a file is not of MATLAB 5, or unpacks to more than 1 GiB."""
-    head, left = file.read(128), _RAW_LIMIT
+    head, left = file.read(128), RAW_LIMIT
     if head[:6] != b"MATLAB" or head[126:] != b"IM":
         raise ValueError(f"it begins with {head[:6]!r}, so it is not a file of MATLAB 5")
     while len(tag := file.read(8)) == 8 and left >= 0:
@@ -124,7 +119,7 @@ def _check_unpacked(file: IO[bytes]) -> None:
             left -= len(unpacking.decompress(content, 1 << 20))
             content = unpacking.unconsumed_tail
     if left < 0:
-        raise ValueError(f"its arrays unpack to more than {_RAW_LIMIT:,} bytes")
+        raise ValueError(f"its arrays unpack to more than {RAW_LIMIT:,} bytes")
 
 
 def read_omniglot(root: Path, download: bool) -> Parts:
@@ -137,7 +132,7 @@ def read_omniglot(root: Path, download: bool) -> Parts:
             content = answer.read(_OMNIGLOT_LIMIT)
         root.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)
-    check_size(path)
+    check_size(path, RAW_LIMIT)
     with open_regular(path) as file:
         _check_unpacked(file)
         file.seek(0)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_gpvae.data._files import PUBLISHED, Parts, check_size, open_regular, to_parts
+from pyro_gpvae.core._files import check_size
+from pyro_gpvae.data._files import PUBLISHED, RAW_LIMIT, Parts, open_regular, to_parts
 
 # A torch.library.Library removes its operators when it is collected, so it is kept here.
 _declared: list[torch.library.Library] = []
@@ -55,7 +56,7 @@ def read_published(name: str, root: Path, download: bool) -> Parts:
         kinds = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
         kind = kinds.get(name, datasets.CIFAR10)
         for file in (root / PUBLISHED[name]).glob("*-ubyte"):
-            check_size(file)
+            check_size(file, RAW_LIMIT)
         train, test = (kind(root, part, download=download) for part in (True, False))
     if name == "celeba":
         return _faces(root, train.filename), _faces(root, test.filename), None, None

@@ -120,19 +120,15 @@ class ImageData:
         Raises:
             ValueError: If a number is less than 1, or greater than the number of images.
         """
-        sizes = len(self.train), len(self.test)
-        for part, count, size in zip(("train", "test"), (train, test), sizes, strict=True):
-            if count is not None and not 1 <= count <= size:
-                raise ValueError(f"{part}: expected 1 to {size} images, got {count}")
-        n, m = train or sizes[0], test or sizes[1]
-        if (n, m) == sizes:
-            return self
-        return ImageData(
-            self.name,
-            self.train[:n],
-            self.test[:m],
-            None if self.train_labels is None else self.train_labels[:n],
-            None if self.test_labels is None else self.test_labels[:m],
+        for part, count, images in (("train", train, self.train), ("test", test, self.test)):
+            if count is not None and not 1 <= count <= len(images):
+                raise ValueError(f"{part}: expected 1 to {len(images)} images, got {count}")
+        return replace(
+            self,
+            train=self.train[:train],
+            test=self.test[:test],
+            train_labels=None if self.train_labels is None else self.train_labels[:train],
+            test_labels=None if self.test_labels is None else self.test_labels[:test],
         )
 
 

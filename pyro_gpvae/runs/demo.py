@@ -14,7 +14,7 @@ from pyro_gpvae.runs import sections
 from pyro_gpvae.runs.config import RunConfig
 from pyro_gpvae.runs.folder import Run, load_run
 from pyro_gpvae.runs.gap_report import QUICK, gap_sections, measure_gaps
-from pyro_gpvae.runs.report import HTML, Report, Section, caption, describe, number
+from pyro_gpvae.runs.report import HTML, Report, Section, caption, number
 from pyro_gpvae.runs.train import train_run
 
 __all__ = ["DEMO_FILES", "run_demo"]
@@ -71,7 +71,7 @@ def run_demo(
         config = replace(config, guide=guide, warm_start=start)
         train_run(config, out / name, overwrite=True, progress=progress and bar)
     runs = {label: load_run(out / name) for name, label in LABELS.items()}
-    table, _ = measure_gaps(
+    table = measure_gaps(
         [*runs.values()], out, QUICK | {"seed": config.seed},
         num_images=gap_images, labels=[*runs], progress=progress,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def _report(runs: dict[str, Run], table: pd.DataFrame, quick: bool) -> Report:
         f"Batch {config.batch_size}, Adam {config.learning_rate:g} "
         f"(σ: {config.sigma_learning_rate:g}), K = {config.num_samples}."
     )
-    text = caption([describe(vae)], vae.record["data"]["test_images"], budget)
+    text = caption([vae], vae.record["data"]["test_images"], budget)
     text = ("QUICK DEMO, budget cut: " if quick else "") + text
     chosen = table[table["label"] == "VAE"]
     missed = sections.missed(vae, chosen, caption=text)

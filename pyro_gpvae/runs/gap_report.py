@@ -24,8 +24,7 @@ from pyro_gpvae.runs.programs import labels_of, open_runs
 from pyro_gpvae.runs.report import HTML, Report, Section, caption, describe, number
 
 __all__ = [
-    "GAP_FILES", "QUICK", "gap_caption", "gap_sections", "measure_gaps", "read_table",
-    "report_gaps", "summarise",
+    "GAP_FILES", "QUICK", "gap_caption", "gap_sections", "measure_gaps", "report_gaps", "summarise",
 ]  # fmt: skip
 
 GAP_FILES = ("gap.csv", "gap.json", "gap.md", "gap.png", HTML)
@@ -42,35 +41,31 @@ _COSTS = ["weight_information", "kl_global"]
 
 
 def measure_gaps(
-    folders: Sequence[str | Path | Run],
+    runs: Sequence[Run],
     out: str | Path,
     budget: dict[str, Any],
     *,
     num_images: int = 100,
     labels: Sequence[str] | None = None,
     progress: bool = True,
-    **place: Unpack[Place],
-) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Decomposes the gaps of the first test images of each run; returns a table and descriptions.
+) -> pd.DataFrame:
+    """Decomposes the gaps of the first test images of each run: one row for each image.
 
     Each chunk of 25 finished images is written to ``out/chunks``, under a name that is a hash of
     the weights, the images and the budget, and is not measured again: after an interrupt, with
     further runs, or with more images. A damaged chunk is measured again, with a warning.
 
     Arguments:
-        folders: Run folders, or ``module:function``; see :func:`pyro_gpvae.runs.programs.open_run`.
-            Or runs that are open already.
+        runs: The runs; see :func:`pyro_gpvae.runs.programs.open_runs`.
         out: The folder of the chunks.
         budget: Further arguments of :func:`pyro_gpvae.decompose`.
         num_images: The number of images of each run.
         labels: A name for each run; by default its guide, or its folder where guides are not
             unique. Runs with the same label are seeds.
         progress: Whether to show a progress bar.
-        place: See :class:`pyro_gpvae.runs.folder.Place`.
     """
     if num_images < 1:
         raise ValueError(f"images must be at least 1, got {num_images}")
-    runs = open_runs(folders, **place)
     labels = labels_of(runs) if labels is None else labels
     counts = [min(num_images, len(run.data.test)) for run in runs]
     tables = []
@@ -83,7 +78,7 @@ def measure_gaps(
                 chunk = _measure(run, slice(start, min(start + BATCH, count)), Path(out), budget)
                 tables.append(chunk.assign(**own)[[*own, *chunk.columns]])
                 bar.update(len(chunk))
-    return pd.concat(tables, ignore_index=True), [describe(run) for run in runs]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _measure(run: Run, chosen: slice, out: Path, budget: dict[str, Any]) -> pd.DataFrame:
@@ -119,24 +114,21 @@ def _measure(run: Run, chosen: slice, out: Path, budget: dict[str, Any]) -> pd.D
     return table.assign(image=table["image"] + chosen.start)
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Reads a table of images, such as ``gap.csv``."""
-    # the former name of the column
-    return pd.read_csv(path).rename(columns={"spread": "weight_information"})
-
-
 def report_gaps(
     folders: Sequence[str | Path],
     out: str | Path,
     budget: dict[str, Any],
     *,
+    num_images: int = 100,
     overwrite: bool = False,
-    **options: Any,
+    progress: bool = True,
+    **place: Unpack[Place],
 ) -> Report:
     """Decomposes the gaps of runs; writes table, record, text, picture and ``report.html``.
 
     The budget holds the arguments num_samples, reference_samples, num_chains, num_steps and seed of
-    :func:`pyro_gpvae.decompose`; ``options`` are further arguments of :func:`measure_gaps`.
+    :func:`pyro_gpvae.decompose`. For folders and ``place`` see
+    :func:`pyro_gpvae.runs.programs.open_run`.
     """
     out = Path(out)
     for name in GAP_FILES:
@@ -145,27 +137,28 @@ def report_gaps(
                 f"{out / name} belongs to an earlier measurement: choose another --out, or replace "
                 "it (--overwrite)"
             )
-    table, runs = measure_gaps(folders, out, budget, **options)
+    runs = open_runs(folders, **place)
+    table = measure_gaps(runs, out, budget, num_images=num_images, progress=progress)
     record = {
         "format": 1,
-        "runs": runs,
+        "runs": [describe(run) for run in runs],
         "images": int(table.groupby("run").size().max()),
         "budget": budget,
-        **environment(torch.device(runs[0]["config"]["device"] or "cpu")),
+        **environment(torch.device(runs[0].config.device or "cpu")),
         "summary": summarise(table).to_dict("records"),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "gap.csv", table.to_csv(index=False))
     write_json(out / "gap.json", record)
-    text = gap_caption(record)
+    text = gap_caption(runs, record["images"], budget)
     report = Report("Inference gap", text, gap_sections(table, text))
     report.save(out, "gap.md")
     return report
 
 
-def gap_caption(record: dict[str, Any]) -> str:
-    """Returns the budget of a record in two sentences."""
-    budget, annealing = record["budget"], "no AIS"
+def gap_caption(runs: Sequence[Run], num_images: int, budget: dict[str, Any]) -> str:
+    """Returns data, training and budget of a measurement."""
+    annealing = "no AIS"
     if budget["num_chains"]:
         annealing = f"AIS with {budget['num_chains']} chains of {budget['num_steps']} steps"
     samples = budget["num_samples"]
@@ -173,7 +166,7 @@ def gap_caption(record: dict[str, Any]) -> str:
         f"ELBO: K = {samples}; IWAE, own q: K = {min(100, samples)}; "
         f"refined q: K = {budget['reference_samples']}; {annealing}."
     )
-    return caption(record["runs"], record["images"], text)
+    return caption(runs, num_images, text)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -299,13 +292,10 @@ def _doubts(table: pd.DataFrame) -> list[str]:
     """Counts the images of each guide whose log p(x) may be wrong."""
     doubts = {
         f"The weights behind log p(x) have a Pareto k̂ above {PARETO_LIMIT}, so that it may be too "
-        "low: ": table["pareto_k"] > PARETO_LIMIT
+        "low: ": table["pareto_k"] > PARETO_LIMIT,
+        "No estimate of log p(x) is reliable, so that the largest one is given that no other "
+        "estimate contradicts: ": ~table["trusted"].astype(bool),
     }
-    if "trusted" in table:  # absent from older tables
-        doubts[
-            "No estimate of log p(x) is reliable, so that the largest one is given that no other "
-            "estimate contradicts: "
-        ] = ~table["trusted"].astype(bool)
     counts = {
         text: table[which].groupby("label", sort=False).size() for text, which in doubts.items()
     }

@@ -47,7 +47,7 @@ def report_generation(
                 raise ValueError(f"images: {i} is not between 0 and {len(test) - 1}")
         if not index:
             raise ValueError("images: expected at least one")
-        text = caption([describe(run)], len(test), f"Draws: seed {seed}.")
+        text = caption([run], len(test), f"Draws: seed {seed}.")
         text = f"Guide {run.config.guide}, {text}"
         parts = [
             sections.pictures(run, index, samples, seed, text),

@@ -1,4 +1,4 @@
-r"""Reports on a model and a guide of the user's own, which no run folder holds."""
+r"""Opens runs, or a model and a guide of the user's own that no run folder holds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pyro_gpvae.runs.folder import Place, Run, load_run, named_device
 __all__ = ["labels_of", "open_run", "open_runs"]
 
 
-def open_runs(sources: Sequence[str | Path | Run], **place: Unpack[Place]) -> list[Run]:
-    """Opens different runs; those that are open already are taken as they are.
+def open_runs(sources: Sequence[str | Path], **place: Unpack[Place]) -> list[Run]:
+    """Opens different runs, see :func:`open_run`.
 
     Raises:
         ValueError: If there is none, or one is given twice; and as :func:`open_run`.
     """
-    runs = [s if isinstance(s, Run) else open_run(s, **place) for s in sources]
+    runs = [open_run(source, **place) for source in sources]
     if not runs or len({run.folder.resolve() for run in runs}) < len(runs):
         raise ValueError(f"expected one or more different run folders, got {len(runs)}")
     return runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,20 +157,17 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def caption(runs: Sequence[dict[str, Any]], test_images: int, budget: str) -> str:
-    """Returns data, training and budget of runs that :func:`describe` described."""
+def caption(runs: Sequence[Run], test_images: int, budget: str) -> str:
+    """Returns data, training and budget of runs."""
 
-    def common(values: Sequence[Any]) -> str:
+    def common(values: Iterable[Any]) -> str:
         return " / ".join(sorted({str(value) for value in values}))
 
-    configs = [run["config"] for run in runs]
-    data = common([Path(config["data"]).name for config in configs])
-    train = common([f"{run['train_images']:,}" for run in runs])
-    # records of older versions do not count the epochs of warm starts
-    epochs = common([run.get("epochs", run["config"]["epochs"]) for run in runs])
-    latent_dim, seed = (
-        common([config[name] for config in configs]) for name in ("latent_dim", "seed")
-    )
+    data = common(Path(run.config.data).name for run in runs)
+    train = common(f"{run.record['data']['train_images']:,}" for run in runs)
+    epochs = common(run.total_epochs for run in runs)
+    latent_dim = common(run.config.latent_dim for run in runs)
+    seed = common(run.config.seed for run in runs)
     # 0 epochs are those of programs that no run trained
     training = f"{epochs} epochs, seed {seed}" if epochs != "0" else "trained elsewhere"
     return (

@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from pyro_gpvae.core._files import write_text
 from pyro_gpvae.runs import sections
-from pyro_gpvae.runs.folder import Place, Run
+from pyro_gpvae.runs.folder import Place
 from pyro_gpvae.runs.gap_report import QUICK, gap_sections, measure_gaps
 from pyro_gpvae.runs.programs import labels_of, open_runs
-from pyro_gpvae.runs.report import Report, caption, describe
+from pyro_gpvae.runs.report import Report, caption
 
 __all__ = ["report_runs"]
 
@@ -49,34 +49,23 @@ def report_runs(
     parts = [sections.scores(trained), sections.curves(trained)] if trained else []
     if images:
         with tempfile.TemporaryDirectory() as chunks:
-            table, _ = measure_gaps(
+            table = measure_gaps(
                 opened, chunks, QUICK | {"seed": 0}, num_images=images, progress=progress
             )
         parts += gap_sections(table)
-        parts += [
-            _named(sections.missed(run, table[table["label"] == label]), label, runs)
-            for label, run in runs.items()
-        ]
     for label, run in runs.items():
+        own = [sections.missed(run, table[table["label"] == label])] if images else []
         index = list(range(min(8, len(run.data.test))))
-        found = [sections.pictures(run, index, 32, run.config.seed)]
-        found.append(sections.latent(run, run.config.seed))
-        parts += [_named(section, label, runs) for section in found]
+        own.append(sections.pictures(run, index, 32, run.config.seed))
+        own.append(sections.latent(run, run.config.seed))
+        for section in own if len(runs) > 1 else ():
+            section.title += f": {label}"
+        parts += own
     if trained:
         parts.append(sections.configuration(trained))
-    text = caption([describe(run) for run in runs.values()], _test_images(runs), "")
+    text = caption(opened, max(run.record["data"]["test_images"] for run in opened), "")
     title = f"pyro-gpvae: {', '.join(runs)}"
     report = Report(title, text.strip(), parts)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, report.html())
     return report
-
-
-def _named(section: Any, label: str, runs: dict[str, Run]) -> Any:
-    if len(runs) > 1:
-        section.title += f": {label}"
-    return section
-
-
-def _test_images(runs: dict[str, Run]) -> int:
-    return max(run.record["data"]["test_images"] for run in runs.values())

@@ -16,7 +16,7 @@ from pyro_gpvae.evaluation.posterior_grid import posterior_record
 from pyro_gpvae.runs.folder import Place, Run
 from pyro_gpvae.runs.gap_report import measure_gaps
 from pyro_gpvae.runs.programs import open_run
-from pyro_gpvae.runs.report import Report, Section, caption
+from pyro_gpvae.runs.report import Report, Section, caption, describe
 
 __all__ = ["SCORES", "add_uncertainty", "correlate", "correlation_table", "report_uncertainty"]
 
@@ -105,17 +105,17 @@ def report_uncertainty(
     uncertainty.uncertainty_scores(run.model, run.guide, test[:1])  # fails before the work
     budget = {"num_samples": num_samples, "reference_samples": reference_samples}
     budget |= {"num_chains": 0, "num_steps": 1, "seed": seed}
-    table, runs = measure_gaps([run], out, budget, num_images=images, progress=progress)
+    table = measure_gaps([run], out, budget, num_images=images, progress=progress)
     table = add_uncertainty(table, run)
     correlations = correlate(table, bootstrap, seed)
     left = len(table) - int(table["converged"].sum())
     note = f"ELBO: K = {num_samples}, log p(x): K = {reference_samples}."
     if left:
         note += f" {left} images are left out (optimum not converged)."
-    note = f"Guide {run.config.guide}, {caption(runs, len(table), note)}"
+    note = f"Guide {run.config.guide}, {caption([run], len(table), note)}"
     record: dict[str, Any] = {
         "format": 1,
-        "run": runs[0],
+        "run": describe(run),
         "images": len(table),
         "converged": len(table) - left,
         "budget": budget | {"bootstrap": bootstrap},

@@ -28,12 +28,11 @@ from pyro_gpvae.runs.gap_report import (
     GAP_FILES,
     gap_sections,
     measure_gaps,
-    read_table,
     report_gaps,
     summarise,
 )
 from pyro_gpvae.runs.generation_report import GENERATION_FILES, report_generation
-from pyro_gpvae.runs.programs import labels_of, open_run
+from pyro_gpvae.runs.programs import labels_of, open_run, open_runs
 from pyro_gpvae.runs.report import Report, Section
 from pyro_gpvae.runs.run_report import report_runs
 from pyro_gpvae.runs.uncertainty_report import report_uncertainty
@@ -180,7 +179,7 @@ class TestOwnPrograms:
         model, guide = own_programs()
         images = load_data("mnist5k").test[:3]
         expected = decompose(model.eval(), guide, images, num_train=4000, **options["budget"])
-        found = read_table(tmp_path / "gap.csv")
+        found = pd.read_csv(tmp_path / "gap.csv")
         assert found["elbo"].to_list() == pytest.approx(expected.elbo.tolist())
         report_runs([self.SPEC], tmp_path / "r.html", images=0, progress=False, trust_guide=True)
         check_page(tmp_path / "r.html", pictures=3)
@@ -240,7 +239,7 @@ class TestDemo:
         for name in ("vae", "gp", "newton"):
             config = read_json(folder / name / "config.json")
             assert (config["warm_start"], config["epochs"]) == ("report/start", 1)
-        table = read_table(folder / "gap.csv").set_index("label")
+        table = pd.read_csv(folder / "gap.csv").set_index("label")
         for label, row in metrics["methods"].items():
             assert row["gap"] == pytest.approx(table.loc[label, "gap"].mean())
             assert f"| {label} | 2 | {row['reference']:.1f} |" in words(text)
@@ -259,7 +258,7 @@ def two_seeds():
         for image in range(4):
             row = dict.fromkeys((*gap_report.QUANTITIES, *gap.LADDER), level + image)
             row |= {"run": run, "label": label, "image": image, "converged": True}
-            rows.append(row | {"pareto_k": 0.1, "family": "diagonal", "seed": 0, "guide": label})
+            rows.append(row | {"pareto_k": 0.1, "trusted": True, "family": "diagonal"})
     return pd.DataFrame(rows)
 
 
@@ -283,8 +282,8 @@ class TestGap:
     def test_a_stopped_measurement_continues(self, runs, tmp_path, monkeypatch):
         monkeypatch.setattr(gap, "BATCH", 4)
         monkeypatch.setattr(gap_report, "BATCH", 4)
-        folders, out = [runs / "vae", runs / "gp"], tmp_path / "out"
-        expected, _ = measure_gaps(folders, tmp_path / "whole", BUDGET, progress=False)
+        opened, out = open_runs([runs / "vae", runs / "gp"]), tmp_path / "out"
+        expected = measure_gaps(opened, tmp_path / "whole", BUDGET, progress=False)
         assert expected["image"].tolist() == [*range(9)] * 2
         starts = []
 
@@ -296,19 +295,20 @@ class TestGap:
 
         monkeypatch.setattr(gap_report, "decompose", stop)
         with pytest.raises(KeyboardInterrupt):
-            measure_gaps(folders, out, BUDGET, progress=False)
-        found, _ = measure_gaps(folders, out, BUDGET, progress=False)
+            measure_gaps(opened, out, BUDGET, progress=False)
+        found = measure_gaps(opened, out, BUDGET, progress=False)
         assert starts == [0, 4, 8, 8, 0, 4, 8], "what was finished is not repeated"
         pd.testing.assert_frame_equal(found, expected, check_exact=True)
-        measure_gaps(folders[:1], out, BUDGET, num_images=8, progress=False)
+        measure_gaps(opened[:1], out, BUDGET, num_images=8, progress=False)
         assert len(starts) == 7, "nor what other runs and fewer images need"
-        measure_gaps(folders[:1], out, BUDGET | {"seed": 1}, num_images=4, progress=False)
+        measure_gaps(opened[:1], out, BUDGET | {"seed": 1}, num_images=4, progress=False)
         assert len(starts) == 8, "another budget is another measurement"
 
     def test_a_damaged_chunk_is_measured_again(self, runs, tmp_path):
         def measure():
-            return measure_gaps([runs / "vae"], tmp_path, BUDGET, num_images=4, progress=False)[0]
+            return measure_gaps([run], tmp_path, BUDGET, num_images=4, progress=False)
 
+        run = load_run(runs / "vae")
         expected = measure()
         (chunk,) = (tmp_path / "chunks").iterdir()
         whole = chunk.read_bytes()
@@ -326,7 +326,7 @@ class TestGap:
         options = {"budget": budget, "num_images": 4, "progress": False}
         report = report_gaps([runs / "vae", runs / "gp"], tmp_path, **options)
         text = (tmp_path / "gap.md").read_text()
-        record, table = read_json(tmp_path / "gap.json"), read_table(tmp_path / "gap.csv")
+        record, table = read_json(tmp_path / "gap.json"), pd.read_csv(tmp_path / "gap.csv")
         assert record["budget"]["num_chains"] == 2
         assert [run["config"]["guide"] for run in record["runs"]] == ["vae", "gp"]
         assert {"versions", "commit", "device"} <= set(record)
@@ -345,16 +345,16 @@ class TestGap:
             report_gaps([runs / "absent"], tmp_path, **options)
         assert before == {path: path.read_bytes() for path in before}, "refused before the work"
         report_gaps([runs / "vae"], tmp_path, overwrite=True, **options)
-        assert len(read_table(tmp_path / "gap.csv")) == 4
+        assert len(pd.read_csv(tmp_path / "gap.csv")) == 4
         assert (tmp_path / "thesis.tex").read_text() == "mine"
 
     def test_bad_runs(self, runs, tmp_path):
         with pytest.raises(ValueError, match="different run folders"):
-            measure_gaps([runs / "vae", runs / "vae"], tmp_path, BUDGET)
+            open_runs([runs / "vae", runs / "vae"])
         with pytest.raises(ValueError, match="images must be at least 1, got 0"):
-            measure_gaps([runs / "vae"], tmp_path, BUDGET, num_images=0)
+            report_gaps([runs / "vae"], tmp_path, BUDGET, num_images=0)
         with pytest.raises(FileNotFoundError, match="absent"):
-            measure_gaps([runs / "absent"], tmp_path, BUDGET)
+            report_gaps([runs / "absent"], tmp_path, BUDGET)
 
 
 UNCERTAINTY = BUDGET | {"images": 9, "bootstrap": 50, "seed": 0, "progress": False}
@@ -364,7 +364,7 @@ class TestUncertainty:
     def test_it_writes_scores_correlations_and_pictures(self, runs, tmp_path):
         report = report_uncertainty(runs / "gp", tmp_path, **UNCERTAINTY)
         record = read_json(tmp_path / "uncertainty.json")
-        table = read_table(tmp_path / "uncertainty.csv")
+        table = pd.read_csv(tmp_path / "uncertainty.csv")
         assert (tmp_path / "uncertainty.md").read_text() == report.markdown()
         check_page(tmp_path / "report.html", pictures=3)
         assert {*uncertainty_report.SCORES, "gap", "converged"} <= set(table.columns)
