@@ -10,18 +10,6 @@ from typing import Annotated, Any
 
 import tyro
 
-__all__ = [
-    "Command",
-    "Quiet",
-    "RunFolder",
-    "RunFolders",
-    "Where",
-    "keywords",
-    "one_line",
-    "print_scores",
-    "printable",
-]
-
 _Folder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 RunFolder = tyro.conf.Positional[_Folder]
 RunFolders = tyro.conf.Positional[tuple[_Folder, ...]]

@@ -21,8 +21,6 @@ from pyro_gpvae.cli._shared import (
     printable,
 )
 
-__all__ = ["Demo", "Evaluate", "Gap", "Generate", "Report", "Results", "Uncertainty"]
-
 
 @dataclass(kw_only=True)
 class Demo(Command):

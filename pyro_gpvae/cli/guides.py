@@ -10,8 +10,6 @@ from pathlib import Path
 from pyro_gpvae.cli._shared import Command
 from pyro_gpvae.core._registry import distribution_name, registered_guides
 
-__all__ = ["Guides"]
-
 
 @dataclass(kw_only=True)
 class Guides(Command):

@@ -20,8 +20,6 @@ from pyro_gpvae.cli.train import Train
 from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._signals import Terminated, ending_on_signals
 
-__all__ = ["main"]
-
 _DESCRIPTION = """Train the encoders (guides) of variational autoencoders and estimate log p(x) of
 every test image. All scores are in nats per image. --version prints the version."""
 

@@ -12,8 +12,6 @@ from pyro_gpvae.core._files import finished_folder, partial_folder
 from pyro_gpvae.core._registry import registered_guides
 from pyro_gpvae.runs.config import RunConfig
 
-__all__ = ["Train"]
-
 
 @dataclass(kw_only=True)
 class Train(RunConfig, Command):

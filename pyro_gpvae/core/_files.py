@@ -137,10 +137,6 @@ def work_folder(
     Only one process at a time gets it. If the block fails, the folder is kept if it holds one of
     the files ``unfinished``, from which work can be resumed, and is removed otherwise. These files
     are deleted at the end. For ``files`` and ``overwrite`` see :func:`check_replaceable`.
-
-    Raises:
-        FileExistsError: If ``path`` may not be replaced, or there is unfinished work.
-        InUseError: If another process works there.
     """
     path = Path(path).expanduser().resolve()
     folder, files = partial_folder(path), {*files, *unfinished, "lock"}

@@ -14,8 +14,6 @@ from pyro_gpvae.core._seeds import preserve_rng, seeded
 from pyro_gpvae.data import batch as data_batch
 from pyro_gpvae.data.batch import Data, batch_of, take
 
-__all__ = ["SAMPLE_SIZE", "Batch", "Batches", "LoaderBatches", "TensorBatches"]
-
 #: The number of training images on which the terms of eq. (2) are logged after an epoch.
 SAMPLE_SIZE = 512
 #: Where samplers draw; as a context it replaces a default device, on which they cannot.

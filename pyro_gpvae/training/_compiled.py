@@ -22,8 +22,6 @@ from pyro_gpvae.data.batch import Batch
 if TYPE_CHECKING:
     from pyro_gpvae.training.step import TrainingStep
 
-__all__ = ["TracedLoss", "compile_blocks", "trace_loss"]
-
 Evaluate = Callable[[Batch], tuple[Tensor, list[Tensor]]]
 
 #: The methods of a tensor that draw the numbers of random operators.
@@ -77,11 +75,7 @@ class TracedLoss:
 
 
 def compile_blocks(step: TrainingStep, batch: Batch) -> list[Evaluate]:
-    """Compiles each block of a step for minibatches of one shape.
-
-    Raises:
-        UnsupportedError: If a block cannot be traced, or computes something else when compiled.
-    """
+    """Compiles each block of a step for minibatches of one shape, or raises UnsupportedError."""
     compiled: list[Evaluate] = []
     mode = "reduce-overhead" if step.device.type == "cuda" else None
     # a graph that has frozen values read from the batch computes something else from other values

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["StepCounters", "all_finite"]
-
 
 class StepCounters:
     """Counters of a training, kept as tensors on its device, so that no step reads it."""

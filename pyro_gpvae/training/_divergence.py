@@ -22,19 +22,13 @@ from pyro_gpvae.training._state import TrainingState
 from pyro_gpvae.training.checkpoint import Checkpoints
 from pyro_gpvae.training.step import TrainingStep
 
-__all__ = ["check_updates", "with_advice"]
-
 #: With ``on_nonfinite="skip"``, the training stops when more updates than this were skipped.
 MAX_SKIPPED = 100
 _ERRORS = (ValueError, RuntimeError, ArithmeticError)
 
 
 def check_updates(state: TrainingState, checkpoints: Checkpoints | None) -> None:
-    """Reads the device: warns about updates that were skipped, or stops the training.
-
-    Raises:
-        NonFiniteError: If an update was not finite and the training halts, or too many were.
-    """
+    """Reads the device: warns about updates that were skipped, or raises NonFiniteError."""
     recent, state.recent = state.recent, []
     skipped = state.skipped
     if skipped == state.skips_seen:

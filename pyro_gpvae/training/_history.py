@@ -22,8 +22,6 @@ from pyro_gpvae.training.step import Backend
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["History", "end_epoch"]
-
 #: The columns of a history, apart from the guide's diagnostics.
 COLUMNS = [
     *("epoch", "step", "loss", "log_likelihood", "kl_z", "kl_global", "sigma", "validation_elbo"),
@@ -52,11 +50,7 @@ class History:
 def end_epoch(
     state: TrainingState, validation: Data | None, checkpoints: Checkpoints | None
 ) -> dict[str, float]:
-    """Ends an epoch, and returns its row of the history.
-
-    Raises:
-        NonFiniteError: If the model is not finite after it, unless such updates are skipped.
-    """
+    """Ends an epoch, and returns its row of the history."""
     step = state.training_step
     row: dict[str, float] = {"epoch": state.epoch + 1, "step": state.step}
     row["loss"] = state.end_epoch()

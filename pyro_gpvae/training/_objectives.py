@@ -17,8 +17,6 @@ from pyro.infer import (
 from pyro_gpvae.model.elbo import MeanFieldELBO, Objective, TraceELBO
 from pyro_gpvae.model.renyi import PerImageRenyiELBO
 
-__all__ = ["without_host_sync"]
-
 #: What replaces the objectives of Pyro, with the same value and gradient.
 _EQUALS: dict[type, type] = {
     Trace_ELBO: TraceELBO,
@@ -28,12 +26,7 @@ _EQUALS: dict[type, type] = {
 
 
 def without_host_sync(objective: Objective) -> Objective:
-    """Returns an equal objective of this library if there is one, and the objective otherwise.
-
-    Raises:
-        ValueError: If the objective has no ``differentiable_loss``, enumerates sites, or compiles
-            by itself.
-    """
+    """Returns an equal objective of this library if there is one, and the objective otherwise."""
     name = type(objective).__name__
     if isinstance(objective, TraceEnum_ELBO | TraceTMC_ELBO):
         raise ValueError(

@@ -26,8 +26,6 @@ from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model._points import check_points
 from pyro_gpvae.model.elbo import Block
 
-__all__ = ["check_leaves", "modules_by_role", "named_parameters", "parameter_groups"]
-
 
 def modules_by_role(model: PyroProgram, guide: PyroProgram) -> dict[str, nn.Module]:
     """Returns the modules of both programs by names that begin with "model" or "guide"."""
@@ -44,9 +42,7 @@ def named_parameters(
 ) -> dict[str, Tensor]:
     """Returns the parameters of modules and of ``pyro.param`` statements, by name.
 
-    Raises:
-        ValueError: If the model observes nothing, or the guide cannot be trained on a part of the
-            ``num_images`` members of the data.
+    Raises ValueError if model and guide cannot be trained on ``num_images`` members of data.
     """
     # Pyro's autoguides create their parameters when they are first run
     capture = poutine.trace(param_only=True)
@@ -115,12 +111,7 @@ def check_leaves(loss: Tensor, trained: Sequence[Tensor]) -> None:
 def parameter_groups(
     blocks: Sequence[Block], parameters: Mapping[str, Tensor], learning_rates: Mapping[str, float]
 ) -> list[list[dict[str, Any]]]:
-    """Returns for each block the groups of its parameters, one for each learning rate.
-
-    Raises:
-        ValueError: If a learning rate is of a parameter that no block trains, or a parameter
-            is in two blocks.
-    """
+    """Returns for each block the groups of its parameters, one for each learning rate."""
     names = {id(p): name for name, p in parameters.items()}
     trained: set[int] = set()
     for p in itertools.chain(*(block.parameters for block in blocks)):

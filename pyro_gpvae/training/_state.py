@@ -18,8 +18,6 @@ from pyro_gpvae.training._batches import Batch, Batches
 from pyro_gpvae.training.checkpoint import Checkpoint, check_extra_state, copy_tensors
 from pyro_gpvae.training.step import TrainingStep
 
-__all__ = ["TrainingState"]
-
 
 class TrainingState:
     """The state of a training, for the minibatches ``data``.

@@ -173,7 +173,7 @@ def test_a_file_of_omniglot_that_unpacks_to_too_much_is_refused(tmp_path, monkey
         assert len(load_data("omniglot", root=tmp_path).train) == 500
         with monkeypatch.context() as patch:
             patch.setattr("pyro_gpvae.data._files.RAW_LIMIT", 2 * blank.nbytes)
-            with pytest.raises(ValueError, match="(more than|at most) 6,272,000"):
+            with pytest.raises(ValueError, match=r"(more than|at most) 6,272,000"):
                 load_data("omniglot", root=tmp_path)
     (tmp_path / "chardata.mat").write_bytes(bytes(1000))  # of MATLAB 4, of endless elements
     with pytest.raises(ValueError, match="not a file of MATLAB 5"):
