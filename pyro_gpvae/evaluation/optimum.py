@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import pyro.distributions as dist
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from pyro_gpvae.evaluation._common import (
     find_posterior,
     known_mean,
 )
-from pyro_gpvae.model.curvature import inverse_cholesky, line_search, linearize
+from pyro_gpvae.model.curvature import STEP_SIZES, inverse_cholesky, line_search, linearize
 from pyro_gpvae.model.density import JointDensity, LatentPosterior
 from pyro_gpvae.model.guide import check_program_data
 from pyro_gpvae.model.image_model import ImageModel
@@ -41,6 +42,11 @@ _MODE_TOLERANCE = 0.5
 _FAR_AGE = 1
 # a quadratic log joint has curvature 1; around other posteriors the ELBO is flatter
 _CURVATURE = 0.25
+_PRIOR_DRAWS = 64
+# far from the mode of an exponential function of u, the Newton step is much too long
+_SHORT_STEPS = (0.03, 0.01, 3e-3, 1e-3, 1e-4)
+#: The number of nodes in each dimension of a product rule, by the number of dimensions.
+_NODES = {1: 32, 2: 9, 3: 5}
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,12 @@ def optimise_gaussian(
         A = I + S^\top E_q[\nabla \log p(x, u)\, \varepsilon^\top], \quad u = \mu + S\varepsilon
 
     (the symmetric part of A, or its diagonal). Expectations are randomly rotated cubatures of 2p +
-    1 points (Monahan and Genz 1997). The rotations are the same for all images, so a result does
-    not depend on the batch, and the random state is not used. The rate :math:`\rho_t = 2/(t + 4)`
-    averages the remaining noise; t is reset while successive gradients agree.
+    1 points (Monahan and Genz 1997), or products of Gauss-Hermite rules for p < 4. The rotations
+    are the same for all images, so a result does not depend on the batch, and the random state is
+    not used. The rate :math:`\rho_t = 2/(t + 4)` averages the remaining noise; t is reset while
+    successive gradients agree. The cubature of 2p + 1 points is exact for polynomials of degree 5,
+    so that the optimum of a decoder that bends within the posterior is lower by some 0.1 nats (p =
+    10, a digit).
 
     Around a Gaussian posterior the gap to the optimum is
     :math:`\frac12 \|a\|^2 + \frac14 \|A\|^2`. Other posteriors are flatter: an image has converged
@@ -124,8 +133,9 @@ def optimise_gaussian(
         tolerance: The tolerance of the ELBO of an image, in nats.
         max_steps: The largest number of steps.
         num_starts: The number of starting points of the search for a mode: the start, and others
-            at a distance of about 0.5 in each dimension. The mode of highest Laplace evidence is
-            taken.
+            at a distance of about 0.5 in each dimension; if there are others, a model that is no
+            ImageModel also starts from the likeliest of 64 draws from its prior. The mode of
+            highest Laplace evidence is taken.
         chunk_size, vectorized: See :func:`pyro_gpvae.log_weights`. They do not change the result.
 
     Raises:
@@ -166,10 +176,15 @@ def laplace_start(
     """Returns the mode of highest Laplace evidence, (B, n), S with S Sᵀ = Λ⁻¹, and the jitter."""
     origin = _origin(density, start)
     generator = torch.Generator("cpu").manual_seed(0)
-    best: list[Tensor] = []
-    for index in range(num_starts):
+    starts = [origin]
+    for _ in range(1, num_starts):
         shift = torch.randn(density.dim, generator=generator, dtype=torch.float64, device="cpu") / 2
-        mode, precision = _mode(density, origin + shift.to(origin) if index else origin)
+        starts.append(origin + shift.to(origin))
+    if num_starts > 1 and not isinstance(density.model, ImageModel):
+        starts.append(_likeliest(density).to(origin))
+    best: list[Tensor] = []
+    for u in starts:
+        mode, precision = _mode(density, u)
         factor, jitter = inverse_cholesky(precision)
         evidence = density.log_prob(mode[None])[0] + _log_volume(factor)
         if covariance == "diagonal":
@@ -262,13 +277,14 @@ def _mode(density: JointDensity, u: Tensor) -> tuple[Tensor, Tensor]:
     u = u.clone()
     precision = u.new_zeros(*u.shape, u.shape[-1], dtype=torch.float64)
     active = torch.arange(len(u), device=u.device)
+    sizes = STEP_SIZES if isinstance(density.model, ImageModel) else (*STEP_SIZES, *_SHORT_STEPS)
     for _ in range(_MODE_STEPS):
         part = density[active]
         gradient, precision[active] = _curvature(part, u[active])
         factor, _ = inverse_cholesky(precision[active], active)
         whitened = (factor.mT @ gradient.unsqueeze(-1)).squeeze(-1)
         direction = (factor @ whitened.unsqueeze(-1)).squeeze(-1).to(u.dtype)
-        new = line_search(part.log_prob, u[active], direction)
+        new = line_search(part.log_prob, u[active], direction, sizes)
         # an image stops where the Newton decrement is small, or no shorter step helps
         move = (whitened.square().sum(-1) / 2 > _MODE_TOLERANCE) & (new != u[active]).any(-1)
         active = active[move]
@@ -305,14 +321,34 @@ def _origin(density: JointDensity, guide: Any) -> Tensor:
     return density.unconstrain({name: mean}).u
 
 
-def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Points (2p + 1, p) and weights for N(0, I): a random orthogonal cross, and the centre.
+def _likeliest(density: JointDensity) -> Tensor:
+    """The draw of highest log p(x, u) of 64 from the prior, (B, n)."""
+    found = []
+    for n in range(len(density)):
+        part = density[n : n + 1]
+        with seeded(0, part.batch[0].device):  # the same draws for every image, in any batch
+            u = part.sample_prior(_PRIOR_DRAWS)
+        value = part.log_prob(u).nan_to_num(-torch.inf)
+        found.append(u[value[:, 0].argmax()])
+    return torch.cat(found)
 
-    The radius √(p + 2) gives E‖ε‖² and E‖ε‖⁴ exactly.
+
+def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Points (S, p) and weights for N(0, I), randomly rotated.
+
+    They are a cross of 2p points and the centre, whose radius √(p + 2) gives E‖ε‖² and E‖ε‖⁴
+    exactly. In few dimensions rotations do not vary the distances enough, and the points are those
+    of a product of Gauss-Hermite rules.
     """
     normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
     axes, triangle = torch.linalg.qr(normal)
-    axes = axes * triangle.diagonal().sign() * math.sqrt(dim + 2)  # uniform over rotations
+    axes = axes * triangle.diagonal().sign()  # uniform over rotations
+    if dim in _NODES:
+        nodes, weights = map(torch.from_numpy, hermegauss(_NODES[dim]))
+        grid = torch.cartesian_prod(*[nodes] * dim).reshape(-1, dim)
+        weights = torch.cartesian_prod(*[weights / weights.sum()] * dim).reshape(-1, dim).prod(-1)
+        return grid @ axes, weights
+    axes = axes * math.sqrt(dim + 2)
     points = torch.cat([axes.mT, -axes.mT, torch.zeros_like(axes[:1])])
     weights = points.new_full((2 * dim + 1,), 0.5 / (dim + 2))
     weights[-1] = 2 / (dim + 2)

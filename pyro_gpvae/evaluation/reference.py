@@ -24,6 +24,7 @@ from pyro_gpvae.evaluation._common import (
     batches,
     check_amortised,
     check_at_least,
+    check_log_weights,
     device_of,
     estimated_mean,
     evaluator,
@@ -43,6 +44,7 @@ from pyro_gpvae.evaluation.optimum import optimise_gaussian
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
 from pyro_gpvae.model.density import base_of
 from pyro_gpvae.model.guide import check_program_data
+from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = ["WIDTHS", "ReferenceEvidence", "reference_evidence"]
 
@@ -112,7 +114,10 @@ def reference_evidence(
       draws. What it gains over ``IWAE(K)`` is due to a better proposal, not to a better model;
     * ``IWAE(K), instance:full``: from the Gaussian of highest ELBO of each image, see
       :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`;
-    * ``AIS(T)``: annealing from that Gaussian, see :func:`pyro_gpvae.annealed_evidence`.
+    * ``IWAE(K), instance:full and prior``, if the model is no ImageModel: four fifths of the draws
+      are from that Gaussian and one fifth from the prior. With few latents the prior finds what
+      the Gaussian misses, such as another mode or a tail;
+    * ``AIS(T)``: annealing from the Gaussian, see :func:`pyro_gpvae.annealed_evidence`.
 
     The highest of noisy estimates is too high, so the choice is by reliability:
 
@@ -236,6 +241,9 @@ class _Part:
             proposals[self.full] = PrecomputedPosterior(self.density[n : n + 1].posterior(parts[n]))
             for name, q in proposals.items():
                 columns.setdefault(name, []).append(sampled(n, q, name))
+            if not isinstance(self.model, ImageModel):
+                name = f"{self.full} and prior"
+                columns.setdefault(name, []).append(self._defensive(n, parts[n], chunk_size, name))
             bar.update()
         for name, column in columns.items():
             found = Evidence.from_log_weights(torch.cat(column, dim=1))
@@ -258,6 +266,20 @@ class _Part:
             c: PrecomputedPosterior(TransformedDistribution(q, [map], validate_args=False))
             for c, map in wider.items()
         }
+
+    def _defensive(self, n: int, q: Any, chunk_size: int, noise: str) -> Tensor:
+        """Log weights (K, 1) of the n-th image, of draws from its Gaussian and from the prior."""
+        density, count = self.density[n : n + 1], max(1, self.num_samples // 5)
+        with seeded(image_seed(self.seed, self.first_image + n, noise), self.device):
+            u = [q.sample((self.num_samples - count,)), density.sample_prior(count)]
+        found = []
+        for part in torch.cat(u).split(chunk_size):
+            share = count / self.num_samples
+            logs = q.log_prob(part) + math.log1p(-share), density.log_prior(part) + math.log(share)
+            found.append(density.log_prob(part) - torch.logaddexp(*logs))
+        log_weights = torch.cat(found)
+        check_log_weights(log_weights, self.first_image + n, "log p(x, z) - log q(z|x)")
+        return log_weights
 
     def anneal(self, num_chains: int, num_steps: int, **work: Any) -> None:
         """Adds the estimate by annealing from the optimum."""

@@ -75,7 +75,9 @@ def plain(model):
 def test_a_plain_pyro_model_has_the_same_reference(toy, reference):
     model, guide, x = toy
     found = reference_evidence(plain(model), x, guide, num_samples=1000)
-    assert list(found.estimates) == list(reference.estimates)
+    assert set(found.estimates) - set(reference.estimates) == {
+        "IWAE(1000), instance:full and prior"
+    }
     torch.testing.assert_close(found.log_evidence, model.log_evidence(x), rtol=0, atol=1e-6)
     torch.testing.assert_close(found.estimates["IWAE(1000)"], reference.estimates["IWAE(1000)"])
 
@@ -143,7 +145,7 @@ class TestWidths:
         found = reference_evidence(
             plain(model), x[:1], replayed, num_samples=30, num_chains=0, widths=(2.0,)
         )
-        assert list(found.estimates) == ["IWAE(30)", "IWAE(30), instance:full"]
+        assert not [name for name in found.estimates if "width" in name]
 
 
 class Square(nn.Module):
