@@ -110,12 +110,11 @@ def _print_reference(reference: dict[str, Any]) -> None:
 class Gap(Where):
     """Decompose the inference gap of runs; tell a better model from a better proposal.
 
-    Finished images are kept in OUT/chunks: the same command continues where it was stopped. Once
-    it is done, only --overwrite replaces the files in OUT; no image is measured again.
+    Finished images are kept in OUT/chunks: the same command continues.
 
     Attributes:
-        runs: Run folders, or MODULE:FUNCTION that returns a model and its guide, with
-            --trust-guide.
+        runs: Run folders; with --trust-guide also MODULE:FUNCTION, which returns a model
+            and its guide.
         images: The number of test images of each run, from the first on.
         num_samples: Samples K per image for each ELBO.
         reference_samples: Samples K per image from the best full Gaussian, for log p(x).
@@ -124,7 +123,7 @@ class Gap(Where):
         seed: Seed of the samples.
         out: Folder for gap.csv (one row per run and image), gap.json, gap.md, gap.png and
             report.html.
-        overwrite: Replace these files of an earlier measurement.
+        overwrite: Replace the files of a finished measurement; no image is measured again.
         quiet: Show no progress on standard error.
     """
 
@@ -158,8 +157,8 @@ class Generate(Where):
     """Draw samples and reconstructions, and map the latent space of a run.
 
     Attributes:
-        run_folder: The run folder, or MODULE:FUNCTION that returns a model and its guide, with
-            --trust-guide.
+        run_folder: The run folder; with --trust-guide also MODULE:FUNCTION, which returns a
+            model and its guide.
         out: Folder for samples.png, reconstructions.png, latent.png, generated.json and
             report.html.
         samples: Number of samples from the prior.
@@ -184,11 +183,11 @@ class Generate(Where):
 
 @dataclass(kw_only=True)
 class Report(Where):
-    """Compare runs in one HTML file: scores, curves, gaps, hard images, samples, latent space.
+    """Compare runs in one HTML file: scores, curves, gaps, hard images and samples.
 
     Attributes:
-        runs: Run folders, or MODULE:FUNCTION that returns a model and its guide, with
-            --trust-guide.
+        runs: Run folders; with --trust-guide also MODULE:FUNCTION, which returns a model
+            and its guide.
         out: The HTML file, which needs no other file.
         images: The inference gap is measured on the first so many test images; 0 omits it.
         overwrite: Replace the file.
@@ -249,7 +248,7 @@ class Results(Command):
 class Uncertainty(Where):
     """Correlate the uncertainty of a random encoder with the inference gap of each image.
 
-    Finished images are kept in OUT/chunks: the same command continues where it was stopped.
+    Finished images are kept in OUT/chunks: the same command continues.
 
     Attributes:
         run_folder: The folder of a run whose guide is a random encoder, such as "gp".
