@@ -21,7 +21,8 @@ from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import Data, to_batch
 from pyro_gpvae.evaluation._common import evaluator
-from pyro_gpvae.evaluation.optimum import InstanceOptimum, check_optimum_options, laplace_start
+from pyro_gpvae.evaluation._modes import laplace_start
+from pyro_gpvae.evaluation.optimum import InstanceOptimum, check_optimum_options
 from pyro_gpvae.model._local import is_point
 from pyro_gpvae.model.density import JointDensity
 from pyro_gpvae.model.guide import check_program_data

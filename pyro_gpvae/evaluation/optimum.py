@@ -16,35 +16,19 @@ from torch import Tensor
 from pyro_gpvae.core._chunks import halving_chunks
 from pyro_gpvae.core._errors import check_finite
 from pyro_gpvae.core._programs import PyroProgram
-from pyro_gpvae.core._seeds import seeded
-from pyro_gpvae.data.batch import Data, take, to_batch
-from pyro_gpvae.evaluation._common import (
-    check_at_least,
-    estimated_mean,
-    evaluator,
-    find_posterior,
-    known_mean,
-)
-from pyro_gpvae.model.curvature import STEP_SIZES, inverse_cholesky, line_search, linearize
-from pyro_gpvae.model.density import JointDensity, LatentPosterior
+from pyro_gpvae.data.batch import Data, to_batch
+from pyro_gpvae.evaluation._common import check_at_least, evaluator
+from pyro_gpvae.evaluation._modes import laplace_start, log_volume
+from pyro_gpvae.model.density import JointDensity
 from pyro_gpvae.model.guide import check_program_data
-from pyro_gpvae.model.image_model import ImageModel
 
-__all__ = [
-    "Covariance", "InstanceOptimum", "check_optimum_options", "climb", "laplace_start",
-    "optimise_gaussian",
-]  # fmt: skip
+__all__ = ["Covariance", "InstanceOptimum", "check_optimum_options", "climb", "optimise_gaussian"]
 
 Covariance = Literal["diagonal", "full"]
 
-_MODE_STEPS, _MIN_STEPS = 20, 6
-_MODE_TOLERANCE = 0.5
-_FAR_AGE = 1
+_MIN_STEPS, _FAR_AGE = 6, 1
 # a quadratic log joint has curvature 1; around other posteriors the ELBO is flatter
 _CURVATURE = 0.25
-_PRIOR_DRAWS = 64
-# far from the mode of an exponential function of u, the Newton step is much too long
-_SHORT_STEPS = (0.03, 0.01, 3e-3, 1e-3, 1e-4)
 #: The number of nodes in each dimension of a product rule, by the number of dimensions.
 _NODES = {1: 32, 2: 9, 3: 5}
 
@@ -170,37 +154,6 @@ def check_optimum_options(
     check_at_least(1, max_steps=max_steps, num_starts=num_starts)
 
 
-def laplace_start(
-    density: JointDensity, covariance: str, start: Any, num_starts: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the mode of highest Laplace evidence, (B, n), S with S Sᵀ = Λ⁻¹, and the jitter."""
-    origin = _origin(density, start)
-    generator = torch.Generator("cpu").manual_seed(0)
-    starts = [origin]
-    for _ in range(1, num_starts):
-        shift = torch.randn(density.dim, generator=generator, dtype=torch.float64, device="cpu") / 2
-        starts.append(origin + shift.to(origin))
-    if num_starts > 1 and not isinstance(density.model, ImageModel):
-        starts.append(_likeliest(density).to(origin))
-    best: list[Tensor] = []
-    for u in starts:
-        mode, precision = _mode(density, u)
-        factor, jitter = inverse_cholesky(precision)
-        evidence = density.log_prob(mode[None])[0] + _log_volume(factor)
-        if covariance == "diagonal":
-            # the mean-field optimum for a Gaussian posterior: variances 1 / Λ_jj
-            factor = torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1).rsqrt())
-        found = [evidence, mode, factor, jitter]
-        if not best:
-            best = found
-        better = evidence > best[0]
-        best = [
-            torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old)
-            for new, old in zip(found, best, strict=True)
-        ]
-    return best[1], best[2].to(origin.dtype), best[3]
-
-
 def climb(
     density: JointDensity,
     begin: tuple[Tensor, Tensor, Tensor],
@@ -212,7 +165,7 @@ def climb(
     """Follows the natural gradient from (μ, S, jitter) as in laplace_start; changes μ and S."""
     loc, factor, jitter = begin
     p, diagonal = loc.shape[-1], covariance == "diagonal"
-    entropy = _log_volume(factor) + p / 2 * math.log(2 * math.pi * math.e)
+    entropy = log_volume(factor) + p / 2 * math.log(2 * math.pi * math.e)
     elbo, gap = torch.zeros_like(entropy), torch.full_like(entropy, torch.inf)
     mean_a, mean_A = torch.zeros_like(loc), torch.zeros_like(factor)
     steps = torch.zeros(len(loc), dtype=torch.long, device=loc.device)
@@ -272,67 +225,6 @@ def _gradient(density: JointDensity, u: Tensor, chunk_size: int) -> tuple[Tensor
     return torch.cat(values, dim=1), torch.cat(gradients, dim=1)
 
 
-def _mode(density: JointDensity, u: Tensor) -> tuple[Tensor, Tensor]:
-    """A mode of log p(x, u), (B, n), by Newton steps, and the precision there."""
-    u = u.clone()
-    precision = u.new_zeros(*u.shape, u.shape[-1], dtype=torch.float64)
-    active = torch.arange(len(u), device=u.device)
-    sizes = STEP_SIZES if isinstance(density.model, ImageModel) else (*STEP_SIZES, *_SHORT_STEPS)
-    for _ in range(_MODE_STEPS):
-        part = density[active]
-        gradient, precision[active] = _curvature(part, u[active])
-        factor, _ = inverse_cholesky(precision[active], active)
-        whitened = (factor.mT @ gradient.unsqueeze(-1)).squeeze(-1)
-        direction = (factor @ whitened.unsqueeze(-1)).squeeze(-1).to(u.dtype)
-        new = line_search(part.log_prob, u[active], direction, sizes)
-        # an image stops where the Newton decrement is small, or no shorter step helps
-        move = (whitened.square().sum(-1) / 2 > _MODE_TOLERANCE) & (new != u[active]).any(-1)
-        active = active[move]
-        u[active] = new[move]
-        if len(active) == 0:
-            break
-    return u, precision
-
-
-def _curvature(density: JointDensity, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of log p(x, u), (B, n), and a positive precision, (B, n, n), in float64."""
-    if isinstance(density.model, ImageModel):  # p products with the Jacobian of its decoder
-        return linearize(density.model, density.batch[0], u)
-    return density.curvature(u)
-
-
-def _origin(density: JointDensity, guide: Any) -> Tensor:
-    """The mean of a guide's posterior, (B, n), from draws where it is not known, or zero."""
-    batch = density.batch
-    if guide is None:
-        return density.origin
-    q = find_posterior(guide, batch)
-    if q is None or (len(density.sites) > 1 and not isinstance(q, LatentPosterior)):
-        return density.origin
-    mean = known_mean(q)
-    means = []
-    for n in range(len(density)) if mean is None else ():
-        with seeded(0, batch[0].device):  # the same draws for every image, in any batch
-            means.append(estimated_mean(find_posterior(guide, take(batch, slice(n, n + 1)))))
-    mean = torch.cat(means) if mean is None else mean
-    if density.is_plain or isinstance(q, LatentPosterior):
-        return mean.clone()
-    (name,) = density.sites
-    return density.unconstrain({name: mean}).u
-
-
-def _likeliest(density: JointDensity) -> Tensor:
-    """The draw of highest log p(x, u) of 64 from the prior, (B, n)."""
-    found = []
-    for n in range(len(density)):
-        part = density[n : n + 1]
-        with seeded(0, part.batch[0].device):  # the same draws for every image, in any batch
-            u = part.sample_prior(_PRIOR_DRAWS)
-        value = part.log_prob(u).nan_to_num(-torch.inf)
-        found.append(u[value[:, 0].argmax()])
-    return torch.cat(found)
-
-
 def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Points (S, p) and weights for N(0, I), randomly rotated.
 
@@ -353,10 +245,6 @@ def _cubature(dim: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     weights = points.new_full((2 * dim + 1,), 0.5 / (dim + 2))
     weights[-1] = 2 / (dim + 2)
     return points, weights
-
-
-def _log_volume(factor: Tensor) -> Tensor:
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def _estimate_gap(a: Tensor, A: Tensor) -> Tensor:
