@@ -153,20 +153,16 @@ class Gap:
         return pd.DataFrame(frame)
 
     def __repr__(self) -> str:
+        parts = {
+            "log p(x)": self.log_evidence,
+            "ELBO": self.elbo,
+            "amortisation gap": self.amortisation,
+            "approximation gap": self.approximation,
+        }
         left, doubtful = (int((~flags).sum()) for flags in (self.converged, self.trusted))
         lines = [f"Gap of {len(self.elbo)} images, means in nats per image:"]
-        for name, values, meaning in (
-            ("log p(x)", self.log_evidence, ""),
-            ("ELBO", self.elbo, ""),
-            ("amortisation gap", self.amortisation, "what the guide loses to the best Gaussian"),
-            ("approximation gap", self.approximation, "what the best Gaussian loses"),
-        ):
-            mean = float(values[self.converged].mean())
-            lines.append(f"  {name:<18}{mean:9.2f}  {meaning}".rstrip())
-        if left:
-            lines.append(f"  {left} of them not converged, and left out of the means")
-        if doubtful:
-            lines.append(f"  {doubtful} of them without a reliable log p(x)")
+        lines += [f"  {k:<18}{float(v[self.converged].mean()):9.2f}" for k, v in parts.items()]
+        lines.append(f"  {left} of them not converged, {doubtful} without a reliable log p(x)")
         return "\n".join(lines)
 
 
