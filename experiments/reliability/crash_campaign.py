@@ -130,7 +130,7 @@ class Campaign:
                 trained = now
             ready = now >= begin + wait
             if aim == AIMS[1]:
-                ready = ready and (partial_folder(out) / ".checkpoint.pt.partial").exists()
+                ready = ready and any(partial_folder(out).glob(".checkpoint.pt.*"))
             elif aim == AIMS[2]:
                 ready = bool(trained) and now >= trained + wait
             if moments and ready:

@@ -2,13 +2,12 @@ r"""The entry point of the command ``pyro-gpvae``."""
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import tyro
 
@@ -22,9 +21,6 @@ from pyro_gpvae.core._signals import Terminated, ending_on_signals
 
 _DESCRIPTION = """Train the encoders (guides) of variational autoencoders and estimate log p(x) of
 every test image. All scores are in nats per image. --version prints the version."""
-
-#: If this environment variable is set, errors come with their traceback.
-_TRACEBACK = "PYRO_GPVAE_TRACEBACK"
 
 _Command = Demo | Train | Evaluate | Gap | Uncertainty | Generate | Report | Results | Guides
 
@@ -54,16 +50,6 @@ def _main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"pyro-gpvae {__version__}")
         return 0
-    names = [command.__name__.lower() for command in get_args(_Command)]
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-        near = difflib.get_close_matches(arguments[0], names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        print(
-            f"pyro-gpvae: error: unknown command {arguments[0]!r}: {hint}Expected one of "
-            f"{', '.join(names)}",
-            file=sys.stderr,
-        )
-        return 2
     verbose = False
     logger, log = logging.getLogger("pyro_gpvae"), logging.StreamHandler()
     try:
@@ -93,7 +79,7 @@ def _main(arguments: list[str]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        if verbose or os.environ.get(_TRACEBACK) or not _is_expected(error):
+        if verbose or not _is_expected(error):
             raise
         print(f"pyro-gpvae: error: {one_line(error)}", file=sys.stderr)
         return 2

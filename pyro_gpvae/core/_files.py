@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -22,20 +22,32 @@ class InUseError(OSError):
     """Another living process writes to the same folder."""
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file that is complete or absent, also after a power cut."""
-    path = Path(path)
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Gives a file that gets the name ``path`` when it is complete, also after a power cut."""
     temporary = _sibling(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())  # a rename may reach the disk before the content does
         temporary.replace(path)
+        if os.name == "posix":  # makes the name permanent
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:  # such as a full disk, whose error names no file
         raise OSError(error.errno, f"cannot write it: {error.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file that is complete or absent."""
+    with replacing(Path(path)) as file:
+        file.write(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -150,7 +162,7 @@ def work_folder(
                 "overwrite it (--overwrite)"
             )
         for entry in folder.iterdir():
-            if entry.name != "lock" and (not resume or _is_half_written(entry.name)):
+            if entry.name != "lock" and (not resume or is_half_written(entry.name)):
                 entry.unlink()
         try:
             yield folder
@@ -178,7 +190,7 @@ def check_replaceable(path: Path, overwrite: bool, files: Collection[str]) -> No
             f"the folder {path} exists and is not empty: choose another, or overwrite it "
             "(--overwrite)"
         )
-    foreign = [name for name in present if name not in files and not _is_half_written(name)]
+    foreign = [name for name in present if name not in files and not is_half_written(name)]
     if foreign:
         raise FileExistsError(
             f"the folder {path} is not overwritten, because it holds {foreign[0]!r}, "
@@ -203,7 +215,7 @@ def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-def _is_half_written(name: str) -> bool:
+def is_half_written(name: str) -> bool:
     """Whether a killed process may have left a file of this name."""
     return name.startswith(".") and name.endswith(".partial")
 

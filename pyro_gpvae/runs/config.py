@@ -19,12 +19,8 @@ _LEAST |= {"test_images": 1, "chunk_size": 1, "validation": 0, "seed": 0}
 #: Larger values would only fail in the allocator.
 _MOST = {"latent_dim": 100_000, "seed": 2**63 - 1}
 
-#: What older versions wrote: options that no longer exist, and values that have new names.
+#: What older versions wrote: options that no longer exist.
 _RETIRED = ("download",)
-_RENAMED = {
-    "backend": {"captured": "auto"},
-    "precision": {"default": "float32", "tf32": "float32"},
-}
 
 
 @dataclass(kw_only=True)
@@ -149,15 +145,12 @@ class RunConfig:
     def from_json(values: Mapping[str, Any], source: str | Path) -> RunConfig:
         """Builds a checked configuration from the content of a file.
 
-        Options that only older versions had are ignored, and their values translated.
+        Options that only older versions had are ignored.
 
         Raises:
             ValueError: If an option is unknown or wrong; names the file.
         """
         values = {name: value for name, value in values.items() if name not in _RETIRED}
-        for name, renamed in _RENAMED.items():
-            if isinstance(values.get(name), str):
-                values[name] = renamed.get(values[name], values[name])
         known = {field.name for field in dataclasses.fields(RunConfig)}
         unknown = sorted(values.keys() - known)
         if unknown:

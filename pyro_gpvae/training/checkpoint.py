@@ -2,7 +2,7 @@ r"""Checkpoints: one file from which a training continues bit for bit."""
 
 from __future__ import annotations
 
-import os
+import errno
 import re
 import time
 import warnings
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_gpvae.core._files import InUseError, locked
+from pyro_gpvae.core._files import InUseError, is_half_written, locked, replacing
 
 __all__ = ["Checkpoint", "Checkpoints", "OnError", "check_extra_state", "copy_tensors"]
 
@@ -91,6 +91,8 @@ class Checkpoints:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder / "lock", f"writes checkpoints to {folder}"))
+                for path in filter(lambda path: is_half_written(path.name), folder.iterdir()):
+                    path.unlink()
             except OSError as error:
                 if isinstance(error, InUseError):
                     raise  # the first checkpoint reports that a folder is read-only
@@ -145,30 +147,15 @@ class Checkpoints:
         return [path for path in (self.path, self.previous) if path.is_file()]
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        folder = Path(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".checkpoint.pt.partial"
-        try:
-            temporary.unlink(missing_ok=True)  # a link would lead out of the folder
-            with temporary.open("xb") as file:
-                try:
-                    torch.save({"format": FORMAT, **vars(checkpoint)}, file)
-                except RuntimeError as error:  # torch's for a full disk
-                    raise OSError(f"cannot write {temporary}: {error}") from error
-                file.flush()
-                os.fsync(file.fileno())  # a rename may reach the disk before the content does
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as file:
+            try:
+                torch.save({"format": FORMAT, **vars(checkpoint)}, file)
+            except RuntimeError as error:  # torch's for a full disk
+                raise OSError(errno.EIO, str(error)) from error
             if self.path.exists() and not self._newest_is_damaged:
                 self.path.replace(self.previous)
-            temporary.replace(self.path)
-            self._newest_is_damaged, self.last_step = False, checkpoint.step
-            if os.name == "posix":  # makes the names permanent
-                descriptor = os.open(folder, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._newest_is_damaged, self.last_step = False, checkpoint.step
 
 
 def _read(path: Path) -> Any:

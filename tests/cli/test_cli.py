@@ -133,9 +133,6 @@ def test_which_errors_need_no_traceback(capsys, monkeypatch):
         main(["train"])
     with pytest.raises(FileNotFoundError, match="there is no run folder"):
         main(["evaluate", "absent", "-v"])
-    monkeypatch.setenv("PYRO_GPVAE_TRACEBACK", "1")
-    with pytest.raises(FileNotFoundError, match="there is no run folder"):
-        main(["evaluate", "absent"])
 
 
 def test_a_kind_of_warning_stands_once(capsys, monkeypatch):
@@ -198,15 +195,15 @@ def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
 def test_the_version_and_the_help(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pyro-gpvae {__version__}\n"
-    assert main(["trian"]) == 2
-    assert "unknown command 'trian': did you mean 'train'?" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 0
     assert "subcommands" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--epoch-count=3"])
-    assert stop.value.code == 2
+    for wrong in (["trian"], ["train", "--epoch-count=3"]):
+        with pytest.raises(SystemExit) as stop:
+            main(wrong)
+        assert stop.value.code == 2
+        assert f"Unrecognized options: {wrong[-1]}" in capsys.readouterr().err
 
 
 COMMANDS = (Demo, Train, Evaluate, Gap, Uncertainty, Results, Generate)

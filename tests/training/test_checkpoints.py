@@ -375,7 +375,7 @@ def test_no_code_in_a_checkpoint_runs(tmp_path):
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
-    (tmp_path / ".checkpoint.pt.partial").write_bytes(b"half")
+    (tmp_path / ".checkpoint.pt.0123abcd.partial").write_bytes(b"half")
     assert_equal(train(tmp_path, resume=True), train(tmp_path.parent / "other"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, NEWEST, "lock"]
 
