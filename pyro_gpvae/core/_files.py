@@ -162,7 +162,7 @@ def work_folder(
                 "overwrite it (--overwrite)"
             )
         for entry in folder.iterdir():
-            if entry.name != "lock" and (not resume or is_half_written(entry.name)):
+            if entry.name != "lock" and (not resume or _is_half_written(entry.name)):
                 entry.unlink()
         try:
             yield folder
@@ -190,7 +190,7 @@ def check_replaceable(path: Path, overwrite: bool, files: Collection[str]) -> No
             f"the folder {path} exists and is not empty: choose another, or overwrite it "
             "(--overwrite)"
         )
-    foreign = [name for name in present if name not in files and not is_half_written(name)]
+    foreign = [name for name in present if name not in files and not _is_half_written(name)]
     if foreign:
         raise FileExistsError(
             f"the folder {path} is not overwritten, because it holds {foreign[0]!r}, "
@@ -215,7 +215,7 @@ def _sibling(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
-def is_half_written(name: str) -> bool:
+def _is_half_written(name: str) -> bool:
     """Whether a killed process may have left a file of this name."""
     return name.startswith(".") and name.endswith(".partial")
 

@@ -133,31 +133,27 @@ class RankCorrelation(NamedTuple):
     high: float
     num_images: int
 
-    def __str__(self) -> str:
-        return f"ρ = {self.rho:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
 
 def rank_correlation(
     uncertainty: ArrayLike,
     gap: ArrayLike,
     *,
     num_bootstrap: int = 2000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> RankCorrelation:
-    """Returns Spearman's ρ of two scores with a BCa bootstrap interval over the images.
+    """Returns Spearman's ρ of two scores with a 95 % BCa bootstrap interval over the images.
 
-    The interval accounts for the choice of images, not for other seeds of training.
+    The interval accounts for the choice of images, not for other seeds of training. A score that is
+    the same for all images has the ρ NaN.
 
     Arguments:
         uncertainty: One number for each image, (B,).
         gap: What it should predict, (B,), such as log p(x) - ELBO(x) in nats.
         num_bootstrap: The number of resamples.
-        confidence: The confidence of the interval.
         seed: The seed of the resamples.
 
     Raises:
-        ValueError: If there are fewer than 8 images, a score is not finite, or all are equal.
+        ValueError: If there are fewer than 8 images, or a score is not finite.
 
     Example:
         >>> rank_correlation(range(20), [i * i for i in range(20)]).rho
@@ -172,10 +168,8 @@ def rank_correlation(
             )
         if not np.isfinite(score).all():
             raise ValueError(f"{(~np.isfinite(score)).sum()} values of the {name} are not finite")
-        if np.ptp(score) == 0:
-            raise ValueError(
-                f"all values of the {name} are {score[0]:.4g}: they have no ranks to correlate"
-            )
+    if any(np.ptp(score) == 0 for score in pair):
+        return RankCorrelation(math.nan, math.nan, math.nan, len(pair[0]))
     rho = float(_spearman(pair[0], pair[1]))
     if abs(rho) > 1 - 1e-12:
         return RankCorrelation(rho, rho, rho, len(pair[0]))  # as in every resample
@@ -185,7 +179,6 @@ def rank_correlation(
         paired=True,
         vectorized=True,
         n_resamples=num_bootstrap,
-        confidence_level=confidence,
         rng=np.random.default_rng(seed),
     )
     low, high = (float(bound) for bound in found.confidence_interval)

@@ -2,11 +2,9 @@ r"""Report of the inference uncertainty of a run: scores, correlations with the 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
 import pandas as pd
 
 from pyro_gpvae.core._environment import environment
@@ -48,17 +46,13 @@ def correlate(table: pd.DataFrame, num_bootstrap: int = 2000, seed: int = 0) -> 
 
     Images that have not converged are left out. A score that is constant has the ρ NaN.
     """
-    kept = table[table["converged"]]
-    rows = []
-    for score in SCORES:
-        constant = len(kept) > 0 and np.ptp(kept[score]) == 0
-        for gap in ("gap", "amortisation"):
-            found = uncertainty.RankCorrelation(math.nan, math.nan, math.nan, len(kept))
-            if not constant:
-                found = uncertainty.rank_correlation(
-                    kept[score], kept[gap], num_bootstrap=num_bootstrap, seed=seed
-                )
-            rows.append({"score": score, "against": gap, **found._asdict()})
+    kept, options = table[table["converged"]], {"num_bootstrap": num_bootstrap, "seed": seed}
+    rows = [
+        {"score": score, "against": gap}
+        | uncertainty.rank_correlation(kept[score], kept[gap], **options)._asdict()
+        for score in SCORES
+        for gap in ("gap", "amortisation")
+    ]
     return pd.DataFrame(rows)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_gpvae.core._files import InUseError, is_half_written, locked, replacing
+from pyro_gpvae.core._files import InUseError, locked, replacing
 
 __all__ = ["Checkpoint", "Checkpoints", "OnError", "check_extra_state", "copy_tensors"]
 
@@ -91,8 +91,8 @@ class Checkpoints:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(folder / "lock", f"writes checkpoints to {folder}"))
-                for path in filter(lambda path: is_half_written(path.name), folder.iterdir()):
-                    path.unlink()
+                for left in folder.glob(".checkpoint.pt.*.partial"):  # by a killed process
+                    left.unlink()
             except OSError as error:
                 if isinstance(error, InUseError):
                     raise  # the first checkpoint reports that a folder is read-only

@@ -98,12 +98,14 @@ class TestRankCorrelation:
         assert found.rho == pytest.approx(stats.spearmanr(first, second).statistic)
         assert found.low < found.rho < found.high
         assert found.num_images == 60
-        assert str(found).startswith("ρ = 0.")
         assert rank_correlation(first, second) == found, "the same seed, the same interval"
 
     def test_perfect_ranks_have_a_perfect_interval(self):
         assert rank_correlation(range(9), np.exp(range(9)))[:3] == (1, 1, 1)
         assert rank_correlation(range(9), range(9, 0, -1))[:3] == (-1, -1, -1)
+
+    def test_equal_scores_have_no_correlation(self):
+        assert np.isnan(rank_correlation(range(9), [2.0] * 9).rho)
 
     @pytest.mark.parametrize(
         ("first", "second", "message"),
@@ -111,7 +113,6 @@ class TestRankCorrelation:
             (range(7), range(7), r"at least 8 images, got shapes \(7,\) and \(7,\)"),
             (range(9), range(8), "at least 8 images"),
             ([np.nan, *range(8)], range(9), "1 values of the uncertainty are not finite"),
-            (range(9), [2.0] * 9, "all values of the gap are 2: they have no ranks"),
         ],
     )
     def test_what_has_no_ranks(self, first, second, message):
