@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 from torch import Tensor
 
 from pyro_gpvae.data.batch import to_batch
@@ -170,6 +169,8 @@ def rank_correlation(
             raise ValueError(f"{(~np.isfinite(score)).sum()} values of the {name} are not finite")
     if any(np.ptp(score) == 0 for score in pair):
         return RankCorrelation(math.nan, math.nan, math.nan, len(pair[0]))
+    from scipy import stats  # slow to import
+
     rho = float(_spearman(pair[0], pair[1]))
     if abs(rho) > 1 - 1e-12:
         return RankCorrelation(rho, rho, rho, len(pair[0]))  # as in every resample
@@ -187,6 +188,8 @@ def rank_correlation(
 
 def _spearman(first: Floats, second: Floats, axis: int = -1) -> Floats:
     """Pearson's correlation of the ranks; ties share their mean rank."""
+    from scipy import stats
+
     ranks = [stats.rankdata(values, axis=axis) for values in (first, second)]
     a, b = (values - values.mean(axis=axis, keepdims=True) for values in ranks)
     covariance = (a * b).sum(axis=axis)

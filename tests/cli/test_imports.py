@@ -53,6 +53,12 @@ def test_help_lists_and_errors_of_arguments_import_nothing_heavy(arguments):
     assert imported(COMMAND.format(arguments=arguments)) == []
 
 
+def test_measuring_imports_no_statistics_and_no_figures():
+    code = "from pyro_gpvae import ImageModel, decompose, fit, log_evidence, make_guide; import sys"
+    code += "\nassert 'scipy.stats' not in sys.modules"  # half a second
+    assert "matplotlib" not in imported(code)
+
+
 def test_results_are_listed_without_torch(tmp_path):
     assert not {"torch", "pyro"} & set(
         imported(COMMAND.format(arguments=["results", str(tmp_path)]))
