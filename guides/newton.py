@@ -28,7 +28,9 @@ Covariance = Literal["full", "diagonal"]
 
 # the longest whitened gradient that a step uses, in posterior standard deviations
 _MAX_NORM = 10.0
-# the outputs of the curvature network change this much faster than its weights
+# the logit of ρ before training: the first steps are at most half a posterior standard deviation
+_INITIAL_LOGIT = -3.0
+# the outputs of the networks change this much faster than their weights
 _GAIN = 4.0
 # what the site "z" carries for the objective
 _STARTS = "starts"
@@ -52,7 +54,9 @@ class NewtonGuide(FullCovarianceGuide):
     a few matrix products. The s(x) of the encoder is only the initial value of ℓ. A second network
     returns the rate ρ of each whitened direction, between 0 and 1; it learns to shorten steps that
     are too long. The norm of the whitened gradient is bounded by 10 posterior standard deviations.
-    The last layers of both networks start at zero, where ρ = ½ and L is diagonal.
+    The last layers of both networks start at zero, where ρ = 0.05 and L is diagonal: the s(x) of a
+    VAE that was hardly trained is too wide, and longer steps by it end where the decoder was never
+    trained.
 
     Nothing is sampled inside the steps. Training differentiates through them, and moves the starts
     of the steps towards their end by :class:`RefinementELBO`. T = 0 is
@@ -198,7 +202,7 @@ class NewtonGuide(FullCovarianceGuide):
         norm = torch.linalg.vector_norm(white, dim=-1, keepdim=True)
         short = white * (_MAX_NORM / norm.clamp(min=_MAX_NORM))
         inputs = torch.cat([short, white.asinh(), z], dim=-1)
-        rate = torch.sigmoid(call_network(self.rate, inputs))
+        rate = torch.sigmoid(_INITIAL_LOGIT + _GAIN * call_network(self.rate, inputs))
         moved = z + (factor @ (rate * short).unsqueeze(-1)).squeeze(-1)
         if not self.safeguard:
             return moved

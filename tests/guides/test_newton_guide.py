@@ -12,7 +12,14 @@ from toy import SHAPE, exact_posterior, images, linear_encoder, linear_model
 
 from guides import FullCovarianceGuide, GaussianGuide, NewtonGuide
 from guides.newton import RefinementELBO
-from pyro_gpvae import ImageModel, NonFiniteError, fit, log_evidence
+from pyro_gpvae import (
+    ImageModel,
+    NonFiniteError,
+    fit,
+    initial_sigma,
+    load_data,
+    log_evidence,
+)
 from pyro_gpvae.testing import check_guide
 
 
@@ -87,7 +94,7 @@ def test_a_step_with_the_exact_covariance_lands_on_the_posterior_mean():
     torch.testing.assert_close(landed, exact.mean, rtol=0, atol=1e-10)
 
 
-def test_the_untrained_step_is_half_a_step_by_a_diagonal_covariance():
+def test_the_untrained_step_is_a_short_step_by_a_diagonal_covariance():
     model, x = curved_model(), images(4)
     vae = GaussianGuide(model, linear_encoder()).double()
     with torch.no_grad():
@@ -96,9 +103,22 @@ def test_the_untrained_step_is_half_a_step_by_a_diagonal_covariance():
     q, log_scale = guide.posterior(x), vae.encode(torch.zeros(1, *SHAPE).double())[2]
     z = vae.encode(x)[1].detach().requires_grad_()
     model.log_joint(x, z).sum().backward()
-    by_hand = z + 0.5 * (2 * log_scale).exp() * z.grad
+    by_hand = z + torch.tensor(-3.0).double().sigmoid() * (2 * log_scale).exp() * z.grad
     torch.testing.assert_close(q.mean, by_hand, rtol=0, atol=1e-10)
     torch.testing.assert_close(q.scale_tril, torch.diag_embed(log_scale.exp()).expand(4, 2, 2))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_untrained_steps_do_not_spoil_a_vae_of_two_epochs(num_steps):
+    """Steps of 5 standard deviations, by a Σ that is hardly trained, lost 180 nats."""
+    digits = load_data("mnist5k").train[:2048]
+    torch.manual_seed(0)
+    model = ImageModel((1, 28, 28), latent_dim=10, sigma=initial_sigma(digits))
+    vae = GaussianGuide(model)
+    fit(model, vae, digits, epochs=2, batch_size=64, progress=False)
+    guides = vae, NewtonGuide(model, num_steps, warm_start=vae)
+    before, after = (log_evidence(model, guide, digits[:50], 20).elbo.mean() for guide in guides)
+    assert after > before - 10
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
