@@ -9,7 +9,7 @@ import pandas as pd
 from _plans import Plan
 
 from pyro_gpvae.core._files import partial_folder, read_json
-from pyro_gpvae.runs.config import PLACE, RunConfig, check_same
+from pyro_gpvae.runs.config import RunConfig, check_same
 from pyro_gpvae.runs.report import markdown_table
 from pyro_gpvae.runs.results import COLUMNS, differences, over_seeds, read_results
 
@@ -32,7 +32,7 @@ def finished_runs(plan: Plan, out: Path) -> pd.DataFrame:
     for name in frame["run"]:
         source = out / name / "record.json"
         found = RunConfig.from_json(read_json(source)["config"], source)
-        check_same(found, cells[name].config, PLACE, source)
+        check_same(found, cells[name].config, source)
     order = {name: number for number, name in enumerate(cells)}
     frame = frame.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
     return frame.assign(method=[cells[name].method for name in frame["run"]])

@@ -100,26 +100,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def new_folder(
-    path: str | Path, *, overwrite: bool = False, files: Collection[str] = ()
-) -> Iterator[Path]:
-    """Gives a temporary folder, which is renamed to ``path`` if the block succeeds.
-
-    After an error or an interrupt, ``path`` is as it was before. ``overwrite`` and ``files`` are
-    those of :func:`check_replaceable`.
-    """
-    path = Path(path).expanduser().resolve()
+def empty_folder(path: str | Path, overwrite: bool, files: Collection[str]) -> Path:
+    """Makes an empty folder for these files, see :func:`check_replaceable`, and returns it."""
+    path = Path(path).expanduser()
     check_replaceable(path, overwrite, files)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        check_replaceable(path, overwrite, files)  # it may have changed in the meantime
-        _rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    path.mkdir(parents=True, exist_ok=True)
+    for entry in path.iterdir():
+        entry.unlink()
+    return path
 
 
 def partial_folder(path: Path) -> Path:
@@ -171,17 +159,22 @@ def work_folder(
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         check_replaceable(path, overwrite or resume, files)
-        _rename(folder, path)  # with the lock, so that no other process works there meanwhile
+        old = _sibling(path)
+        if path.exists():
+            path.rename(old)
+        folder.rename(path)  # with the lock, so that no other process works there meanwhile
+        shutil.rmtree(old, ignore_errors=True)
     for name in ("lock", *unfinished):
         (path / name).unlink(missing_ok=True)
 
 
-def check_replaceable(path: Path, overwrite: bool, files: Collection[str]) -> None:
+def check_replaceable(path: str | Path, overwrite: bool, files: Collection[str]) -> None:
     """Raises FileExistsError if the folder ``path`` may neither be made nor replaced.
 
     Only with ``overwrite`` a folder that is not empty is replaced, and only if it holds no other
     names than ``files``.
     """
+    path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file: choose another name for the folder")
     present = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
@@ -200,15 +193,6 @@ def check_replaceable(path: Path, overwrite: bool, files: Collection[str]) -> No
 
 def _holds(folder: Path, names: Collection[str]) -> bool:
     return any((folder / name).exists() for name in names)
-
-
-def _rename(folder: Path, path: Path) -> None:
-    """Renames a folder to ``path``, whose former content is deleted."""
-    old = _sibling(path)
-    if path.exists():
-        path.rename(old)
-    folder.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sibling(path: Path) -> Path:

@@ -166,21 +166,11 @@ class RunConfig:
         return config
 
 
-def check_same(found: RunConfig, wanted: RunConfig, ignore: tuple[str, ...], source: Path) -> None:
-    """Refuses a run that was trained with other options than are wanted.
-
-    Arguments:
-        found: The options of the run.
-        wanted: The options that are wanted.
-        ignore: The names of options that may differ.
-        source: The run folder, for the error message.
-
-    Raises:
-        ValueError: If an option differs; names it.
-    """
+def check_same(found: RunConfig, wanted: RunConfig, source: Path) -> None:
+    """Raises ValueError if the run of a folder has other options, apart from its place."""
     found = found.moved()  # older versions recorded relative paths
     for option, value in vars(wanted.moved()).items():
-        if option not in ignore and getattr(found, option) != value:
+        if option not in PLACE and getattr(found, option) != value:
             raise ValueError(
                 f"{source} was trained with {option} = {getattr(found, option)!r}, not {value!r}: "
                 "choose another folder, or delete it"

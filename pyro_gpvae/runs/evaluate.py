@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import new_folder, write_json, write_text
+from pyro_gpvae.core._files import check_replaceable, empty_folder, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation import PARETO_LIMIT, WIDTHS, log_evidence, reference_evidence
@@ -88,32 +87,34 @@ def evaluate_run(
         raise ValueError(f"reference must be 1 to {len(images)} test images, got {reference}")
 
     files = ("record.json", "scores.csv")
-    with new_folder(out, overwrite=overwrite, files=files) if out else nullcontext() as target:
+    if out is not None:
+        check_replaceable(out, overwrite, files)
+    begin = time.monotonic()
+    scores, table = evaluate(run.model, program, images, config, progress)
+    config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
+    result = {
+        "run": str(folder),
+        "guide": config.guide,
+        "trained_guide": own.guide,
+        "config": dataclasses.asdict(config),
+        "data": run.record["data"],
+        **environment(device),
+        "seconds": {"evaluation": time.monotonic() - begin},
+        "scores": scores,
+        "recorded": run.record["scores"],
+        "diagnostics": diagnostics(program, images, run.record["data"]["train_images"]),
+    }
+    if reference is not None:
         begin = time.monotonic()
-        scores, table = evaluate(run.model, program, images, config, progress)
-        config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
-        result = {
-            "run": str(folder),
-            "guide": config.guide,
-            "trained_guide": own.guide,
-            "config": dataclasses.asdict(config),
-            "data": run.record["data"],
-            **environment(device),
-            "seconds": {"evaluation": time.monotonic() - begin},
-            "scores": scores,
-            "recorded": run.record["scores"],
-            "diagnostics": diagnostics(program, images, run.record["data"]["train_images"]),
-        }
-        if reference is not None:
-            begin = time.monotonic()
-            shown = images[:reference]
-            found, columns = _reference(run.model, program, shown, config, progress)
-            result["reference"] = found
-            result["seconds"]["reference"] = time.monotonic() - begin
-            table = table.join(columns)  # empty for the images that follow
-        if target is not None:
-            write_text(target / "scores.csv", table.to_csv(index=False))
-            write_json(target / "record.json", result)
+        shown = images[:reference]
+        found, columns = _reference(run.model, program, shown, config, progress)
+        result["reference"] = found
+        result["seconds"]["reference"] = time.monotonic() - begin
+        table = table.join(columns)  # empty for the images that follow
+    if out is not None:
+        target = empty_folder(out, overwrite, files)
+        write_text(target / "scores.csv", table.to_csv(index=False))
+        write_json(target / "record.json", result)
     return result
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import new_folder, write_json
+from pyro_gpvae.core._files import check_replaceable, empty_folder, write_json
 from pyro_gpvae.runs import sections
 from pyro_gpvae.runs.folder import Place
 from pyro_gpvae.runs.programs import open_run
@@ -37,32 +37,33 @@ def report_generation(
     :func:`pyro_gpvae.load_run`.
     """
     begin = time.monotonic()
-    with new_folder(out, overwrite=overwrite, files=GENERATION_FILES) as folder:
-        run = open_run(run_folder, **place)
-        seed = run.config.seed if seed is None else seed
-        test = run.data.test
-        index = list(range(min(8, len(test))) if images is None else images)
-        for i in index:
-            if not 0 <= i < len(test):
-                raise ValueError(f"images: {i} is not between 0 and {len(test) - 1}")
-        if not index:
-            raise ValueError("images: expected at least one")
-        text = caption([run], len(test), f"Draws: seed {seed}.")
-        text = f"Guide {run.config.guide}, {text}"
-        parts = [
-            sections.pictures(run, index, samples, seed, text),
-            sections.latent(run, seed, text),
-        ]
-        report = Report(f"Images of {run.config.guide}", text, parts)
-        report.save(folder, "generated.md")
-        record = {
-            "format": 4,  # the formats before described paths, traversals and active units
-            "run": describe(run),
-            "caption": text,
-            "seed": seed,
-            "image_index": index,
-            **environment(next(run.model.parameters()).device),
-            "seconds": time.monotonic() - begin,
-        }
-        write_json(folder / "generated.json", record)
+    check_replaceable(out, overwrite, GENERATION_FILES)
+    run = open_run(run_folder, **place)
+    seed = run.config.seed if seed is None else seed
+    test = run.data.test
+    index = list(range(min(8, len(test))) if images is None else images)
+    for i in index:
+        if not 0 <= i < len(test):
+            raise ValueError(f"images: {i} is not between 0 and {len(test) - 1}")
+    if not index:
+        raise ValueError("images: expected at least one")
+    text = caption([run], len(test), f"Draws: seed {seed}.")
+    text = f"Guide {run.config.guide}, {text}"
+    parts = [
+        sections.pictures(run, index, samples, seed, text),
+        sections.latent(run, seed, text),
+    ]
+    report = Report(f"Images of {run.config.guide}", text, parts)
+    folder = empty_folder(out, overwrite, GENERATION_FILES)
+    report.save(folder, "generated.md")
+    record = {
+        "format": 4,  # the formats before described paths, traversals and active units
+        "run": describe(run),
+        "caption": text,
+        "seed": seed,
+        "image_index": index,
+        **environment(next(run.model.parameters()).device),
+        "seconds": time.monotonic() - begin,
+    }
+    write_json(folder / "generated.json", record)
     return report

@@ -125,19 +125,18 @@ def latent(run: Run, seed: int, caption: str = "") -> Section:
     return Section("Latent space", [text], figures=figures)
 
 
-def missed(run: Run, table: pd.DataFrame, count: int = 10, caption: str = "") -> Section:
+def missed(run: Run, table: pd.DataFrame, caption: str = "") -> Section:
     """Returns the images on which inference loses most, and what they could decode to.
 
     Arguments:
         run: A run.
         table: The gaps of its first test images; see
             :func:`pyro_gpvae.runs.gap_report.measure_gaps`.
-        count: The number of images.
         caption: Data and budget.
     """
     from pyro_gpvae.plots import missed_images  # imports matplotlib
 
-    worst = table.nlargest(min(count, len(table)), "gap")
+    worst = table.nlargest(10, "gap")
     images = run.data.test[worst["image"].to_list()]
     lost = worst["gap"], worst["beyond_gaussian"]
     rows = decoded_means(run.model, run.guide, images, *lost, seed=run.config.seed)

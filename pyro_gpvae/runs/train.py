@@ -30,7 +30,7 @@ from pyro_gpvae.data.images import ImageData, split_validation
 from pyro_gpvae.model.guide import make_guide
 from pyro_gpvae.model.image_model import ImageModel, initial_sigma
 from pyro_gpvae.model.networks import autocast_networks
-from pyro_gpvae.runs.config import PLACE, RunConfig, check_same
+from pyro_gpvae.runs.config import RunConfig, check_same
 from pyro_gpvae.runs.evaluate import diagnostics, evaluate
 from pyro_gpvae.runs.folder import (
     FORMAT,
@@ -122,7 +122,7 @@ def train_run(
     if resume:
         for folder in (partial_folder(out), out):
             if (folder / "config.json").is_file():
-                check_same(_read_config(folder)[0], config, PLACE, out)
+                check_same(_read_config(folder)[0], config, out)
                 return resume_run(out, device=config.device, **options)
     check_replaceable(out, overwrite, (*_FILES, *_UNFINISHED, "lock"))
     return _train(config, out, None, options, overwrite)

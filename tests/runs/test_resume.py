@@ -11,7 +11,7 @@ import pytest
 
 from pyro_gpvae import Checkpoints, load_run, resume_run, train_run
 from pyro_gpvae.cli.main import main
-from pyro_gpvae.core._files import InUseError, new_folder, partial_folder, read_json, write_json
+from pyro_gpvae.core._files import InUseError, partial_folder, read_json, write_json
 from pyro_gpvae.core._signals import Terminated
 from pyro_gpvae.runs.folder import RUN_FILES
 
@@ -32,23 +32,6 @@ def test_an_existing_folder_is_only_replaced_when_told(vae, tiny, tmp_path):
         train_run(tiny(guide="vae"), folder, overwrite=True, progress=False)
     assert (folder / "thesis.tex").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing half-written"
-
-
-def test_a_new_folder_appears_complete_or_not_at_all(tmp_path):
-    def interrupted():
-        with new_folder(tmp_path / "a" / "b") as folder:
-            (folder / "file").write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert list((tmp_path / "a").iterdir()) == []
-    with new_folder(tmp_path / "a" / "b") as folder:
-        (folder / "file").write_text("whole")
-        assert not (tmp_path / "a" / "b").exists()
-    assert (tmp_path / "a" / "b" / "file").read_text() == "whole"
-    with pytest.raises(FileExistsError, match="is a file"), new_folder(tmp_path / "a/b/file"):
-        pass
 
 
 def test_json_has_no_nan_and_damage_is_named(tmp_path):
