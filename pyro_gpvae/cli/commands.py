@@ -233,12 +233,18 @@ class Results(Command):
             print(printable(f"skipped: {line}"), file=sys.stderr)
         if self.csv is not None:
             write_text(self.csv, frame.to_csv(index=False))
-        names = ["run", "method", "data", "latent_dim", "decoder", "seed", "epochs"]
-        table = frame[[*names, "log_evidence", "elbo"]]
+        names = ["data", "latent_dim", "decoder", "seed", "epochs"]
+        common = [name for name in names if len(frame) > 1 and frame[name].nunique() == 1]
+        names = [name for name in names if name not in common]
+        table = frame[["run", "method", *names, "log_evidence", "elbo"]]
         if self.seeds:
-            table = results.over_seeds(frame)
+            table, common = results.over_seeds(frame), []
+            table = table.drop(columns=["guide", "warm_start"], errors="ignore")  # in the method
         if not frame.empty:
             print(printable(table.to_string(index=False, float_format="{:.2f}".format)))
+        if common:
+            same = ", ".join(f"{name} {frame[name].iloc[0]}" for name in common)
+            print(printable(f"all runs: {same}"))
         print(f"{len(frame)} runs, {len(skipped)} other records; scores in nats per image")
         for line in results.differences(frame):
             print(printable(f"differs: {line}"))

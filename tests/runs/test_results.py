@@ -59,6 +59,14 @@ def test_every_run_is_a_row(results):
     assert row["cut"] == {"epochs": {}}, "the plan's"
 
 
+def test_options_that_all_runs_share_are_no_columns(results, capsys):
+    Results(folder=results).run()
+    head, *_, common, _ = capsys.readouterr().out.split("differs:")[0].splitlines()
+    assert head.split() == ["run", "method", "seed", "epochs", "log_evidence", "elbo"]
+    assert common.startswith("all runs: data ")
+    assert "latent_dim 2" in common
+
+
 def test_damaged_and_foreign_files_are_skipped(copy, capsys):
     for name, content in {
         "empty": "",
