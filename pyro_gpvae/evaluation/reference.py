@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TransformedDistribution
 from pyro.distributions.transforms import AffineTransform
@@ -57,6 +58,10 @@ MIN_CHAINS = 8
 # a bound refutes another one if it is higher by so many standard errors, and, if its own weights
 # have a heavy tail, by so many nats more
 _REFUTING_ERRORS, _REFUTING_NATS = 3.0, 3.0
+#: Above this k̂ the weights have no variance, and a standard error is too small.
+_FINITE_VARIANCE = 0.5
+#: The degrees of freedom of the Student t that covers what has heavier tails than a Gaussian.
+_DEFENSIVE_DF = 4.0
 #: Annealing is not trusted where a smaller share of the chains carries the weight.
 MIN_EFFECTIVE = 0.25
 
@@ -114,21 +119,24 @@ def reference_evidence(
       draws. What it gains over ``IWAE(K)`` is due to a better proposal, not to a better model;
     * ``IWAE(K), instance:full``: from the Gaussian of highest ELBO of each image, see
       :func:`pyro_gpvae.evaluation.optimum.optimise_gaussian`;
-    * ``IWAE(K), instance:full and prior``, if the model is no ImageModel: four fifths of the draws
-      are from that Gaussian and one fifth from the prior. With few latents the prior finds what
-      the Gaussian misses, such as another mode or a tail;
+    * ``IWAE(K), instance:full and prior``, if the model is no ImageModel: two fifths of the draws
+      are from that Gaussian, two fifths from a Student t of its location and scale with 4 degrees
+      of freedom, and one fifth from the prior. With few latents these find what the Gaussian
+      misses, such as another mode or a tail;
     * ``AIS(T)``: annealing from the Gaussian, see :func:`pyro_gpvae.annealed_evidence`.
 
     The highest of noisy estimates is too high, so the choice is by reliability:
 
-    1. Importance sampling is trusted if its Pareto k̂ is at most 0.7. Annealing is trusted if it
+    1. Importance sampling is trusted if its Pareto k̂ is at most 0.7, or 0.5 beside the estimate
+       that draws from the prior. Annealing is trusted if it
        has at least 8 chains, an effective number of at least a quarter of them, and, if T = 1, a k̂
        of its start of at most 0.7.
     2. An estimate is refuted by a trusted one that is more than three joint standard errors
        higher, and by an untrusted one that is higher by three nats more. (By Markov's inequality
        weights overshoot p(x) by a factor :math:`e^t` with probability at most :math:`e^{-t}`.)
     3. Of the trusted estimates that are left, the one of smallest standard error is taken. If none
-       is left, the highest of the others is taken, with one ParetoWarning for all such images.
+       is left, the one of the others that is highest less two standard errors is taken, with one
+       ParetoWarning for all such images.
 
     Trusted does not mean exact: if the posterior has several modes, all estimators may miss the
     same ones. :func:`pyro_gpvae.bidirectional` shows such a case on simulated images.
@@ -248,7 +256,8 @@ class _Part:
         for name, column in columns.items():
             found = Evidence.from_log_weights(torch.cat(column, dim=1))
             self.estimates[name] = found.log_evidence, found.standard_error, found.pareto_k
-            self.trust[name] = found.pareto_k <= PARETO_LIMIT
+            limit = _FINITE_VARIANCE if f"{self.full} and prior" in columns else PARETO_LIMIT
+            self.trust[name] = found.pareto_k <= (PARETO_LIMIT if "prior" in name else limit)
 
     def _widened(self, n: int, widths: Sequence[float]) -> dict[float, PrecomputedPosterior]:
         """q(z|x) of the n-th image, widened about its mean m by c: z' = m + c (z - m)."""
@@ -268,15 +277,20 @@ class _Part:
         }
 
     def _defensive(self, n: int, q: Any, chunk_size: int, noise: str) -> Tensor:
-        """Log weights (K, 1) of the n-th image, of draws from its Gaussian and from the prior."""
-        density, count = self.density[n : n + 1], max(1, self.num_samples // 5)
+        """Log weights (K, 1) of the n-th image, of draws from its Gaussian, a Student t, p(z)."""
+        density, count = self.density[n : n + 1], self.num_samples // 5
+        wide = dist.MultivariateStudentT(q.loc.new_tensor(_DEFENSIVE_DF), q.loc, q.scale_tril)
+        counts = [self.num_samples - 3 * count, 2 * count, count]
         with seeded(image_seed(self.seed, self.first_image + n, noise), self.device):
-            u = [q.sample((self.num_samples - count,)), density.sample_prior(count)]
+            u = [part.sample((k,)) for part, k in zip((q, wide), counts, strict=False)]
+            if count:
+                u.append(density.sample_prior(count))
+        log_shares = [math.log(k / self.num_samples) if k else -math.inf for k in counts]
         found = []
         for part in torch.cat(u).split(chunk_size):
-            share = count / self.num_samples
-            logs = q.log_prob(part) + math.log1p(-share), density.log_prior(part) + math.log(share)
-            found.append(density.log_prob(part) - torch.logaddexp(*logs))
+            logs = [q.log_prob(part), wide.log_prob(part), density.log_prior(part)]
+            parts = [log_q + share for log_q, share in zip(logs, log_shares, strict=True)]
+            found.append(density.log_prob(part) - torch.stack(parts).logsumexp(0))
         log_weights = torch.cat(found)
         check_log_weights(log_weights, self.first_image + n, "log p(x, z) - log q(z|x)")
         return log_weights
@@ -313,7 +327,7 @@ def choose(
     standing = ~(excess > noise).any(dim=1)
     usable = standing & trusted
     by_error = torch.where(usable, error, math.inf).argmin(0)
-    by_value = torch.where(standing, value, -math.inf).argmax(0)
+    by_value = torch.where(standing, value - 2 * error.nan_to_num(), -math.inf).argmax(0)
     best = torch.where(usable.any(0), by_error, by_value)
     taken = [rows.gather(0, best.unsqueeze(0))[0] for rows in (value, error, k)]
     chosen = tuple(names[index] for index in best.tolist())
