@@ -204,9 +204,9 @@ _GAP_TEXT = (
     "encoder also pays I(z; (W, U) | x) and KL/N, which lead to eq. (2) of the supplement. "
 )
 _PROPOSAL_TEXT = (
-    "Better model or better proposal? The first two columns depend on the guide's own q. The last "
-    "two score the decoder alone, with the best full Gaussian of each image as the proposal, and "
-    "by annealed importance sampling. All are lower bounds of log p(x)."
+    "The columns with the own q depend on the guide. The others score the decoder alone, with the "
+    "best full Gaussian of each image as the proposal, or by annealed importance sampling. All are "
+    "lower bounds of log p(x)."
 )
 
 
