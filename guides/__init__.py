@@ -21,7 +21,7 @@ InstanceGuide         instance  the Gaussian of highest ELBO of each image, with
 All but the last extend :class:`guides.gaussian.GaussianGuide`: they share its encoder, and start
 from a trained one with ``warm_start=``. A name is an entry point of the group
 ``pyro_gpvae.guides``; :mod:`pyro_gpvae.model.guide` states the contract. The guides may import
-the rooms core, model and evaluation of :mod:`pyro_gpvae`, which never imports them.
+the packages core, model and evaluation of :mod:`pyro_gpvae`, which never imports them.
 """
 
 from guides.covariance import FullCovarianceGuide, LowRankGuide

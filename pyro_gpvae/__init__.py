@@ -1,10 +1,10 @@
 r"""Amortised inference for variational autoencoders, as models, guides and measurements in Pyro.
 
-The names below are all that most users need; each is imported at its first use. The rooms hold
-the rest:
+The names below are all that most users need; each is imported at its first use. The subpackages
+hold the rest:
 
 ``core``
-    Errors, seeds, files and the base class :class:`Program` that the other rooms share.
+    Errors, seeds, files and the base class :class:`Program` that the other subpackages share.
 ``data``
     Images as uint8 tensors: data sets by name or file, and their conversion to floats.
 ``model``

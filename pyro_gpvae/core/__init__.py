@@ -1,4 +1,4 @@
-r"""What every other room uses: programs, plates, errors, seeds and files.
+r"""What every other package uses: programs, plates, errors, seeds and files.
 
 ``_programs``
     :class:`Program`, an ``nn.Module`` that Pyro trains without its global parameter store.
@@ -9,6 +9,6 @@ r"""What every other room uses: programs, plates, errors, seeds and files.
 ``_seeds``
     Context managers that seed the random generators and restore them.
 
-The other modules are about the operating system: files, signals, memory and versions. This room
-imports no other room, and all rooms may import it.
+The other modules are about the operating system: files, signals, memory and versions. This package
+imports no other package, and all packages may import it.
 """

@@ -4,5 +4,5 @@
 embedded digits, published data sets, and ``.npz`` files of your own) and the split of validation
 images. Published data sets are read by torchvision, which is imported only when one of them is
 asked for. :mod:`~pyro_gpvae.data.batch` has ``to_batch``, the one conversion of what users pass to
-what programs are called with. Every other room may use this room; it uses ``core`` only.
+what programs are called with. Every other package may use it; it uses ``core`` only.
 """

@@ -2,7 +2,7 @@
 
 Evaluators take a Pyro model, a guide and images (uint8 or floats), and compute in the dtype and on
 the device of the parameters. They leave modules, buffers, Pyro's store and, given a seed, the
-random state as they found them. This room imports ``core``, ``data`` and ``model`` only.
+random state as they found them. This package imports ``core``, ``data`` and ``model`` only.
 """
 
 from pyro_gpvae.evaluation._autoguides import Autoguide, load_autoguide, optimise_autoguide

@@ -1,7 +1,7 @@
 r"""Pictures: pure functions from arrays and tables to matplotlib figures.
 
 Every figure is built without pyplot, so that no global state changes and no display is needed.
-``figure.savefig("name.png")`` writes it. This room imports no other room; ``runs``, ``cli`` and
+``figure.savefig("name.png")`` writes it. It imports no other package; ``runs``, ``cli`` and
 experiments use it.
 """
 

@@ -4,7 +4,7 @@ r"""Tests for guides, of this project and of anybody.
 * :func:`simulation_based_calibration` tests whether q(z|x) is the posterior of a model.
 * :func:`linear_gaussian` builds a model with known posterior and evidence.
 
-This room imports core, data, model and evaluation. No other room of the library imports it.
+This package imports core, data, model and evaluation. No other package of the library imports it.
 """
 
 from pyro_gpvae.testing.calibration import Calibration, simulation_based_calibration

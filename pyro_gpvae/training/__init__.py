@@ -6,7 +6,7 @@ r"""Training of a Pyro model and guide on images, by Adam on eq. (2) of the pape
 * :class:`Checkpoints` is where a training is saved (``checkpoint.py``), and ``_state.py`` lists
   what is saved. ``_divergence.py`` names the images and the term of a loss that is not finite.
 
-This room knows nothing of run folders, evaluation or particular guides. It imports ``core``,
+This package knows nothing of run folders, evaluation or particular guides. It imports ``core``,
 ``data`` and ``model``; ``guides``, ``testing``, ``runs`` and everything above them may import it.
 """
 
