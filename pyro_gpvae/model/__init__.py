@@ -6,7 +6,7 @@ pixels, and the networks of the paper. ``unconstrained`` lets the guides infer a
 ``stratified`` estimate eq. (2); ``marginal_posterior`` is q(z|x) of a random encoder, and
 ``curvature`` the Gauss-Newton precision of a posterior.
 
-It imports ``core`` and ``data``. Training, evaluation, guides and the packages above them import it.
+It imports ``core`` and ``data``; training, evaluation, guides and the packages above import it.
 """
 
 from pyro_gpvae.model._pairing import pair
