@@ -158,9 +158,8 @@ class RunConfig:
                 f"{source} has the unknown option {unknown[0]!r}: was it written by another "
                 f"version? Known are {', '.join(sorted(known))}."
             )
-        config = RunConfig(**values)
         try:
-            config.check()
+            (config := RunConfig(**values)).check()
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
         return config

@@ -296,11 +296,10 @@ def _doubts(table: pd.DataFrame) -> list[str]:
         "No estimate of log p(x) is reliable, so that the largest one is given that no other "
         "estimate contradicts: ": ~table["trusted"].astype(bool),
     }
-    counts = {
-        text: table[which].groupby("label", sort=False).size() for text, which in doubts.items()
-    }
-    return [
-        text + ", ".join(f"{n} images of `{label}`" for label, n in count.items()) + "."
-        for text, count in counts.items()
-        if len(count)
-    ]
+    lines = []
+    for text, which in doubts.items():
+        counts = table.loc[which, "label"].value_counts(sort=False)
+        if len(counts):
+            images = ", ".join(f"{n} images of `{label}`" for label, n in counts.items())
+            lines.append(f"{text}{images}.")
+    return lines

@@ -51,11 +51,6 @@ def test_the_best_epoch_is_named():
     torch.testing.assert_close(tensors(model, guide), seen[best][1], rtol=0, atol=0)
 
 
-def test_keep_best_needs_validation_data():
-    with pytest.raises(ValueError, match="pass validation="):
-        fit(*pair(), uint8(4), epochs=1, keep_best=True)
-
-
 def test_callbacks_see_every_row_in_evaluation_mode_and_change_nothing():
     model, guide = pair()
     rows = []

@@ -245,6 +245,7 @@ def test_what_statements_made_in_pyros_store_is_trained_and_stays_there():
         (uint8(5), {"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         (uint8(5), {"on_nonfinite": "ignore"}, "on_nonfinite must be"),
         (uint8(5), {"backend": "fast"}, r"backend must be .*'eager'.*, got 'fast'"),
+        (uint8(5), {"keep_best": True}, "pass validation="),
         (uint8(5), {"validation": uint8(3)[:0]}, "validation"),
         (uint8(5), {"validation": torch.zeros(3, 1, 9, 9)}, "expects images"),
     ],

@@ -31,7 +31,9 @@ LOADERS = {
     "own generator": lambda: plain(shuffle=True, generator=torch.Generator().manual_seed(9)),
     "replacement": lambda: plain(sampler=RandomSampler(uint8(22), replacement=True)),
     "random transform": lambda: DataLoader(Noisy(), batch_size=8, shuffle=True),
+    "workers": lambda: DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=2),
 }
+SLOW = pytest.param("workers", marks=pytest.mark.slow)
 
 
 def train(loader, checkpoints=None, **options):
@@ -44,7 +46,7 @@ def train(loader, checkpoints=None, **options):
     return weights, history.frame().drop(columns="seconds")
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", [SLOW if kind == "workers" else kind for kind in LOADERS])
 def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(kind, tmp_path):
     torch.manual_seed(1)
     expected = train(LOADERS[kind]())
@@ -55,18 +57,6 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(kind, tmp_path):
     found = train(LOADERS[kind](), Checkpoints(tmp_path, resume=True))
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
     assert found[1].equals(expected[1])
-
-
-@pytest.mark.slow
-def test_workers_resume_bit_for_bit(tmp_path):
-    def loader():
-        return DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=2)
-
-    expected = train(loader())
-    with pytest.raises(Kill):
-        train(loader(), Dying(tmp_path, every=1))
-    found = train(loader(), Checkpoints(tmp_path, resume=True))
-    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
 
 
 def test_other_images_are_refused(tmp_path):
