@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyro_gpvae.cli._shared import Command, Quiet, print_scores
-from pyro_gpvae.core._files import finished_folder, partial_folder
+from pyro_gpvae.core._files import finished_folder, partial_folder, read_json
 from pyro_gpvae.core._registry import registered_guides
 from pyro_gpvae.runs.config import RunConfig
 
@@ -87,7 +87,6 @@ class Train(RunConfig, Command):
         if self.from_record is None:
             options = {field.name: getattr(self, field.name) for field in fields(RunConfig)}
             return RunConfig(**options | {"seed": seed})
-        from pyro_gpvae.core._files import read_json
         from pyro_gpvae.runs.folder import check_record, check_trust
 
         config = check_record(read_json(self.from_record), self.from_record)

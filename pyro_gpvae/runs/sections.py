@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from pyro_gpvae.core._files import check_size
 from pyro_gpvae.evaluation import generation
 from pyro_gpvae.evaluation.optimum import optimise_gaussian
 from pyro_gpvae.model.image_model import ImageModel
@@ -55,11 +56,11 @@ def curves(runs: Mapping[str, Run], caption: str = "") -> Section:
 
     histories = {}
     for label, run in runs.items():
-        if (size := (run.folder / "history.csv").stat().st_size) > 64 << 20:
-            raise ValueError(f"{run.folder / 'history.csv'} is damaged: it has {size:,} bytes")
-        history = pd.read_csv(run.folder / "history.csv")
+        source = run.folder / "history.csv"
+        check_size(source, 64 << 20)
+        history = pd.read_csv(source)
         if len(history.select_dtypes("number").columns) < len(history.columns):
-            raise ValueError(f"{run.folder / 'history.csv'} is damaged: expected numbers alone")
+            raise ValueError(f"{source} is damaged: expected numbers alone")
         epochs = run.total_epochs - len(history)
         histories[label] = history.assign(epoch=history["epoch"] + epochs)
     figure = loss_curves(histories, caption)
@@ -71,8 +72,6 @@ def pictures(run: Run, index: list[int], count: int, seed: int, caption: str = "
     from pyro_gpvae import plots  # imports matplotlib
 
     images = run.data.test[index]
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"pictures need images with 1 or 3 channels, got {images.shape[1]}")
     decoded = {
         "its mean": generation.reconstruct(run.model, run.guide, images, seed=seed),
         "a draw": generation.reconstruct(run.model, run.guide, images, draw=True, seed=seed),
