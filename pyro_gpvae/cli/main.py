@@ -12,9 +12,8 @@ from typing import Any
 import tyro
 
 from pyro_gpvae import __version__
+from pyro_gpvae.cli import commands
 from pyro_gpvae.cli._shared import one_line, printable
-from pyro_gpvae.cli.commands import Demo, Evaluate, Gap, Generate, Report, Results, Uncertainty
-from pyro_gpvae.cli.guides import Guides
 from pyro_gpvae.cli.train import Train
 from pyro_gpvae.core._allocator import keep_freed_memory
 from pyro_gpvae.core._signals import Terminated, ending_on_signals
@@ -22,7 +21,10 @@ from pyro_gpvae.core._signals import Terminated, ending_on_signals
 _DESCRIPTION = """Train the encoders (guides) of variational autoencoders and estimate log p(x) of
 every test image. All scores are in nats per image. --version prints the version."""
 
-_Command = Demo | Train | Evaluate | Gap | Uncertainty | Generate | Report | Results | Guides
+_Command = (
+    commands.Demo | Train | commands.Evaluate | commands.Gap | commands.Uncertainty
+    | commands.Generate | commands.Report | commands.Results | commands.Guides
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -180,7 +180,7 @@ def test_guides_are_listed_even_if_one_is_broken(capsys, monkeypatch):
         "absent": [EntryPoint("absent", "no_such_module:Guide", group)],
         "twice": [EntryPoint("twice", f"module_{i}:Guide", group) for i in range(2)],
     }
-    monkeypatch.setattr("pyro_gpvae.cli.guides.registered_guides", lambda: points | registered)
+    monkeypatch.setattr("pyro_gpvae.cli.commands.registered_guides", lambda: points | registered)
     assert main(["guides"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name, text in (
@@ -308,7 +308,7 @@ def test_a_second_signal_ends_what_python_cannot_interrupt(number, code):
         code="""
             import hashlib
             from pyro_gpvae.core import _signals
-            from pyro_gpvae.cli.guides import Guides
+            from pyro_gpvae.cli.commands import Guides
             _signals.GRACE = 0.1
             compute = lambda: hashlib.pbkdf2_hmac("sha1", b"", b"", 2**31 - 1)  # many minutes
             Guides.run = lambda self: (print("ready", flush=True), compute())
