@@ -28,8 +28,8 @@ Covariance = Literal["full", "diagonal"]
 
 # the longest whitened gradient that a step uses, in posterior standard deviations
 _MAX_NORM = 10.0
-# the logit of ρ before training: the first steps are at most half a posterior standard deviation
-_INITIAL_LOGIT = -3.0
+# the logit of ρ after a warm start: a step is then at most half a posterior standard deviation
+_WARM_LOGIT = -3.0
 # the outputs of the networks change this much faster than their weights
 _GAIN = 4.0
 # what the site "z" carries for the objective
@@ -54,9 +54,9 @@ class NewtonGuide(FullCovarianceGuide):
     a few matrix products. The s(x) of the encoder is only the initial value of ℓ. A second network
     returns the rate ρ of each whitened direction, between 0 and 1; it learns to shorten steps that
     are too long. The norm of the whitened gradient is bounded by 10 posterior standard deviations.
-    The last layers of both networks start at zero, where ρ = 0.05 and L is diagonal: the s(x) of a
-    VAE that was hardly trained is too wide, and longer steps by it end where the decoder was never
-    trained.
+    Before training L is diagonal, and ρ is ½ for a random encoder and 0.05 after a warm start: the
+    s(x) of a VAE that was hardly trained is too wide, and long steps by it would lose what the VAE
+    has learned.
 
     Nothing is sampled inside the steps. Training differentiates through them, and moves the starts
     of the steps towards their end by :class:`RefinementELBO`. T = 0 is
@@ -136,7 +136,8 @@ class NewtonGuide(FullCovarianceGuide):
             self.lower = None  # with T = 0, the VAE
         if num_steps:
             self.curvature = _network(p, hidden, p + p * (p - 1) // 2)
-            self.rate = _network(3 * p, hidden, p)
+            start = 0.0 if warm_start is None else _WARM_LOGIT / _GAIN
+            self.rate = _network(3 * p, hidden, p, start)
             with torch.no_grad():  # ℓ starts as log s of an empty image; it varies little with x
                 empty = self.head.weight.new_zeros(1, *model.image_shape)
                 log_scale = self.encode(empty)[2].squeeze(0)
@@ -202,7 +203,7 @@ class NewtonGuide(FullCovarianceGuide):
         norm = torch.linalg.vector_norm(white, dim=-1, keepdim=True)
         short = white * (_MAX_NORM / norm.clamp(min=_MAX_NORM))
         inputs = torch.cat([short, white.asinh(), z], dim=-1)
-        rate = torch.sigmoid(_INITIAL_LOGIT + _GAIN * call_network(self.rate, inputs))
+        rate = torch.sigmoid(_GAIN * call_network(self.rate, inputs))
         moved = z + (factor @ (rate * short).unsqueeze(-1)).squeeze(-1)
         if not self.safeguard:
             return moved
@@ -291,11 +292,11 @@ def _whitened(z: Tensor, q: TorchDistribution) -> Tensor:
     return z / q.stddev
 
 
-def _network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Returns a network with two hidden layers whose output starts at zero."""
+def _network(inputs: int, hidden: int, outputs: int, start: float = 0.0) -> nn.Sequential:
+    """Returns a network with two hidden layers whose outputs all equal ``start`` at first."""
     last = nn.Linear(hidden, outputs)
     nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    nn.init.constant_(last.bias, start)
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), last
     )
