@@ -100,16 +100,6 @@ def locked(path: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def empty_folder(path: str | Path, overwrite: bool, files: Collection[str]) -> Path:
-    """Makes an empty folder for these files, see :func:`check_replaceable`, and returns it."""
-    path = Path(path).expanduser()
-    check_replaceable(path, overwrite, files)
-    path.mkdir(parents=True, exist_ok=True)
-    for entry in path.iterdir():
-        entry.unlink()
-    return path
-
-
 def partial_folder(path: Path) -> Path:
     """Returns the folder ``path.partial``, in which :func:`work_folder` works."""
     return path.with_name(f"{path.name}.partial")
@@ -168,13 +158,12 @@ def work_folder(
         (path / name).unlink(missing_ok=True)
 
 
-def check_replaceable(path: str | Path, overwrite: bool, files: Collection[str]) -> None:
+def check_replaceable(path: Path, overwrite: bool, files: Collection[str]) -> None:
     """Raises FileExistsError if the folder ``path`` may neither be made nor replaced.
 
     Only with ``overwrite`` a folder that is not empty is replaced, and only if it holds no other
     names than ``files``.
     """
-    path = Path(path).expanduser()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file: choose another name for the folder")
     present = sorted(entry.name for entry in path.iterdir()) if path.exists() else []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import check_replaceable, empty_folder, write_json, write_text
+from pyro_gpvae.core._files import check_replaceable, write_json, write_text
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation import PARETO_LIMIT, WIDTHS, log_evidence, reference_evidence
@@ -86,9 +86,10 @@ def evaluate_run(
     if reference is not None and not 1 <= reference <= len(images):
         raise ValueError(f"reference must be 1 to {len(images)} test images, got {reference}")
 
-    files = ("record.json", "scores.csv")
     if out is not None:
-        check_replaceable(out, overwrite, files)
+        out = Path(out).expanduser()
+        check_replaceable(out, overwrite, ("record.json", "scores.csv"))
+        out.mkdir(parents=True, exist_ok=True)  # fails before the work
     begin = time.monotonic()
     scores, table = evaluate(run.model, program, images, config, progress)
     config = dataclasses.replace(config, chunk_size=scores["chunk_size"])
@@ -112,9 +113,8 @@ def evaluate_run(
         result["seconds"]["reference"] = time.monotonic() - begin
         table = table.join(columns)  # empty for the images that follow
     if out is not None:
-        target = empty_folder(out, overwrite, files)
-        write_text(target / "scores.csv", table.to_csv(index=False))
-        write_json(target / "record.json", result)
+        write_text(out / "scores.csv", table.to_csv(index=False))
+        write_json(out / "record.json", result)
     return result
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Unpack
 
 from pyro_gpvae.core._environment import environment
-from pyro_gpvae.core._files import check_replaceable, empty_folder, write_json
+from pyro_gpvae.core._files import check_replaceable, write_json
 from pyro_gpvae.runs import sections
 from pyro_gpvae.runs.folder import Place
 from pyro_gpvae.runs.programs import open_run
@@ -37,7 +37,8 @@ def report_generation(
     :func:`pyro_gpvae.load_run`.
     """
     begin = time.monotonic()
-    check_replaceable(out, overwrite, GENERATION_FILES)
+    folder = Path(out).expanduser()
+    check_replaceable(folder, overwrite, GENERATION_FILES)
     run = open_run(run_folder, **place)
     seed = run.config.seed if seed is None else seed
     test = run.data.test
@@ -54,7 +55,8 @@ def report_generation(
         sections.latent(run, seed, text),
     ]
     report = Report(f"Images of {run.config.guide}", text, parts)
-    folder = empty_folder(out, overwrite, GENERATION_FILES)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "latent.png").unlink(missing_ok=True)  # of another run
     report.save(folder, "generated.md")
     record = {
         "format": 4,  # the formats before described paths, traversals and active units

@@ -93,7 +93,7 @@ def read_results(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
         if any(part.endswith(".partial") or part.startswith(".") for part in parts):
             continue
         try:
-            row = _row(read_json(source), source)
+            row = _row(read_json(source))
         except (OSError, ValueError) as error:
             skipped.append(f"{source}: {error}")
         else:
@@ -101,7 +101,7 @@ def read_results(folder: str | Path) -> tuple[pd.DataFrame, list[str]]:
     return pd.DataFrame(rows, columns=COLUMNS), skipped
 
 
-def _row(record: dict[str, Any], source: Path) -> dict[str, Any]:
+def _row(record: dict[str, Any]) -> dict[str, Any]:
     if "run" in record:
         raise ValueError("an evaluation of another run, not a run")
     if not isinstance(record.get("config"), dict):
