@@ -86,7 +86,8 @@ class Report:
         console = Console(highlight=False)
         console.print(Text(self.caption))
         for section in self.sections[: self.printed]:
-            console.print()
+            if section.table is not None or section.text:
+                console.print()
             if section.table is not None:
                 table = _fitting(section.table, console.width)
                 shown = Table(title=Text(section.title), title_justify="left")

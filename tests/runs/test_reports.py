@@ -106,6 +106,10 @@ class TestReport:
         assert "text [b]" in printed
         assert printed.count("12345.6") == 6
 
+    def test_sections_of_figures_print_no_empty_lines(self, capsys):
+        Report("title", "a", [Section("figures"), Section("texts", ["b"])]).print()
+        assert capsys.readouterr().out == "a\n\nb\n"
+
     def test_runs_side_by_side(self, runs, tmp_path):
         out = tmp_path / "report.html"
         report_runs([runs / "vae", runs / "gp"], out, images=2, progress=False)
