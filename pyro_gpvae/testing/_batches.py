@@ -15,7 +15,6 @@ from pyro_gpvae.model.guide import HasGlobalPrior
 from pyro_gpvae.testing._kit import (
     Finding,
     Kit,
-    data_of,
     guide_losses,
     largest_gap,
     log_weights,
@@ -41,8 +40,8 @@ def check_batch(kit: Kit) -> Finding:
 
 def check_chunks(kit: Kit) -> Finding:
     def weights(index: slice | Tensor, chunk_size: int | None = None) -> Tensor:
-        data = data_of(take(kit.batch, index))
-        return log_weights(kit.model, kit.guide, data, 4, chunk_size=chunk_size)
+        part = take(kit.batch, index)
+        return log_weights(kit.model, kit.guide, part, 4, chunk_size=chunk_size)
 
     members = torch.arange(len(kit.batch[0]))
     with ConstantNoise() as noise:

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
-from pyro_gpvae.core._programs import PyroProgram
+from pyro_gpvae.core._programs import PyroProgram, modules_of
 from pyro_gpvae.data.batch import Batch, take
 from pyro_gpvae.evaluation import importance
 from pyro_gpvae.model._local import is_point
@@ -167,17 +167,11 @@ class Kit:
 
 def module_of(program: Any) -> nn.Module | None:
     """Returns the module that a program is, or whose method it is, if any."""
-    owner = getattr(program, "__self__", program)
-    return owner if isinstance(owner, nn.Module) else None
+    return modules_of(program).get("")
 
 
 def in_float64(batch: Batch) -> Batch:
     return tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in batch)
-
-
-def data_of(batch: Batch) -> Any:
-    """Returns a batch as users pass it: the tensor itself if there is one."""
-    return batch if len(batch) > 1 else batch[0]
 
 
 def _others(batch: Batch) -> Tensor:

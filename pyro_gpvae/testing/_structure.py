@@ -21,7 +21,6 @@ from pyro_gpvae.testing._gradients import Losses, without_gradient
 from pyro_gpvae.testing._kit import (
     Finding,
     Kit,
-    data_of,
     disturb,
     guide_losses,
     in_float64,
@@ -157,7 +156,7 @@ def check_finite(kit: Kit) -> Finding:
     torch.manual_seed(kit.seed)
     with pyro.validation_enabled(False):  # which stops at the first
         # raises an error for NaN and +∞
-        weights = log_weights(model, guide, data_of(kit.given_batch), 4)
+        weights = log_weights(model, guide, kit.given_batch, 4)
     count = int((~weights.isfinite()).sum())
     seen = f"{count} of {weights.numel()} log weights are infinite."
     return Finding(f"{count} not finite", "0", count == 0, seen)
