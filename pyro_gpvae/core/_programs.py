@@ -110,9 +110,7 @@ def modules_of(program: Any) -> dict[str, nn.Module]:
 
 def autoguides_of(program: Any) -> list[Any]:
     """Returns Pyro's autoguides in a program, which have parameters for each member of a batch."""
-    outermost = modules_of(program).values()
-    inner = [module for each in outermost for module in each.modules()]
-    return [module for module in inner if isinstance(module, AutoGuide | AutoMessenger)]
+    return [m for m in _modules_of([program]) if isinstance(m, AutoGuide | AutoMessenger)]
 
 
 def _referred(function: Any) -> list[tuple[str, Any]]:
