@@ -89,7 +89,8 @@ class Report:
             if section.table is not None or section.text:
                 console.print()
             if section.table is not None:
-                table = _fitting(section.table, console.width)
+                table = section.table.replace("`", "", regex=True)  # marks of code in pages
+                table = _fitting(table, console.width)
                 shown = Table(title=Text(section.title), title_justify="left")
                 for n, name in enumerate(table.columns):
                     shown.add_column(Text(name), justify="right" if n else "left", overflow="fold")

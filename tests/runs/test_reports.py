@@ -110,6 +110,13 @@ class TestReport:
         Report("title", "a", [Section("figures"), Section("texts", ["b"])]).print()
         assert capsys.readouterr().out == "a\n\nb\n"
 
+    def test_tables_in_the_terminal_have_no_marks_of_code(self, capsys):
+        table = pd.DataFrame({"guide": ["`vae`"], "ELBO": ["1.0"]})
+        Report("title", "", [Section("part", table=table)]).print()
+        printed = capsys.readouterr().out
+        assert "vae" in printed
+        assert "`" not in printed
+
     def test_runs_side_by_side(self, runs, tmp_path):
         out = tmp_path / "report.html"
         report_runs([runs / "vae", runs / "gp"], out, images=2, progress=False)
