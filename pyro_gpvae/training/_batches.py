@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from pyro_gpvae.core._environment import sha256
 from pyro_gpvae.core._seeds import preserve_rng, seeded
-from pyro_gpvae.data import batch as data_batch
-from pyro_gpvae.data.batch import Data, batch_of, take
+from pyro_gpvae.data.batch import Batch, Data, batch_of, take
 
 #: The number of training images on which the terms of eq. (2) are logged after an epoch.
 SAMPLE_SIZE = 512
@@ -20,10 +19,10 @@ SAMPLE_SIZE = 512
 CPU = torch.device("cpu")
 
 
-class Batch(NamedTuple):
+class Minibatch(NamedTuple):
     """Tensors (B, ...), as they were given to ``fit``, and their members' numbers in messages."""
 
-    data: data_batch.Batch
+    data: Batch
     numbers: Tensor
 
 
@@ -53,14 +52,14 @@ class TensorBatches:
         """Keeps the order of all members, if they are one minibatch."""
         self._keeps_order = True
 
-    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
+    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Minibatch]:
         """Iterates over an epoch without its first minibatches; the generator decides the order."""
         # a default device is not that of the generator
         order = torch.randperm(self.num_images, generator=generator, device=CPU)
         if self._keeps_order and len(self) == 1:
             order = order.sort().values
         for numbers in order.to(self.data[0].device).split(self.batch_size)[skip:]:
-            yield Batch(take(self.data, numbers), numbers)
+            yield Minibatch(take(self.data, numbers), numbers)
 
 
 class LoaderBatches:
@@ -110,7 +109,7 @@ class LoaderBatches:
                 "counts: give a DataLoader with shuffle=False, or tensors"
             )
 
-    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Batch]:
+    def epoch(self, generator: torch.Generator, skip: int = 0) -> Iterator[Minibatch]:
         """Iterates over an epoch without its first minibatches; the generator decides the order."""
         seed = int(torch.randint(2**62, (), generator=generator, device=CPU))
         for own in (self.loader.generator, getattr(self.loader.sampler, "generator", None)):
@@ -127,7 +126,8 @@ class LoaderBatches:
             with CPU:
                 item = next(iterator, None)
         while item is not None:
-            yield _numbered(item)
+            tensors = _tensors(item)
+            yield Minibatch(tensors, torch.arange(len(tensors[0]), device=CPU))
             with CPU:
                 item = next(iterator, None)
 
@@ -135,15 +135,10 @@ class LoaderBatches:
 Batches = TensorBatches | LoaderBatches
 
 
-def _tensors(item: Any) -> data_batch.Batch:
+def _tensors(item: Any) -> Batch:
     """The tensors that a DataLoader gives as one item."""
     tensors = tuple(item) if isinstance(item, tuple | list) else (item,)
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         kinds = ", ".join(type(tensor).__name__ for tensor in tensors)
         raise ValueError(f"the DataLoader must give a tensor or a tuple of tensors, got {kinds}")
     return tensors
-
-
-def _numbered(item: Any) -> Batch:
-    tensors = _tensors(item)
-    return Batch(tensors, torch.arange(len(tensors[0]), device=CPU))

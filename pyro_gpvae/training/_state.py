@@ -14,7 +14,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_gpvae.core._seeds import random_state, set_random_state
-from pyro_gpvae.training._batches import Batch, Batches
+from pyro_gpvae.training._batches import Batches, Minibatch
 from pyro_gpvae.training.checkpoint import Checkpoint, check_extra_state, copy_tensors
 from pyro_gpvae.training.step import TrainingStep
 
@@ -37,7 +37,7 @@ class TrainingState:
         self.epoch = self.batch = self.step = 0  # finished epochs, minibatches in this one, steps
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}  # the epoch to keep: its number, ELBO, weights and buffers
-        self.recent: list[Batch] = []  # the minibatches since skips_seen was read
+        self.recent: list[Minibatch] = []  # the minibatches since skips_seen was read
         self.skips_seen = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._start_of_epoch = self._generator.get_state()
@@ -52,7 +52,7 @@ class TrainingState:
         """The number of updates that were not made; reads the device."""
         return int(self.training_step.counters.skipped)
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Minibatch]:
         """Iterates over the minibatches that are left in this epoch."""
         for batch in self.data.epoch(self._generator, skip=self.batch):
             self.batch += 1
