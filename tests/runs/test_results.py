@@ -1,41 +1,29 @@
 """Folders of records are read whatever lies in them; a record repeats its run."""
 
-import dataclasses
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from pyro_gpvae import RunConfig, load_data, resume_run, train_run
+from pyro_gpvae import load_data, resume_run, train_run
 from pyro_gpvae.cli.commands import Results
 from pyro_gpvae.cli.train import Train
 from pyro_gpvae.core._files import read_json, write_json
 from pyro_gpvae.runs.evaluate import evaluate_run
 from pyro_gpvae.runs.results import differences, over_seeds, read_results
 
-TINY = RunConfig(
-    latent_dim=2,
-    epochs=1,
-    batch_size=32,
-    train_images=64,
-    test_images=6,
-    num_samples=5,
-    device="cpu",
-    guide="vae",
-)
 PLAN = {"file": "tiny.toml", "method": "VAE x2", "epochs_factor": 2, "cut": {"epochs": {}}}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, tiny, vae):
     """A folder with two VAEs, a GPVAE that starts from the first, and much that is none of it."""
     folder = tmp_path_factory.mktemp("results")
-    train_run(TINY, folder / "vae-0", progress=False)
-    train_run(
-        dataclasses.replace(TINY, seed=1, epochs=2), folder / "vae-1", progress=False, plan=PLAN
-    )
-    warm = dataclasses.replace(TINY, guide="gp:num_nodes=8", warm_start=str(folder / "vae-0"))
+    shutil.copytree(vae[0], folder / "vae-0")
+    longer = tiny(guide="vae", seed=1, epochs=2)
+    train_run(longer, folder / "vae-1", progress=False, plan=PLAN)
+    warm = tiny(guide="gp:num_nodes=8", warm_start=str(folder / "vae-0"))
     train_run(warm, folder / "deeper" / "gp", progress=False)
     return folder
 
@@ -204,10 +192,12 @@ def test_a_record_that_cannot_be_repeated_is_refused(results, tmp_path, change, 
     assert not (tmp_path / "again").exists()
 
 
-def test_images_at_hand_are_those_of_the_options(results, tmp_path):
+def test_images_at_hand_are_those_of_the_options(results, tiny, tmp_path):
     """A run on images that were loaded before is the same, and so is one that is continued."""
     data = load_data("mnist5k")
-    record = train_run(TINY, tmp_path / "run", progress=False, data=data, plan={"file": "p.toml"})
+    record = train_run(
+        tiny(guide="vae"), tmp_path / "run", progress=False, data=data, plan={"file": "p.toml"}
+    )
     expected = read_json(results / "vae-0" / "record.json")
     assert record["scores"] == expected["scores"]
     assert record["data"] == expected["data"]
