@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
-from toy import Dying, Kill, linear_encoder, linear_model, uint8
+from toy import Dying, Kill, uint8
+from trainings import assert_same, of, trained
 
 from guides import GaussianGuide
-from pyro_gpvae import Checkpoints, fit
+from pyro_gpvae import Checkpoints
 
 
 class Noisy(Dataset):
@@ -36,14 +37,8 @@ LOADERS = {
 SLOW = pytest.param("workers", marks=pytest.mark.slow)
 
 
-def train(loader, checkpoints=None, **options):
-    torch.manual_seed(0)
-    model = linear_model().float()
-    guide = GaussianGuide(model, linear_encoder())
-    options = {"epochs": 2, "learning_rate": 0.01, "progress": False, "seed": 3} | options
-    history = fit(model, guide, loader, checkpoints=checkpoints, **options)
-    weights = [*model.state_dict().values(), *guide.state_dict().values()]
-    return weights, history.frame().drop(columns="seconds")
+def train(loader, checkpoints=None):
+    return trained(lambda: of(GaussianGuide), loader, epochs=2, checkpoints=checkpoints)
 
 
 @pytest.mark.parametrize("kind", [SLOW if kind == "workers" else kind for kind in LOADERS])
@@ -55,8 +50,7 @@ def test_resumes_bit_for_bit_in_the_middle_of_an_epoch(kind, tmp_path):
         train(LOADERS[kind](), Dying(tmp_path, every=1))
     torch.manual_seed(3)
     found = train(LOADERS[kind](), Checkpoints(tmp_path, resume=True))
-    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
-    assert found[1].equals(expected[1])
+    assert_same(found, expected)
 
 
 def test_other_images_are_refused(tmp_path):
