@@ -1,4 +1,6 @@
-"""Two finished runs that many tests read."""
+"""Two finished runs that many tests read, and a copy of the first one."""
+
+import shutil
 
 import pytest
 
@@ -34,3 +36,9 @@ def gp(tmp_path_factory, tiny, vae):
     folder = tmp_path_factory.mktemp("runs") / "gp"
     config = tiny(guide="gp", warm_start=str(vae[0]), validation=8)
     return folder, train_run(config, folder, progress=False)
+
+
+@pytest.fixture
+def folder(vae, tmp_path):
+    """A copy of the VAE run, which a test may change."""
+    return shutil.copytree(vae[0], tmp_path / "run")

@@ -1,7 +1,5 @@
 """A run folder that is damaged, of another version, or not trusted is refused by name."""
 
-import shutil
-
 import pytest
 import torch
 from safetensors.torch import load, save_file
@@ -65,11 +63,9 @@ def test_weights_that_cannot_be_used(tmp_path):
     assert all(torch.equal(guide.state_dict()[name], before[name]) for name in before)
 
 
-def test_damaged_run_folders(vae, tmp_path):
+def test_damaged_run_folders(folder, vae, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no run folder"):
         load_run(tmp_path / "nowhere")
-    folder = tmp_path / "run"
-    shutil.copytree(vae[0], folder)
     config = read_json(folder / "config.json")
     for changes, message in (
         ({"flavour": "sweet"}, r"config\.json has the unknown option 'flavour'"),
@@ -106,23 +102,19 @@ def test_damaged_run_folders(vae, tmp_path):
         load_run(folder)
 
 
-def test_a_run_of_a_newer_version_is_refused(vae, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(vae[0], folder)
+def test_a_run_of_a_newer_version_is_refused(folder, vae):
     write_json(folder / "record.json", vae[1] | {"format": 2})
     with pytest.raises(ValueError, match="has format 2, this version reads up to 1: upgrade"):
         load_run(folder)
 
 
-def test_a_file_imports_no_code_unless_it_is_trusted(vae, tiny, tmp_path, monkeypatch):
+def test_a_file_imports_no_code_unless_it_is_trusted(folder, vae, tiny, tmp_path, monkeypatch):
     """A stranger's run folder names a module that lies beside it."""
     canary = tmp_path / "canary"
     (tmp_path / "evil_guides.py").write_text(
         f"import pathlib\npathlib.Path({str(canary)!r}).touch()\nGuide = print"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    folder = tmp_path / "run"
-    shutil.copytree(vae[0], folder)
     config = read_json(folder / "config.json")
     config["guide"] = "evil_guides:Guide"
     write_json(folder / "config.json", config)

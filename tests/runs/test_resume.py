@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -16,9 +15,7 @@ from pyro_gpvae.core._signals import Terminated
 from pyro_gpvae.runs.folder import RUN_FILES
 
 
-def test_an_existing_folder_is_only_replaced_when_told(vae, tiny, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(vae[0], folder)
+def test_an_existing_folder_is_only_replaced_when_told(folder, tiny, tmp_path):
     (folder / "history.csv").write_text("old")
     with pytest.raises(FileExistsError, match="exists and is not empty"):
         train_run(tiny(guide="vae"), folder, progress=False)
@@ -109,10 +106,8 @@ def test_a_run_that_is_refused_leaves_nothing(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_killed_in_its_last_moment(vae, tiny, tmp_path):
+def test_a_run_killed_in_its_last_moment(folder, vae, tiny):
     """The folder has its name already; checkpoints and lock are still there."""
-    folder = tmp_path / "run"
-    shutil.copytree(vae[0], folder)
     for name in ("checkpoint.pt", "checkpoint.previous.pt", "lock"):
         (folder / name).touch()
     assert load_run(folder).record == json.loads(json.dumps(vae[1]))

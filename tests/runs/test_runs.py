@@ -213,9 +213,7 @@ def test_a_device_that_is_given_wins(vae, tiny, tmp_path):
         assert resume(tmp_path / name)["scores"] == vae[1]["scores"]
 
 
-def test_a_record_causes_no_download(vae, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(vae[0], folder)
+def test_a_record_causes_no_download(folder, vae, tmp_path):
     place = {"data": "mnist", "root": str(tmp_path / "elsewhere"), "download": True}
     config = vae[1]["config"] | place
     write_json(folder / "config.json", config)
