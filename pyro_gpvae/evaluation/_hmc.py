@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -260,6 +261,8 @@ class Start:
         if self.is_latent:
             return z
         (name,) = self.density.sites
+        # further plates of the model have dimensions of size 1 here
+        z = z.reshape(count, *[1] * self.density.structure.nesting, *z.shape[2:])
         return self.density[n : n + 1].unconstrain({name: z}, count).u
 
     def log_prob(self, u: Tensor) -> Tensor:
@@ -268,7 +271,8 @@ class Start:
             return self._log_prob(u)
         latents = self.density.constrain(u)
         ((_, site),) = latents.sites.items()
-        return self._log_prob(site["value"]) + latents.log_jacobian
+        event = site["value"].shape[site["value"].dim() - site["fn"].event_dim :]
+        return self._log_prob(site["value"].reshape(*u.shape[:2], *event)) + latents.log_jacobian
 
 
 def _gaussian_parts(q: Any) -> tuple[type[Distribution], str, Any] | None:
@@ -302,9 +306,20 @@ def _joined(starts: Sequence[Distribution]) -> Callable[[Tensor], Tensor]:
         bases = [cast(Any, part)[2] for part in parts]
         loc, scale = (torch.cat([getattr(q, n) for q in bases]) for n in ("loc", name))
         return _gaussian(kind, name, loc, scale).log_prob
+    starts = [_unvalidated(q) for q in starts]
     return lambda z: torch.cat(
         [q.log_prob(column) for q, column in zip(starts, z.split(1, dim=1), strict=True)], dim=1
     )
+
+
+def _unvalidated(q: Any) -> Any:
+    """A copy of a distribution without validation, which would refuse a step that is too long."""
+    q = copy.copy(q)
+    q._validate_args = False
+    for name, part in vars(q).items():
+        if isinstance(part, Distribution):
+            setattr(q, name, _unvalidated(part))
+    return q
 
 
 def chains_with_pilots(num_chains: int) -> int:

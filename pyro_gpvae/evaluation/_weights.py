@@ -138,7 +138,7 @@ class Weights:
             pass  # what is wrong in a loop as well is reported by the loop
         self.vectorized = False
         looped = self._weights(guide, batch, count)
-        warn_of_loop(self.model)
+        warn_of_loop(self.model, self.guide)
         return looped
 
     def _weights(self, guide: PyroProgram, batch: Batch, count: int) -> Tensor:
@@ -166,10 +166,15 @@ class Weights:
         with nonfinite_as_error(), FixedDraws(fixed[1]):
             q = poutine.trace(vectorized(guide)).get_trace(*batch)
         local = _local_part(q, self.guide_structure)
-        model = poutine.replay(vectorized(self.model), trace=local)
+        check_guide_sites(local.nodes)
+        model = vectorized(self.model)
         if self.enumerates:
+            # replayed sites need their enumerated dimensions, so the replay comes after them
+            unmarked: Any = {"enumerate": None}
+            model = poutine.infer_config(model, lambda s: unmarked if s["name"] in local else {})
             dim = -1 - self.structure.nesting - (count is not None)
             model = poutine.enum(model, first_available_dim=dim)
+        model = poutine.replay(model, trace=local)
         with nonfinite_as_error(), FixedDraws(fixed[0]):
             p = poutine.trace(model).get_trace(*batch)
         return p, q
@@ -178,7 +183,6 @@ class Weights:
         """Returns log p(x, z) - log q(z|x) of the traces of a model and a guide."""
         local_p = _local_part(p, self.structure)
         local_q = _local_part(q, self.guide_structure)
-        check_guide_sites(local_q.nodes)
         depth = self.structure.nesting + len(shape) - 1
         if is_validation_enabled():
             check_model_guide_match(local_p, local_q, depth)

@@ -124,11 +124,12 @@ def name_of(program: Any) -> str:
     return str(getattr(program, "__name__", type(program).__name__))
 
 
-def warn_of_loop(program: PyroProgram) -> None:
+def warn_of_loop(*programs: PyroProgram) -> None:
     """Warns that particles are evaluated one by one."""
+    names = " or ".join(map(name_of, programs))
     warnings.warn(
-        f"{name_of(program)} gives other numbers, or fails, where several samples are evaluated at "
-        "once, so they are evaluated one after the other, which is slow. Count its dimensions from "
-        "the right, as in softmax(dim=-1), to avoid this",
+        f"{names} gives other numbers, or fails, where several samples are evaluated at once, so "
+        "they are evaluated one after the other, which is slow. Count dimensions from the right, "
+        "as in softmax(dim=-1), to avoid this",
         stacklevel=2,
     )

@@ -327,7 +327,9 @@ def elbo_terms(
         check_points(guide, batch, guide_trace, model_trace, plates[0])
         for trace, plate, sign in zip(traces, plates, (-1.0, 1.0), strict=True):
             trace.compute_log_prob(lambda _, site: is_sampled(site))
-            for site in filter(is_sampled, trace.nodes.values()):
+            for name, site in trace.nodes.items():
+                if not is_sampled(site) or (not site["is_observed"] and name not in guide_trace):
+                    continue  # what the guide leaves out is drawn from its prior, which cancels
                 log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
                 is_local = in_plate(site, plate)
                 value = sign * float(log_prob.sum()) / (len(batch[0]) if is_local else num_images)

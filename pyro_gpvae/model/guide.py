@@ -27,10 +27,11 @@ library uses the parts that it finds.
 
 **What is refused**, with an error that names it: a program without a data plate, with several
 that could be meant, or with one that subsamples; a model that observes nothing; a guide that
-observes something else than a factor; parameters or sites in half precision; parameters that would
-never be trained; minibatches for Pyro's autoguides, which have parameters for each member of the
-data, and for a guide that draws the latents of all members from one site; objectives that enumerate
-sites; and data that the model's ``check_images`` refuses.
+observes something else than a factor; training with a guide that lacks a latent site of the model;
+parameters or sites in half precision; parameters that would never be trained; minibatches for
+Pyro's autoguides, which have parameters for each member of the data, and for a guide that draws the
+latents of all members from one site; objectives that enumerate sites; and data that the model's
+``check_images`` refuses.
 
 A guide that is found by name is a class ``MyGuide(model, **options)``. It is registered as an entry
 point of the group ``pyro_gpvae.guides``, or named as ``module:Class``.

@@ -46,7 +46,8 @@ def check_gradient(kit: Kit) -> Finding:
     for name, site in statements.trace.nodes.items():
         if site["type"] == "param":
             value: Any = site["value"]
-            if (leaf := value.unconstrained()).requires_grad and id(leaf) not in known:
+            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if leaf.requires_grad and id(leaf) not in known:
                 named[name] = leaf
     if not named:
         return not_checked("neither guide nor model has parameters")

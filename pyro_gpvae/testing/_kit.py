@@ -78,8 +78,8 @@ class Kit:
 
     def copy_given(self) -> None:
         """Sets ``model``, ``guide`` and ``batch``, and ``pristine``, which is only ever copied."""
-        exact = module_of(self.given[1]) is not None
-        self.pristine = copy.deepcopy(self.given)
+        exact = self._is_exact()
+        self.pristine = copied(self.given)
         for number, program in enumerate(self.pristine):
             if (module := module_of(program)) is not None:
                 disturb(module.double() if exact else module, self.seed + number)
@@ -92,9 +92,23 @@ class Kit:
         self.tolerance = 1e-6 if self.dtype == torch.float64 else 1e-3
         self.other = take(self.batch, _others(self.batch))
 
+    def _is_exact(self) -> bool:
+        """Whether the guide is a module, which runs in float64, and the model can follow it."""
+        if (guide := module_of(copied(self.given[1]))) is None:
+            return False
+        model = self.given[0]
+        if module_of(model) is None:  # a function may use tensors of float32
+            batch = in_float64(self.given_batch)
+            trace = poutine.trace(guide.double()).get_trace(*batch)
+            try:
+                poutine.replay(copied(model), trace=trace)(*batch)
+            except RuntimeError:
+                return False
+        return True
+
     def fresh(self) -> tuple[PyroProgram, PyroProgram]:
         """Returns model and guide as they were before any call."""
-        return copy.deepcopy(self.pristine)
+        return copied(self.pristine)
 
     def density(self, batch: Batch) -> JointDensity:
         return JointDensity(self.model, batch, vectorized=True)
@@ -163,6 +177,19 @@ class Kit:
         gaps = {what: largest_gap(a[what], b[what]) for what in a}
         what, gap = max(gaps.items(), key=lambda item: item[1])
         return within(gap, self.tolerance, seen.replace("{what}", what))
+
+
+def copied(programs: Any) -> Any:
+    """Returns a deep copy of a program, or of several; copies of a PyroModule own their values."""
+    found = copy.deepcopy(programs)
+    for program in found if isinstance(found, tuple) else (found,):
+        for outermost in modules_of(program).values():
+            for module in outermost.modules():
+                context = getattr(module, "_pyro_context", None)
+                # a PyroModule that was built without module_local_params has no place for them
+                if context is not None and not hasattr(context, "param_state"):
+                    context.param_state = {"params": {}, "constraints": {}}
+    return found
 
 
 def module_of(program: Any) -> nn.Module | None:

@@ -2,7 +2,6 @@ r"""Promises about structure: the model alone, sites, state, and what a call lea
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ from pyro_gpvae.testing._gradients import Losses, without_gradient
 from pyro_gpvae.testing._kit import (
     Finding,
     Kit,
+    copied,
     disturb,
     guide_losses,
     in_float64,
@@ -32,7 +32,7 @@ from pyro_gpvae.testing._kit import (
 
 
 def check_model(kit: Kit) -> Finding:
-    model, batch = copy.deepcopy(kit.given[0]), kit.given_batch
+    model, batch = copied(kit.given[0]), kit.given_batch
     if (module := module_of(model)) is not None:
         module.eval()
     for part in (batch, take(batch, slice(1))):
@@ -64,7 +64,7 @@ def check_copy(kit: Kit) -> Finding:
     except Exception as error:
         broken = not hasattr(kit, "pristine")
         with suppress(Exception):  # what fails as given is reported by the next check
-            copy.deepcopy(kit.given[1])(*kit.given_batch)
+            copied(kit.given[1])(*kit.given_batch)
             broken = True
         if broken:
             seen = f"It raised {type(error).__name__}: {error}"
@@ -74,7 +74,7 @@ def check_copy(kit: Kit) -> Finding:
 
 @torch.no_grad()
 def check_sites(kit: Kit) -> Finding:
-    model, guide = copy.deepcopy(kit.given)
+    model, guide = copied(kit.given)
     for batch in (kit.given_batch, take(kit.given_batch, slice(1))):
         with pyro.validation_enabled(False):  # which would say less
             for problem in _problems(kit, pair(model, guide), guide, batch):
@@ -152,7 +152,7 @@ def _wrong(shape: tuple[int, ...], expected: tuple[int, ...], what: str) -> Iter
 
 
 def check_finite(kit: Kit) -> Finding:
-    model, guide = copy.deepcopy(kit.given)
+    model, guide = copied(kit.given)
     torch.manual_seed(kit.seed)
     with pyro.validation_enabled(False):  # which stops at the first
         # raises an error for NaN and +∞

@@ -11,6 +11,7 @@ import torch
 from pyro_gpvae.core._errors import NonFiniteError
 from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
 from pyro_gpvae.data.batch import Data, check_data, take, to_batch
+from pyro_gpvae.evaluation._common import check_amortised
 from pyro_gpvae.testing import _batches, _densities, _gradients, _structure
 from pyro_gpvae.testing._kit import MAX_BATCH, Finding, Kit, Make
 
@@ -100,7 +101,7 @@ def check_guide(
 
     Raises:
         GuideError: If a promise is broken. The message names the first and its likely cause.
-        ValueError: If there are less than two different members.
+        ValueError: If there are less than two different members, or the guide is an autoguide.
 
     Example:
         >>> import torch
@@ -112,8 +113,9 @@ def check_guide(
         'ok'
     """
     check_data(data)
+    check_amortised(guide)
     batch = to_batch(take(data, slice(MAX_BATCH)), model, guide)
-    if all(len(tensor.unique(dim=0)) < 2 for tensor in batch):
+    if all(tensor.numel() == 0 or len(tensor.unique(dim=0)) < 2 for tensor in batch):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in batch)
         raise ValueError(f"the data must have at least two different members, got {shapes}")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -148,7 +150,7 @@ def check_guide(
 _PROMISES: dict[str, tuple[str, Callable[[Kit], Finding], str]] = {
     "model": ("the model runs, and its parameters get gradients", _structure.check_model, ""),
     "copy": ("it can be copied, and runs in float64", _structure.check_copy,
-        "a tensor of an earlier call in an attribute, or one made without dtype="),
+        "a tensor of an earlier call in an attribute, or float32 by float() or without dtype="),
     "sites": ("the model's latent sites, in its data plate", _structure.check_sites, ""),
     "finite": ("log weights are finite", _structure.check_finite,
         "a scale that over- or underflows, or a density of zero where it samples"),

@@ -19,6 +19,7 @@ from pyro_gpvae.core._plates import (
     check_separable,
     data_plate,
     hide_observations,
+    is_sampled,
 )
 from pyro_gpvae.core._programs import PyroProgram, autoguides_of, modules_of
 from pyro_gpvae.data.batch import Batch
@@ -57,6 +58,7 @@ def named_parameters(
         model_trace: Any = poutine.trace(replayed).get_trace(*batch)
         check_observes(model_trace.nodes)
         check_points(guide, batch, guide_trace, model_trace, plate)
+        _check_sampled(guide_trace.nodes, model_trace.nodes)
     for auto in autoguides_of(guide):
         for parameter in auto.parameters():
             parameter.data = parameter.data.clone()  # its first value may be a tensor of the model
@@ -76,6 +78,18 @@ def named_parameters(
                 owner = f"program-{programs.setdefault(owner, len(programs))}"
             named[f"param.{owner}{dot}{attribute}"] = leaf
     return named
+
+
+def _check_sampled(q: Mapping[str, Any], p: Mapping[str, Any]) -> None:
+    """Raises ValueError if the guide lacks a latent site, whose density no ELBO could compare."""
+    latent = [n for n, s in p.items() if is_sampled(s) and not s["is_observed"]]
+    left = [n for n in latent if n not in q and p[n]["mask"] is not False]
+    if left:
+        raise ValueError(
+            f"the guide does not sample the sites {left} of the model, and no ELBO is known "
+            "without: sample them in the guide, or sum discrete ones out in the model, for example "
+            "by dist.MixtureSameFamily"
+        )
 
 
 def knows_members(guide: PyroProgram, parameters: Mapping[str, Tensor], num_images: int) -> bool:

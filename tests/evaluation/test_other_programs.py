@@ -7,9 +7,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from numpy.polynomial.hermite_e import hermegauss
+from pyro import poutine
 from pyro.infer import autoguide
+from pyro.infer.reparam import LocScaleReparam
 
-from pyro_gpvae import annealed_evidence, decompose, log_evidence, reference_evidence
+from pyro_gpvae import (
+    annealed_evidence,
+    decompose,
+    elbo_terms,
+    fit,
+    log_evidence,
+    reference_evidence,
+)
 from pyro_gpvae.evaluation.optimum import optimise_gaussian
 
 X = torch.tensor([1.0, 3.0, 0.0, 5.0]).double()
@@ -140,7 +149,9 @@ def prior_of_three(x):
 
 
 def test_a_program_that_cannot_be_vectorised_runs_in_a_loop():
-    with pytest.warns(UserWarning, match="mixed_up gives other numbers, or fails") as caught:
+    with pytest.warns(
+        UserWarning, match="mixed_up or prior_of_three gives other numbers, or"
+    ) as caught:
         found = log_evidence(mixed_up, prior_of_three, X[:2], 500, seed=0)
     assert len(caught) == 1
     asked = log_evidence(mixed_up, prior_of_three, X[:2], 500, seed=1, vectorized=False)
@@ -233,3 +244,87 @@ def test_the_best_gaussian_of_counts_far_above_the_prior(scale):
     assert bool(found.converged.all())
     gap = dist.GammaPoisson(2.0, scale).log_prob(x) - found.elbo
     assert float(gap.abs().max()) < 0.01
+
+
+# --- discrete and continuous latents, further plates
+
+
+@pytest.mark.filterwarnings("ignore:Found vars in model but not guide")
+@pytest.mark.parametrize("marks", [{"enumerate": "parallel"}, {}])
+def test_a_discrete_latent_beside_a_continuous_one(marks):
+    """k is summed out where it is marked, else drawn from its prior; the guide samples z."""
+    weights, means = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 4.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(weights), infer=marks)
+            z = pyro.sample("z", dist.Normal(means[k], 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.8 * x, 1.0))
+
+    parts = dist.Normal(means, 1.25**0.5).log_prob(X.unsqueeze(-1))
+    exact = (parts + weights.log()).logsumexp(-1)
+    for vectorized in (None, False):
+        found = log_evidence(model, guide, X, 2000, seed=0, vectorized=vectorized)
+        assert float(((found.log_evidence - exact) / found.standard_error).abs().max()) < 4
+    if not marks:  # terms of the ELBO draw k from its prior, which cancels
+        found = log_evidence(model, guide, X, 20_000, seed=0)
+        terms = [elbo_terms(model, guide, X, 4) for _ in range(400)]
+        elbo = torch.tensor([t["log_likelihood"] - t["kl_z"] for t in terms])
+        error = float(elbo.std()) / 400**0.5
+        assert float(elbo.mean()) == pytest.approx(float(found.elbo.mean()), abs=4 * error)
+    with pytest.raises(ValueError, match=r"the guide does not sample the sites \['k'\] of the mod"):
+        fit(model, guide, X, epochs=1, progress=False)
+
+
+def test_annealing_starts_from_a_guide_where_the_model_has_a_further_plate():
+    torch.manual_seed(0)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            with pyro.plate("times", x.shape[1], dim=-2):
+                pyro.sample("x", dist.Poisson(rate), obs=x.mT)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", dist.Gamma(2.0 + x.sum(1), 1.0 + x.shape[1]))
+
+    x = torch.tensor([[1, 3, 2], [0, 1, 0], [7, 5, 9]])
+    exact = log_evidence(model, guide, x, 2).log_evidence  # of the posterior itself
+    for program in (guide, None):
+        found = annealed_evidence(model, x, program, num_chains=16, seed=0)
+        error = found.log_evidence - exact
+        assert bool((error.abs() < 4 * found.standard_error + 1e-6).all())
+
+
+def test_annealing_from_a_guide_that_validates_its_draws():
+    """Long steps leave the support of a LogNormal by rounding, and are rejected."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.HalfCauchy(1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    class Guide:
+        def posterior(self, x):
+            return dist.LogNormal(x.clamp(min=0.3).log(), 0.7)
+
+    z = torch.linspace(1e-6, 200, 1_000_001)
+    log_joint = dist.HalfCauchy(1.0).log_prob(z) + dist.Normal(z, 0.5).log_prob(X.unsqueeze(-1))
+    found = annealed_evidence(model, X, Guide(), num_chains=32, seed=0)
+    error = found.log_evidence - torch.trapezoid(log_joint.exp(), z).log()
+    assert float((error / found.standard_error).abs().max()) < 4
+
+
+def test_a_guide_that_observes_by_reparametrisation_is_refused_by_name():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    decentred = poutine.reparam(guide, {"z": LocScaleReparam(0.0)})
+    with pytest.raises(ValueError, match=r"the guide observes \['z'\]"):
+        log_evidence(linear, decentred, X, 5)

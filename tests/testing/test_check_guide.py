@@ -6,6 +6,7 @@ import pytest
 import torch
 import toy
 from broken_guides import BUGS, SOUND, WORDS, Flow, Global, Mixture, Small, Traced
+from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_gpvae import ImageModel, make_guide
@@ -176,3 +177,61 @@ def test_what_is_wrong_with_a_guide_of_counts_is_named(counts, bug, promise):
     with pytest.raises(GuideError) as caught:
         check_guide(OfRows(bug), rates, counts)
     assert caught.value.promise.name == promise, str(caught.value)
+
+
+def test_a_pyro_module_for_a_function_with_constants_of_float32():
+    """A conditional flow of Pyro; the model cannot follow it to float64, and is not to blame."""
+    weight = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.6, -1.2]])
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight.mT, 0.5).to_event(1), obs=x)
+
+    class Flow(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(3, 4)
+            self.spline = dist.transforms.conditional_spline(2, 4, [8], count_bins=4)
+
+        def forward(self, x):
+            base = dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1)
+            q = dist.ConditionalTransformedDistribution(base, [self.spline])
+            with pyro.plate("rows", len(x)):
+                pyro.sample("z", q.condition(self.encoder(x)))
+
+    torch.manual_seed(0)
+    report = check_guide(Flow(), model, torch.randn(4, 3))
+    assert report["copy"].figure == "float32"
+    assert report["gradient"].kept
+    assert report["evidence"].kept
+
+
+def test_a_global_site_of_the_model_weighs_1_over_n():
+    def model(x):
+        shift = pyro.sample("shift", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor(0.1))
+            self.slope = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x):
+            pyro.sample("shift", dist.Normal(self.loc, 0.1))
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.slope * x, 0.7))
+
+    torch.manual_seed(0)
+    assert check_guide(Guide(), model, torch.randn(4))["scale"].kept
+
+
+def test_autoguides_and_members_without_numbers_are_refused():
+    model = linear_gaussian(SHAPE, 2)
+    with pytest.raises(ValueError, match="AutoNormal is not amortised"):
+        check_guide(AutoNormal(model), model, model.images(4))
+    with pytest.raises(ValueError, match=r"two different members, got \(4, 0\)"):
+        check_guide(Small(model), model, torch.zeros(4, 0))
