@@ -127,6 +127,7 @@ def optimise_gaussian(
         torch.linalg.LinAlgError: If the curvature of an image is not finite; names the image.
 
     Example:
+        >>> from pyro_gpvae import ImageModel
         >>> model = ImageModel((1, 28, 28), latent_dim=2)
         >>> optimise_gaussian(model, torch.rand(3, 1, 28, 28)).converged
         tensor([True, True, True])
