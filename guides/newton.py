@@ -32,6 +32,8 @@ _MAX_NORM = 10.0
 _WARM_LOGIT = -3.0
 # the outputs of the networks change this much faster than their weights
 _GAIN = 4.0
+# the largest a and b
+_BOUND = 3.0
 # what the site "z" carries for the objective
 _STARTS = "starts"
 
@@ -50,7 +52,8 @@ class NewtonGuide(FullCovarianceGuide):
     :math:`\Sigma = L L^\top` preconditions the gradient as Newton's method does, and in the
     coordinates of L all directions have curvature 1. The Gauss-Newton curvature of log p(x|z)
     depends on the decoder and z, but not on x. A network therefore predicts a and b, which are
-    p and p(p − 1)/2 numbers, from z alone. It is evaluated again after every step, at the cost of
+    p and p(p − 1)/2 numbers between −3 and 3, from z alone. (Without these bounds training can make
+    L so close to singular that log q is rounding noise.) The network is evaluated again after every step, at the cost of
     a few matrix products. The s(x) of the encoder is only the initial value of ℓ. A second network
     returns the rate ρ of each whitened direction, between 0 and 1; it learns to shorten steps that
     are too long. The norm of the whitened gradient is bounded by 10 posterior standard deviations.
@@ -180,7 +183,7 @@ class NewtonGuide(FullCovarianceGuide):
         if self.curvature is None:
             raise ValueError("a guide that was built with num_steps=0 has no step to take")
         p = self.latent_dim
-        output = _GAIN * call_network(self.curvature, z)
+        output = _BOUND * torch.tanh(_GAIN / _BOUND * call_network(self.curvature, z))
         rows, columns = torch.tril_indices(p, p, -1, device=z.device)
         unit = torch.diag_embed(torch.ones_like(z))
         unit[..., rows, columns] = output[..., p:]

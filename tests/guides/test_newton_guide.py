@@ -94,6 +94,19 @@ def test_a_step_with_the_exact_covariance_lands_on_the_posterior_mean():
     torch.testing.assert_close(landed, exact.mean, rtol=0, atol=1e-10)
 
 
+def test_extreme_outputs_of_the_curvature_network_leave_log_q_exact():
+    """An L that is almost singular made log q rounding noise, and log p(x) 1e15 in float32."""
+    guide = NewtonGuide(ImageModel((1, 8, 8), latent_dim=5))
+    torch.manual_seed(0)
+    nn.init.normal_(guide.curvature[-1].bias, std=1e4)
+    q = guide.posterior(torch.rand(20, 1, 8, 8))
+    noise = torch.randn(20, 5)
+    z = q.mean + (q.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+    log_volume = q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    exact = -(noise.square().sum(-1) + 5 * math.log(2 * math.pi)) / 2 - log_volume
+    torch.testing.assert_close(q.log_prob(z), exact, rtol=0, atol=0.5)
+
+
 def test_the_untrained_step_is_a_short_step_by_a_diagonal_covariance():
     model, x = curved_model(), images(4)
     vae = GaussianGuide(model, linear_encoder()).double()
