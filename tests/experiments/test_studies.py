@@ -7,6 +7,7 @@ import ais_cost
 import alternating
 import gradient_variance
 import newton
+import newton_limits
 import pytest
 
 from pyro_gpvae import load_data
@@ -54,6 +55,16 @@ def test_newton(tmp_path, monkeypatch):
     assert (tmp_path / "newton_mnist5k_p2.png").exists()
 
 
+def test_newton_limits(tmp_path):
+    options = {"epochs": 1, "train_images": 96, "images": 4, "scored_images": 8, "num_samples": 3}
+    newton_limits.main(newton_limits.Options(**options, out=tmp_path))
+    gaps = read_json(tmp_path / "newton_limits.json")["gaps"]
+    assert gaps.keys() == {"test", "training"}
+    text = (tmp_path / "newton_limits.md").read_text()
+    assert text.count("| `newton:1`") == 3
+    assert text.count(" to ") == len(newton_limits.SCORES)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fewer than 3 of:UserWarning")
 def test_ais_cost(tmp_path):
@@ -78,7 +89,7 @@ def test_committed_pages_are_those_of_the_committed_records(module, tmp_path):
     assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("newton_*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("newton_*_p*.json")), ids=lambda p: p.stem)
 def test_committed_pages_of_newton_are_those_of_the_committed_records(path, tmp_path):
     shutil.copy(path, tmp_path)
     record = read_json(path)
