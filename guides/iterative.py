@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from guides.gaussian import GaussianGuide
 from guides.semi_amortized import RefiningGuide
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.networks import call_network
 
@@ -63,8 +64,7 @@ class IterativeGuide(RefiningGuide):
         num_samples: int = 2,
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        if hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        check_at_least(1, hidden=hidden)
         super().__init__(model, num_steps, encoder, num_samples=num_samples, warm_start=warm_start)
         # with T = 0 the guide has exactly the parameters of the VAE
         self.update = _update_network(self.latent_dim, hidden) if num_steps else None

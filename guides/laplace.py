@@ -9,7 +9,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from guides.gaussian import GaussianGuide
-from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._errors import check_at_least, check_finite
 from pyro_gpvae.core._programs import BorrowedModules
 from pyro_gpvae.model.curvature import (
     STEP_SIZES,
@@ -82,8 +82,7 @@ class LaplaceGuide(GaussianGuide):
         step: Step = "line_search",
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        if num_steps < 0:
-            raise ValueError(f"num_steps must be at least 0, got {num_steps}")
+        check_at_least(0, num_steps=num_steps)
         if step not in get_args(Step):
             raise ValueError(f"step must be one of {get_args(Step)}, got {step!r}")
         if not isinstance(getattr(model, "decoder", None), nn.Module):

@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from guides.gaussian import GaussianGuide
-from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._errors import check_at_least, check_finite
 from pyro_gpvae.model.elbo import Objective
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.likelihoods import bounded
@@ -67,8 +67,7 @@ class MixtureGuide(GaussianGuide):
         *,
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        if num_components < 1:
-            raise ValueError(f"num_components must be at least 1, got {num_components}")
+        check_at_least(1, num_components=num_components)
         super().__init__(model, encoder, warm_start=warm_start)
         self.num_components = num_components
         # component 1 is the VAE's encoder and head; these lists hold components 2 to M

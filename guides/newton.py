@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from guides.covariance import FullCovarianceGuide
 from guides.gaussian import GaussianGuide
-from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._errors import check_at_least, check_finite
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import BorrowedModules
 from pyro_gpvae.model.elbo import DifferentiableELBO, Objective, sample_sites
@@ -116,8 +116,7 @@ class NewtonGuide(FullCovarianceGuide):
     ) -> None:
         if num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {num_steps}")
-        if hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}")
+        check_at_least(1, hidden=hidden)
         if covariance not in get_args(Covariance):
             raise ValueError(
                 f"covariance must be one of {get_args(Covariance)}, got {covariance!r}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from guides.gaussian import GaussianGuide
-from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._errors import check_at_least, check_finite
 from pyro_gpvae.core._programs import BorrowedModules
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.likelihoods import bounded
@@ -67,8 +67,7 @@ class RefiningGuide(GaussianGuide):
     ) -> None:
         if num_steps < 0:
             raise ValueError(f"num_steps must not be negative, got {num_steps}")
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        check_at_least(1, num_samples=num_samples)
         super().__init__(model, encoder, warm_start=warm_start)
         self.num_steps = num_steps
         self.num_samples = num_samples

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._seeds import random_state, set_random_state
 
 _log = logging.getLogger(__name__)
@@ -19,15 +20,6 @@ def default_chunk_size(device: torch.device) -> int:
     return 65_536 if device.type == "cuda" else 640
 
 
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raises ValueError unless the chunk size is None or positive."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(
-            f"chunk_size must be at least 1, got {chunk_size}: with 1, one latent vector of one "
-            "image is decoded at a time"
-        )
-
-
 def halving_chunks(
     work: Callable[[int], _Result], chunk_size: int | None, device: torch.device
 ) -> _Result:
@@ -36,8 +28,8 @@ def halving_chunks(
     Every repetition starts from the same random state, so that the result is the one that the
     smaller chunk size gives. The work must not change what it works on.
     """
-    check_chunk_size(chunk_size)
     size = default_chunk_size(device) if chunk_size is None else chunk_size
+    check_at_least(1, chunk_size=size)
     state = random_state(device)
     while True:
         try:

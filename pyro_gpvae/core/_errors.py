@@ -30,6 +30,15 @@ class UnsupportedError(ValueError):
     """Raised if a training step cannot be traced or compiled; the message gives the reason."""
 
 
+def check_at_least(minimum: int, **values: int) -> None:
+    """Raises ValueError, which names the argument, if a value is no int or below the minimum."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
 def name_images(numbers: Sequence[int]) -> str:
     """Returns the indices of images as text for a message, at most the first five."""
     return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")

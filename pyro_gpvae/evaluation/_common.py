@@ -98,15 +98,6 @@ class Settings:
     vectorized: bool | None = None
 
 
-def check_at_least(minimum: int, **values: int) -> None:
-    """Raises ValueError, which names the argument, if a value is no int or below the minimum."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ValueError(f"{name} must be a whole number, got {value!r}")
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
 def check_amortised(guide: Any) -> None:
     """Raises ValueError for Pyro's autoguides, which know only the data they were fitted to."""
     if isinstance(guide, AutoGuide | AutoMessenger):

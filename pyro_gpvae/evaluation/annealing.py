@@ -13,7 +13,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_gpvae.core._chunks import halving_chunks
-from pyro_gpvae.core._errors import NonFiniteError, nonfinite_as_error
+from pyro_gpvae.core._errors import NonFiniteError, check_at_least, nonfinite_as_error
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._progress import progress_bar, tqdm
 from pyro_gpvae.core._seeds import image_seed, seeded
@@ -24,7 +24,6 @@ from pyro_gpvae.evaluation._common import (
     Work,
     batches,
     check_amortised,
-    check_at_least,
     check_log_weights,
     device_of,
     evaluator,

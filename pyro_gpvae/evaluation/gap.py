@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal
 
-from pyro_gpvae.core._chunks import check_chunk_size
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._plates import is_sampled
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._progress import progress_bar
@@ -24,7 +24,6 @@ from pyro_gpvae.evaluation._common import (
     Work,
     batches,
     check_amortised,
-    check_at_least,
     evaluator,
 )
 from pyro_gpvae.evaluation.importance import ParetoWarning, evidence_curve, log_weights
@@ -211,7 +210,7 @@ def decompose(
     check_at_least(2, num_samples=num_samples, reference_samples=reference_samples)
     settings = Settings(**work)
     size = settings.chunk_size
-    check_chunk_size(size)
+    check_at_least(1, chunk_size=1 if size is None else size)
     check_program_data(model, data)
     check_amortised(guide)
     first = to_batch(take(data, slice(1)), model, guide)

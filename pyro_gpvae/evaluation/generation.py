@@ -11,11 +11,11 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_gpvae.core._chunks import halving_chunks
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.data.batch import to_batch
 from pyro_gpvae.evaluation._common import (
     batches,
-    check_at_least,
     device_of,
     draws,
     evaluator,

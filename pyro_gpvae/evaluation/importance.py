@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_gpvae.core._chunks import halving_chunks
-from pyro_gpvae.core._errors import NonFiniteError, unvalidated
+from pyro_gpvae.core._errors import NonFiniteError, check_at_least, unvalidated
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._progress import progress_bar
 from pyro_gpvae.data.batch import Batch, Data, size_of
 from pyro_gpvae.evaluation._common import (
     MAX_IMAGES,
     batches,
-    check_at_least,
     check_log_weights,
     device_of,
     evaluator,

@@ -14,10 +14,10 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyro_gpvae.core._chunks import halving_chunks
-from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._errors import check_at_least, check_finite
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.data.batch import Data, to_batch
-from pyro_gpvae.evaluation._common import check_at_least, evaluator
+from pyro_gpvae.evaluation._common import evaluator
 from pyro_gpvae.evaluation._modes import laplace_start, log_volume
 from pyro_gpvae.model.density import JointDensity
 from pyro_gpvae.model.guide import check_program_data

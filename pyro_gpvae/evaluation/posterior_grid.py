@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_gpvae.core._chunks import default_chunk_size
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import to_batch
-from pyro_gpvae.evaluation._common import check_at_least, evaluator
+from pyro_gpvae.evaluation._common import evaluator
 from pyro_gpvae.evaluation.uncertainty import moments_of
 from pyro_gpvae.model._local import name_of
 from pyro_gpvae.model.guide import HasPosterior, check_program_data

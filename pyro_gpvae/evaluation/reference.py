@@ -15,6 +15,7 @@ from pyro.distributions.transforms import AffineTransform
 from torch import Tensor
 
 from pyro_gpvae.core._chunks import halving_chunks
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.core._progress import progress_bar, tqdm
 from pyro_gpvae.core._seeds import image_seed, seeded
@@ -24,7 +25,6 @@ from pyro_gpvae.evaluation._common import (
     Work,
     batches,
     check_amortised,
-    check_at_least,
     check_log_weights,
     device_of,
     estimated_mean,

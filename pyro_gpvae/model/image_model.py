@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.core._programs import Program
 from pyro_gpvae.data.batch import check_data
@@ -59,8 +60,7 @@ class ImageModel(Program):
         sigma: float = 1.0,
     ) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        check_at_least(1, latent_dim=latent_dim)
         if likelihood not in ("gaussian", "bernoulli"):
             raise ValueError(f"likelihood must be 'gaussian' or 'bernoulli', got {likelihood!r}")
         if not (sigma > 0 and math.isfinite(sigma)):

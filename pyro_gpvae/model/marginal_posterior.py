@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import broadcast_all
 
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.model.likelihoods import bounded
 
 __all__ = ["MarginalPosterior"]
@@ -63,8 +64,7 @@ class MarginalPosterior(TorchDistribution):
         num_nodes: int = 32,
         validate_args: bool | None = None,
     ) -> None:
-        if num_nodes < 1:
-            raise ValueError(f"num_nodes must be at least 1, got {num_nodes}")
+        check_at_least(1, num_nodes=num_nodes)
         self.loc, self.loc_scale, self.log_scale, self.log_scale_scale = broadcast_all(
             loc, loc_scale, log_scale, log_scale_scale
         )

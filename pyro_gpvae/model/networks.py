@@ -12,6 +12,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.model._convolutions import ConvTranspose2d
 
 __all__ = [
@@ -93,8 +94,7 @@ def build_decoder(
         >>> build_decoder((3, 32, 32), latent_dim=10)(torch.zeros(5, 10)).shape
         torch.Size([5, 3, 32, 32])
     """
-    if latent_dim < 1:
-        raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+    check_at_least(1, latent_dim=latent_dim)
     if kind not in ("conv", "fc"):
         raise ValueError(f"unknown decoder {kind!r}: expected 'conv' or 'fc'")
     decoder = _conv_decoder(image_shape, latent_dim)

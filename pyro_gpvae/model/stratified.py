@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.model.elbo import DifferentiableELBO, sample_sites
 
 __all__ = ["StratifiedELBO", "gaussian_mixture"]
@@ -56,8 +57,7 @@ class StratifiedELBO(DifferentiableELBO):
     """
 
     def __init__(self, num_particles: int = 1, max_plate_nesting: float = math.inf) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+        check_at_least(1, num_particles=num_particles)
         super().__init__(num_particles, max_plate_nesting)  # type: ignore[no-untyped-call]
 
     def unread_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 import pyro_gpvae
 from pyro_gpvae.core._environment import environment, sha256
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._files import write_json, write_text
 from pyro_gpvae.core._progress import progress_bar
 from pyro_gpvae.evaluation.gap import BATCH, LADDER, decompose
@@ -64,8 +65,7 @@ def measure_gaps(
             unique. Runs with the same label are seeds.
         progress: Whether to show a progress bar.
     """
-    if num_images < 1:
-        raise ValueError(f"images must be at least 1, got {num_images}")
+    check_at_least(1, images=num_images)
     labels = labels_of(runs) if labels is None else labels
     counts = [min(num_images, len(run.data.test)) for run in runs]
     tables = []

@@ -14,11 +14,11 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor
 
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._plates import data_plate, in_plate, is_sampled
 from pyro_gpvae.core._programs import PyroProgram, with_own_parameters
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.data.batch import to_batch
-from pyro_gpvae.evaluation._common import check_at_least
 from pyro_gpvae.model.guide import HasPosterior, posterior_of
 
 __all__ = ["Calibration", "simulation_based_calibration"]

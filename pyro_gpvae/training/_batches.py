@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from pyro_gpvae.core._environment import sha256
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._seeds import preserve_rng, seeded
 from pyro_gpvae.data.batch import Batch, Data, batch_of, take
 
@@ -30,8 +31,7 @@ class TensorBatches:
     """Minibatches of tensors (N, ...), each member once an epoch in a random order."""
 
     def __init__(self, data: Data, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_at_least(1, batch_size=batch_size)
         self.data = batch_of(data)
         self.num_images = len(self.data[0])
         self.batch_size = batch_size

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pyro_gpvae.core._allocator import keep_freed_memory
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.core._float32 import without_autocast
 from pyro_gpvae.core._programs import PyroProgram, own_parameters
 from pyro_gpvae.core._progress import progress_bar
@@ -115,8 +116,7 @@ def fit(
     epochs, seed = operator.index(epochs), operator.index(seed)
     progress, callbacks = options.pop("progress", True), options.pop("callbacks", ())
     step = cast(StepOptions, options)
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    check_at_least(1, epochs=epochs)
     if torch.is_inference_mode_enabled():
         raise RuntimeError("fit needs gradients: call it outside of torch.inference_mode()")
     batches = _load(data, batch_size, model, guide)
