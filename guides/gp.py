@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from guides.gaussian import GaussianGuide
-from pyro_gpvae.core._errors import check_finite
+from pyro_gpvae.core._errors import check_at_least, check_finite
 from pyro_gpvae.core._plates import DATA_PLATE
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.likelihoods import bounded
@@ -118,8 +118,7 @@ class GPGuide(GaussianGuide):
                 raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}")
         if not initial_scale > 0:
             raise ValueError(f"initial_scale must be positive, got {initial_scale}")
-        if not isinstance(num_nodes, int) or num_nodes < 1:
-            raise ValueError(f"num_nodes must be an integer of at least 1, got {num_nodes!r}")
+        check_at_least(1, num_nodes=num_nodes)
         super().__init__(model, encoder, warm_start=warm_start)
         self.own_encoder = copy.deepcopy(self.encoder) if features == "own" else None
         if self.own_encoder is not None:

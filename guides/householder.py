@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from guides._flows import FlowPosterior
 from guides.gaussian import GaussianGuide
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.networks import call_network
 
@@ -61,10 +62,7 @@ class HouseholderGuide(GaussianGuide):
         *,
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        if not isinstance(num_reflections, int) or num_reflections < 0:
-            raise ValueError(
-                f"num_reflections must be an integer of at least 0, got {num_reflections!r}"
-            )
+        check_at_least(0, num_reflections=num_reflections)
         if num_reflections > model.latent_dim:
             warnings.warn(
                 f"num_reflections = {num_reflections} is more than latent_dim = "

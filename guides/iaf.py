@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from guides._flows import FlowPosterior
 from guides.gaussian import GaussianGuide
+from pyro_gpvae.core._errors import check_at_least
 from pyro_gpvae.model.image_model import ImageModel
 from pyro_gpvae.model.likelihoods import bounded
 
@@ -69,8 +70,7 @@ class IAFGuide(GaussianGuide):
         hidden_dim: int = 256,
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        if not isinstance(num_steps, int) or num_steps < 0:
-            raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}")
+        check_at_least(0, num_steps=num_steps)
         if hidden_dim < model.latent_dim:
             raise ValueError(
                 f"hidden_dim must be at least the model's latent_dim, {model.latent_dim}, so that "

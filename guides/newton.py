@@ -53,10 +53,11 @@ class NewtonGuide(FullCovarianceGuide):
     coordinates of L all directions have curvature 1. The Gauss-Newton curvature of log p(x|z)
     depends on the decoder and z, but not on x. A network therefore predicts a and b, which are
     p and p(p − 1)/2 numbers between −3 and 3, from z alone. (Without these bounds training can make
-    L so close to singular that log q is rounding noise.) The network is evaluated again after every step, at the cost of
-    a few matrix products. The s(x) of the encoder is only the initial value of ℓ. A second network
-    returns the rate ρ of each whitened direction, between 0 and 1; it learns to shorten steps that
-    are too long. The norm of the whitened gradient is bounded by 10 posterior standard deviations.
+    L so close to singular that log q is rounding noise.) The network is evaluated again after every
+    step, at the cost of a few matrix products. The s(x) of the encoder is only the initial value of
+    ℓ. A second network returns the rate ρ of each whitened direction, between 0 and 1; it learns to
+    shorten steps that are too long. The norm of the whitened gradient is bounded by 10 posterior
+    standard deviations.
     Before training L is diagonal, and ρ is ½ for a random encoder and 0.05 after a warm start: the
     s(x) of a VAE that was hardly trained is too wide, and long steps by it would lose what the VAE
     has learned.
@@ -114,8 +115,7 @@ class NewtonGuide(FullCovarianceGuide):
         hidden: int = 256,
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        if num_steps < 0:
-            raise ValueError(f"num_steps must not be negative, got {num_steps}")
+        check_at_least(0, num_steps=num_steps)
         check_at_least(1, hidden=hidden)
         if covariance not in get_args(Covariance):
             raise ValueError(

@@ -65,8 +65,7 @@ class RefiningGuide(GaussianGuide):
         num_samples: int = 2,
         warm_start: GaussianGuide | None = None,
     ) -> None:
-        if num_steps < 0:
-            raise ValueError(f"num_steps must not be negative, got {num_steps}")
+        check_at_least(0, num_steps=num_steps)
         check_at_least(1, num_samples=num_samples)
         super().__init__(model, encoder, warm_start=warm_start)
         self.num_steps = num_steps

@@ -253,7 +253,7 @@ def test_steps_work_under_no_grad_and_leave_no_sites():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"num_steps": -1}, "num_steps must not be negative, got -1"),
+        ({"num_steps": -1}, "num_steps must be at least 0, got -1"),
         ({"hidden": 0}, "hidden must be at least 1, got 0"),
         ({"covariance": "lowrank"}, "covariance must be one of .* got 'lowrank'"),
     ],
