@@ -25,7 +25,7 @@ import tyro
 from _significance import LEAST_SEEDS, compare_methods
 
 from pyro_gpvae.core._files import read_json, write_text
-from pyro_gpvae.runs.results import COLUMNS, FULL, differences, read_results, seeds_text
+from pyro_gpvae.runs.results import COLUMNS, FULL, differences, read_results
 
 PUBLISHED = Path(__file__).parent / "published"
 NAMES = ("MNIST", "OMNIGLOT", "CIFAR10", "SVHN", "CelebA")
@@ -298,6 +298,12 @@ def markdown(title: str, blocks: Blocks, caption: str, flags: Sequence[str] = ()
         lines.append("")
     notes = ["", "Flagged:", "", *(f"* {flag}" for flag in flags)] if flags else []
     return "\n".join([*lines, caption, *notes, ""])
+
+
+def seeds_text(counts: Iterable[int]) -> str:
+    """Returns how many seeds there are, from the numbers of several cells."""
+    low, high = min(counts := [*counts]), max(counts)
+    return f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
 
 
 def caption(runs: pd.DataFrame, epochs: int | None) -> str:

@@ -54,17 +54,12 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def to_parts(arrays: Mapping[str, Array]) -> Parts:
-    """Converts uint8 pixels (N, H, W) or (N, H, W, C) and integer labels (N,) to tensors.
-
-    The labels may be missing. Other dtypes and shapes are a ValueError.
-    """
+    """Converts pixels (N, H, W) or (N, H, W, C) and integer labels (N,), if any, to tensors."""
     images, labels = [], []
     for key in ("train", "test"):
         pixels, classes = arrays.get(key), arrays.get(f"{key}_labels")
         if pixels is None:
             raise ValueError(f"it has no array {key!r}")
-        if pixels.dtype != np.uint8:
-            raise ValueError(f"{key} has dtype {pixels.dtype} instead of uint8 (values 0 to 255)")
         if pixels.ndim == 3:
             pixels = pixels[..., None]
         if pixels.ndim != 4 or not 1 <= pixels.shape[3] <= 4:

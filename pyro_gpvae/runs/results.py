@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ __all__ = [
     "differences",
     "over_seeds",
     "read_results",
-    "seeds_text",
 ]
 
 #: The budget of the paper's supplement, sections 2 and 4; its number of seeds is not known.
@@ -170,18 +168,6 @@ def _show(value: Any) -> str:
         return "None"
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     return re.sub(r"^([0-9a-f]{12})[0-9a-f]{28,}", r"\1", text)
-
-
-def seeds_text(counts: Iterable[int]) -> str:
-    """Returns how many seeds there are, from the numbers of several cells.
-
-    Example:
-        >>> seeds_text([3, 1, 2]), seeds_text([1, 1])
-        ('1 to 3 seeds', '1 seed')
-    """
-    counts = [*counts]
-    low, high = min(counts), max(counts)
-    return f"{low} seed{'s' if low > 1 else ''}" if low == high else f"{low} to {high} seeds"
 
 
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:

@@ -277,7 +277,10 @@ def test_the_root_is_the_environment_variable_by_default(tmp_path, monkeypatch):
     ("arrays", "message"),
     [
         ({"train": GOOD}, "no array 'test'"),
-        ({"train": GOOD / 255, "test": GOOD}, "train has dtype float64 instead of uint8"),
+        (
+            {"train": GOOD / 255, "test": GOOD},
+            "train: expected uint8 .* got torch.float64",
+        ),
         ({"train": GOOD[0], "test": GOOD}, r"train has shape \(4, 4\)"),
         ({"train": GOOD[:, None], "test": GOOD}, r"images of shape \(4, 1, 4\) as in train"),
         ({"train": pixels(3, 1, 28, 28), "test": GOOD}, r"\(3, 1, 28, 28\) instead of \(N, H, W"),
