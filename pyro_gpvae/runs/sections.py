@@ -3,6 +3,7 @@ r"""The sections of a report on runs: scores, learning curves, pictures, and how
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,18 +73,12 @@ def pictures(run: Run, index: list[int], count: int, seed: int, caption: str = "
     from pyro_gpvae import plots  # imports matplotlib
 
     images = run.data.test[index]
-    decoded = {
-        "its mean": generation.reconstruct(run.model, run.guide, images, seed=seed),
-        "a draw": generation.reconstruct(run.model, run.guide, images, draw=True, seed=seed),
-    }
+    reconstruct = partial(generation.reconstruct, run.model, run.guide, images, seed=seed)
+    sample = partial(generation.sample_images, run.model, count, seed=seed)
     gaussian = run.config.likelihood == "gaussian"
     mean = "means of p(x|z)" if gaussian else "probabilities of p(x|z)"
-    samples = {
-        mean: generation.sample_images(run.model, count, seed=seed),
-        "draws from p(x|z), same z": generation.sample_images(
-            run.model, count, noise=True, seed=seed
-        ),
-    }
+    decoded = {"its mean": reconstruct(), "a draw": reconstruct(draw=True)}
+    samples = {mean: sample(), "draws from p(x|z), same z": sample(noise=True)}
     figures = {
         "reconstructions.png": plots.reconstructions(
             images.numpy(),
