@@ -72,7 +72,7 @@ def measure(options: Options) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     model = ImageModel(data.image_shape, latent_dim=10, sigma=initial_sigma(data.train))
     vae = make_guide("vae", model)
-    train = {"epochs": options.epochs, "seed": options.seed, "progress": False}
+    train: dict[str, Any] = {"epochs": options.epochs, "seed": options.seed, "progress": False}
     fit(model, vae, data.train, **train)
     model.requires_grad_(False)
     newton, gp = NewtonGuide(model, 1, warm_start=vae), make_guide("gp", model, warm_start=vae)
