@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
+from torch.nn.functional import huber_loss
 
 from guides.covariance import FullCovarianceGuide
 from guides.gaussian import GaussianGuide
@@ -236,11 +237,14 @@ class RefinementELBO(DifferentiableELBO):
     the posterior. Second, a step that succeeds from any start leaves no gradient for the start.
     Therefore the gradient of
 
-    .. math:: -\tfrac{\lambda}{2} \sum_{t < T} \bigl\| L^{-1} (z_t - z_T) \bigr\|^2
+    .. math:: -\lambda \sum_{t < T} H\bigl(\| L^{-1} (z_t - z_T) \|\bigr), \qquad
+        H(d) = \tfrac12 d^2 \text{ for } d \le 1, \text{ else } d - \tfrac12
 
-    is added, with constant :math:`z_T` and L. To second order, this is what the ELBO of
-    :math:`N(z_t, L L^\top)` loses against that of q, but it does not decode :math:`z_t`. The next
-    step then meets a start that is closer to the mode, where it converges quadratically.
+    is added, with constant :math:`z_T` and L. Within one posterior standard deviation this is, to
+    second order, what the ELBO of :math:`N(z_t, L L^\top)` loses against that of q, but it does not
+    decode :math:`z_t`. (Without the bound on its slope, images far from their mode dominate all
+    others, and training may diverge.) The next step then meets a start that is closer to the mode,
+    where it converges quadratically.
 
     References:
         Roeder, Wu and Duvenaud, *Sticking the Landing*, 2017, for the first gradient.
@@ -273,7 +277,8 @@ class RefinementELBO(DifferentiableELBO):
             log_q = scale_and_mask(q.log_prob(site["value"]), site["scale"], site["mask"]).sum()
             elbo = elbo - log_q
             for start in site["infer"][_STARTS]:
-                loss = 0.5 * _whitened(start - q.mean, q).square().sum(-1)
+                distance = torch.linalg.vector_norm(_whitened(start - q.mean, q), dim=-1)
+                loss = huber_loss(distance, torch.zeros_like(distance), reduction="none")
                 loss = self.start_weight * scale_and_mask(loss, site["scale"], site["mask"]).sum()
                 elbo = elbo - (loss - loss.detach())
         return cast(Tensor, elbo)

@@ -163,20 +163,25 @@ def test_gradients_equal_finite_differences(likelihood, options):
         torch.testing.assert_close(numeric, analytic, rtol=1e-5, atol=1e-5)
 
 
-def test_its_objective_is_the_elbo_and_has_no_noise_at_the_posterior():
+@pytest.mark.parametrize("shift", [0.01, 1.0])
+def test_its_objective_is_the_elbo_and_has_no_noise_at_the_posterior(shift):
     model, x = linear_model(), images(5)
     guide, exact = build(model), exact_posterior(model, x)
     q = dist.MultivariateNormal(exact.mean, scale_tril=exact.scale_tril.expand(5, 2, 2))
     loc, factor = q.loc.clone().requires_grad_(), q.scale_tril.clone().requires_grad_()
-    guide._refine = lambda x: (dist.MultivariateNormal(loc, scale_tril=factor), [loc - 1])
+    guide._refine = lambda x: (dist.MultivariateNormal(loc, scale_tril=factor), [loc - shift])
     for weight in (0, 1):
         loss = RefinementELBO(weight).differentiable_loss(model, guide, x)
         # every draw gives log p(x), as q is the posterior
         evidence = (model.log_joint(x, loc) - q.log_prob(loc)).sum()
         torch.testing.assert_close(loss, -evidence, rtol=0, atol=1e-9)
     gradients = torch.autograd.grad(loss, (loc, factor))
-    start = torch.linalg.solve(q.covariance_matrix, -torch.ones(5, 2, 1).double()).squeeze(-1)
-    torch.testing.assert_close(gradients[0], start, rtol=0, atol=1e-8)
+    away = torch.full((5, 2, 1), -shift).double()
+    start = torch.linalg.solve(q.covariance_matrix, away)
+    distance = (away.mT @ start).sqrt()  # in posterior standard deviations
+    assert (distance < 1).all() if shift < 1 else (distance > 1).all()
+    slope = (start / distance.clamp(min=1)).squeeze(-1)
+    torch.testing.assert_close(gradients[0], slope, rtol=0, atol=1e-8)
     torch.testing.assert_close(gradients[1], torch.zeros(5, 2, 2).double(), rtol=0, atol=1e-8)
 
 
