@@ -114,9 +114,13 @@ class JointDensity:
 
     def __getitem__(self, index: Any) -> JointDensity:
         """Returns the density of some members of the batch, by a slice or their numbers."""
-        part = copy.copy(self)
-        part.batch = take(self.batch, index)
-        return part
+        return self.of(take(self.batch, index))
+
+    def of(self, batch: Batch) -> JointDensity:
+        """Returns the density of another batch, whose members have the same shapes."""
+        other = copy.copy(self)
+        other.batch = batch
+        return other
 
     @property
     def origin(self) -> Tensor:
@@ -280,10 +284,9 @@ class _Latents(Messenger):
             self._parts[name] = transform.inv(msg["value"])
         msg["log_jacobian"] = None
         if not is_real(complete(msg["fn"]).support):
-            log_jacobian = transform.log_abs_det_jacobian(self._parts[name], msg["value"])
-            msg["log_jacobian"] = log_jacobian
+            msg["log_jacobian"] = transform.log_abs_det_jacobian(self._parts[name], msg["value"])
             self.log_jacobian = self.log_jacobian + self.density.structure.per_member(
-                log_jacobian, self.shape
+                msg["log_jacobian"], self.shape
             )
         self.sites[name] = msg
         if self.stops and len(self.sites) == len(self.density.sites):
@@ -307,8 +310,7 @@ class LatentPosterior(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        mean: Tensor = self.base.mean
-        return mean
+        return self.base.mean
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> LatentPosterior:
         return LatentPosterior(self.base.expand(batch_shape), self.density)

@@ -2,7 +2,6 @@ r"""Any Pyro program as a model of one real vector, for the amortised guides of 
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pyro
@@ -97,15 +96,13 @@ class UnconstrainedModel(Program):
 
     def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
         """Returns log p(x, u = z) in nats, (..., B), for data x (B, ...) and z (..., B, p)."""
-        density = copy.copy(self._density)
-        density.batch = (x,)
+        density = self._density.of((x,))
         return density.log_prob(z.reshape(-1, *z.shape[-2:])).reshape(z.shape[:-1])
 
     def constrain(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
         """Returns the latent sites of the program by name, for data x (B, ...) and z (B, p)."""
-        density = copy.copy(self._density)
-        density.batch = (x,)
-        return {name: site["value"] for name, site in density.constrain(z).sites.items()}
+        found = self._density.of((x,)).constrain(z)
+        return {name: site["value"] for name, site in found.sites.items()}
 
     def forward(self, x: Tensor) -> Tensor:
         with pyro.plate(DATA_PLATE, len(x), dim=-1):
