@@ -4,7 +4,9 @@
 
 For each seed this trains a VAE and finds the instance-wise optimum on its decoder, a full Gaussian
 for each test image. The decoder is then frozen, and every guide is trained on it from the encoder
-of the VAE, for as many epochs again; SA and VLAE take the encoder as it is. With
+of the VAE, for --guide-epochs; SA and VLAE take the encoder as it is. With --augment, half of the
+images are then rotated, scaled and shifted a little: an encoder needs more images than a decoder,
+and may see any that the decoder can explain. With
 
     gap(q) = ELBO[optimum] - ELBO[q],    share closed = 1 - gap(q) / gap(VAE's encoder)
 
@@ -22,7 +24,6 @@ last two from the first.
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from typing import Any
 
 import torch
 import tyro
+from _augmentation import augmented
+from _newton_page import BUDGET, REFERENCE_SAMPLES, REPEATS, caption, markdown
 from _share_against_passes import share_against_passes
 from _study import publish
 from torch import Tensor
@@ -58,15 +61,8 @@ TRAINED = ("vae", "gp", "full", "iaf:2", "me:2", "iterative:3", "newton:1", "new
 UNTRAINED = ("sa:1", "sa:2", "sa:4", "sa:8", "vlae:1", "vlae:2")
 #: Guides that are trained together with a decoder; the training step of the first is the unit.
 END_TO_END = ("vae", "sa:1", "newton:1", "newton:1,covariance=diagonal")
-#: The guide whose training time is the budget of equal time.
-BUDGET = "newton:1"
 LEARNING_RATES = {"model.log_sigma": 1e-2}
-#: Importance samples for each image and proposal of the reference estimate, without annealing.
-REFERENCE_SAMPLES = 500
 BATCH = 128
-REPEATS = 60
-#: The columns of the training from scratch, and their digits.
-_JOINT = {"epochs": 0, "elbo": 1, "log_evidence": 1, "reference": 1, "sigma": 3, "step": 2}
 _START, _OPTIMUM = "encoder of the VAE", "instance-wise optimum"
 
 
@@ -77,7 +73,9 @@ class Options:
     Attributes:
         data: Name of a data set, or path of an .npz file.
         root: Folder where data sets are kept; None is that of the command.
-        epochs: Passes over the training images, for the VAE and again for every guide.
+        epochs: Passes over the training images for the VAE, and for guides trained with a decoder.
+        guide_epochs: Passes for every guide on the frozen decoder; None is epochs.
+        augment: Train these guides on images of which half are rotated, scaled and shifted.
         seeds: The number of seeds, from 0.
         latent_dim: Dimension p of z.
         test_images: How many test images are used.
@@ -93,6 +91,8 @@ class Options:
     data: str = "mnist5k"
     root: str | None = None
     epochs: int = 20
+    guide_epochs: int | None = None
+    augment: bool = False
     seeds: int = 3
     latent_dim: int = 10
     test_images: int = 200
@@ -171,7 +171,7 @@ class _Study:
         path = self.folder / "vae.pt"
         if not path.exists():
             rates = {"model.log_sigma": self.options.sigma_learning_rate}
-            self.fit(model, encoder, learning_rates=rates)
+            self.fit(model, encoder, self.train, learning_rates=rates)
             torch.save([model.state_dict(), encoder.state_dict()], path)
         for program, state in zip((model, encoder), torch.load(path), strict=True):
             program.load_state_dict(state)
@@ -180,7 +180,12 @@ class _Study:
     def guide(self, name: str, model: ImageModel, encoder: GaussianGuide) -> dict[str, Any]:
         torch.manual_seed(self.seed)
         guide = make_guide(name, model, warm_start=encoder)
-        seconds = 0.0 if name in UNTRAINED else self.fit(model, guide)
+        seconds = 0.0
+        if name not in UNTRAINED:
+            data: Any = self.train
+            if self.options.augment:
+                data = augmented(to_batch(self.train)[0], BATCH)
+            seconds = self.fit(model, guide, data, self.options.guide_epochs)
         return self.scores(model, guide) | {"seconds": seconds}
 
     def end_to_end(self) -> list[dict[str, Any]]:
@@ -201,7 +206,7 @@ class _Study:
         """Trains model and guide together."""
         torch.manual_seed(self.seed)
         model, guide = self.programs(name)
-        seconds = self.fit(model, guide, epochs, learning_rates=LEARNING_RATES)
+        seconds = self.fit(model, guide, self.train, epochs, learning_rates=LEARNING_RATES)
         assert model.sigma is not None
         scores = self.scores(model, guide) | {"sigma": model.sigma.item(), "seconds": seconds}
         options: Any = {"num_samples": REFERENCE_SAMPLES, "num_chains": 0, "seed": self.seed}
@@ -229,10 +234,12 @@ class _Study:
         model = ImageModel((channels, height, width), self.options.latent_dim, sigma=sigma)
         return model, make_guide(name, model)
 
-    def fit(self, model: Any, guide: Any, epochs: int | None = None, **options: Any) -> float:
+    def fit(
+        self, model: Any, guide: Any, data: Any, epochs: int | None = None, **options: Any
+    ) -> float:
         start = time.process_time()
         epochs = epochs or self.options.epochs
-        fit(model, guide, self.train, epochs=epochs, seed=self.seed, progress=False, **options)
+        fit(model, guide, data, epochs=epochs, seed=self.seed, progress=False, **options)
         return time.process_time() - start
 
     def scores(self, model: ImageModel, guide: Any) -> dict[str, float]:
@@ -276,68 +283,6 @@ class _Study:
             print(f"seed {self.seed}: {name}", flush=True)
             write_json(path, compute())
         return read_json(path)
-
-
-def markdown(record: dict[str, Any]) -> str:
-    """Returns the tables of the record, with means and standard deviations over seeds."""
-    rows = record["rows"]
-    frozen = [row for row in rows if row["decoder"] == "frozen"]
-    lines = [
-        "| q, on the decoder of the VAE | ELBO | median | IWAE | gap closed | decoder passes |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for name in dict.fromkeys(row["guide"] for row in frozen):
-        group = [row for row in frozen if row["guide"] == name]
-        cells = [_mean(group, key, 1) for key in ("elbo", "median_elbo", "log_evidence")]
-        cells += [_mean(group, "share", 0, 100) + " %", _mean(group, "decoder_passes", 1)]
-        lines.append(f"| `{name}` ({len(group)}) | " + " | ".join(cells) + " |")
-    joint = [row for row in rows if row["decoder"] != "frozen"]
-    if joint:
-        lines += ["", "| trained together | budget | epochs | ELBO | IWAE | log p(x) | σ | step |"]
-        lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
-        for budget, name in dict.fromkeys((row["decoder"], row["guide"]) for row in joint):
-            group = [row for row in joint if (row["guide"], row["decoder"]) == (name, budget)]
-            cells = [_mean(group, key, digits) for key, digits in _JOINT.items()]
-            lines.append(f"| `{name}` ({len(group)}) | {budget} | " + " | ".join(cells) + " |")
-    text = caption(record) + (joint_caption(record) if joint else "")
-    return "\n".join([*lines, "", text, ""])
-
-
-def caption(record: dict[str, Any]) -> str:
-    """Returns the data, the budget, the seeds and the machine, in sentences."""
-    rate = record.get("sigma_learning_rate", 5e-4)
-    sigma = "" if rate == 5e-4 else f" ({rate:g} for σ)"
-    return (
-        f"{record['data']}: {record['train_images']:,} training and {record['test_images']} "
-        f"test images, p = {record['latent_dim']}, networks of the paper's tables, "
-        f"{record['epochs']} epochs for the VAE and as many again for every trained guide, "
-        f"learning rate 5e-4{sigma}, K = {record['num_samples']}. The number of seeds is in "
-        "brackets; means ± standard deviations over seeds. `sa` and `vlae` take the encoder "
-        "of the VAE without training. "
-        "Decoder passes: the CPU time to infer 128 images in units of that to decode 128 latent "
-        f"vectors, the fastest of {REPEATS} each, the encoder included, on one thread of "
-        f"{record['device']}, which other processes used at the same time."
-    )
-
-
-def joint_caption(record: dict[str, Any]) -> str:
-    """Returns what the second table needs in addition."""
-    untrusted = max(row.get("untrusted", 0) for row in record["rows"])
-    return (
-        " Trained together: from random weights, the learning rate of σ is 1e-2; log p(x) by "
-        f"`reference_evidence` with {REFERENCE_SAMPLES} samples of each proposal and no "
-        f"annealing (not reliable for at most {untrusted} images of a guide); the CPU time of "
-        "a training step is in units of that of the VAE, and equal time is that of "
-        f"{record['epochs']} epochs of `{BUDGET}`."
-    )
-
-
-def _mean(rows: list[dict[str, Any]], key: str, digits: int, factor: float = 1.0) -> str:
-    values = [factor * row[key] for row in rows if row.get(key) is not None]
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 if __name__ == "__main__":

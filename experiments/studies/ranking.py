@@ -269,7 +269,9 @@ def picture(record: dict[str, Any]) -> Figure:
     ends = []
     for name, group in cells.groupby("row", sort=False):
         curve = pd.DataFrame(group["validation"].to_list()).mean()
-        before = record["epochs"] if ROWS[str(name)][1] else 0  # the epochs of its warm start
+        before = (
+            record["epochs"] if (ROWS | FC_ROWS)[str(name)][1] else 0
+        )  # the epochs of its warm start
         (line,) = axes.plot(before + 1 + curve.index, curve, linewidth=1.2)
         ends.append((float(curve.iloc[-1]), before + len(curve), name, line.get_color()))
     top = max(end[0] for end in ends)

@@ -43,6 +43,7 @@ def test_newton(tmp_path, monkeypatch):
     monkeypatch.setattr(newton, "REPEATS", 1)
     monkeypatch.setattr(newton, "REFERENCE_SAMPLES", 100)
     options = {"epochs": 1, "latent_dim": 2, "num_samples": 5, "seeds": 2, "end_to_end": 1}
+    options |= {"guide_epochs": 2, "augment": True}
     for _ in range(2):  # the second call finds all cells
         newton.main(newton.Options(**options, out=tmp_path))
     rows = read_json(tmp_path / "newton_mnist5k_p2.json")["rows"]
@@ -52,6 +53,7 @@ def test_newton(tmp_path, monkeypatch):
     text = (tmp_path / "newton_mnist5k_p2.md").read_text()
     assert "| `newton:1` (2) |" in text
     assert "| `newton:1` (1) | equal time | 1 |" in text
+    assert "1 epochs for the VAE and 2 more for every trained guide, on images" in text
     assert (tmp_path / "newton_mnist5k_p2.png").exists()
 
 
