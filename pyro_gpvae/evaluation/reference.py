@@ -237,6 +237,7 @@ class _Part:
                 self.vectorized = weights.vectorized
             return found
 
+        mixed = f"{self.full} and prior"
         parts: list[Any] = split_gaussian(base_of(self.best))
         for n in range(len(self.density)):
             proposals = {} if self.guide is None else {self.own: self.guide}
@@ -250,14 +251,14 @@ class _Part:
             for name, q in proposals.items():
                 columns.setdefault(name, []).append(sampled(n, q, name))
             if not isinstance(self.model, ImageModel):
-                name = f"{self.full} and prior"
-                columns.setdefault(name, []).append(self._defensive(n, parts[n], chunk_size, name))
+                found = self._defensive(n, parts[n], chunk_size, mixed)
+                columns.setdefault(mixed, []).append(found)
             bar.update()
         for name, column in columns.items():
-            found = Evidence.from_log_weights(torch.cat(column, dim=1))
-            self.estimates[name] = found.log_evidence, found.standard_error, found.pareto_k
-            limit = _FINITE_VARIANCE if f"{self.full} and prior" in columns else PARETO_LIMIT
-            self.trust[name] = found.pareto_k <= (PARETO_LIMIT if "prior" in name else limit)
+            evidence = Evidence.from_log_weights(torch.cat(column, dim=1))
+            self.estimates[name] = evidence.log_evidence, evidence.standard_error, evidence.pareto_k
+            limit = PARETO_LIMIT if name == mixed or mixed not in columns else _FINITE_VARIANCE
+            self.trust[name] = evidence.pareto_k <= limit
 
     def _widened(self, n: int, widths: Sequence[float]) -> dict[float, PrecomputedPosterior]:
         """q(z|x) of the n-th image, widened about its mean m by c: z' = m + c (z - m)."""

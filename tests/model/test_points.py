@@ -1,5 +1,6 @@
 """Latents that are points of auxiliary draws: their density is checked against the log-Jacobian."""
 
+import math
 from functools import partial
 
 import pyro
@@ -60,6 +61,37 @@ def test_a_point_with_the_log_jacobian_has_the_exact_evidence():
     torch.testing.assert_close(found.log_evidence, EXACT)
     detached = log_evidence(model, guide_of(lambda u: dist.Delta(u.detach().exp(), -u)), X, 5)
     torch.testing.assert_close(detached.log_evidence, EXACT)
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_a_continuous_point_of_a_discrete_draw_is_refused(name):
+    """Its probability is no density, so that the weights would not estimate log p(x)."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5)), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(1 + k))
+
+    with pytest.raises(ValueError, match="discrete where the others are continuous"):
+        EVALUATORS[name](guide)
+
+
+def test_a_discrete_point_of_a_discrete_draw_has_the_exact_evidence():
+    def counts(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.3)))
+            pyro.sample("x", dist.Normal(k, 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            log_p = torch.stack([dist.Normal(k, 0.5).log_prob(x) for k in (0.0, 1.0)])
+            odds = log_p[1] - log_p[0] + math.log(0.3 / 0.7)
+            other = pyro.sample("other", dist.Bernoulli(logits=-odds), infer={"is_auxiliary": True})
+            pyro.sample("k", dist.Delta(1 - other))
+
+    parts = [dist.Normal(k, 0.5).log_prob(X) + math.log(p) for k, p in ((0.0, 0.7), (1.0, 0.3))]
+    exact = torch.stack(parts).logsumexp(0)
+    torch.testing.assert_close(log_evidence(counts, guide, X, 5).log_evidence, exact)
 
 
 def test_check_guide_names_the_remedy():
