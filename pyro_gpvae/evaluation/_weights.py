@@ -36,6 +36,7 @@ from pyro_gpvae.model._local import (
     PARTICLES,
     Structure,
     agree,
+    check_kinds,
     complete,
     is_point,
     is_real,
@@ -186,7 +187,7 @@ class Weights:
         depth = self.structure.nesting + len(shape) - 1
         if is_validation_enabled():
             check_model_guide_match(local_p, local_q, depth)
-        _check_support(local_p)
+        _check_support(local_p, local_q)
         local_p.compute_log_prob()
         local_q.compute_log_prob()
         if is_validation_enabled() and not self.enumerates:
@@ -303,9 +304,10 @@ def _last_draws(trace: Any) -> dict[str, Tensor]:
     return values
 
 
-def _check_support(trace: Any) -> None:
+def _check_support(p: Any, q: Any) -> None:
     """Refuses draws that the prior cannot make, also where Pyro's validation is off."""
-    for name, site in trace.nodes.items():
+    check_kinds(q.nodes, p.nodes)
+    for name, site in p.nodes.items():
         if site["is_observed"] or is_real(complete(site["fn"]).support):
             continue
         if not bool(site["fn"].support.check(site["value"]).all()):

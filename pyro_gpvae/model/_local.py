@@ -3,7 +3,7 @@ r"""The local sites of a Pyro program: those of each member of a batch, in the d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -110,6 +110,22 @@ def is_point(fn: Any) -> bool:
     while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)
+
+
+def check_kinds(guide_nodes: Mapping[str, Any], model_nodes: Mapping[str, Any]) -> None:
+    """Raises ValueError if a site is discrete in one of two traces and continuous in the other."""
+    for name, site in guide_nodes.items():
+        other = model_nodes.get(name)
+        if not is_sampled(site) or other is None or is_point(site["fn"]):
+            continue
+        drawn, prior = (complete(s["fn"]).support for s in (site, other))
+        if drawn.is_discrete != prior.is_discrete:
+            kinds = ["discrete" if s.is_discrete else "continuous" for s in (drawn, prior)]
+            raise ValueError(
+                f"the guide draws {name!r} from a {kinds[0]} distribution, and the model from a "
+                f"{kinds[1]} one, so that p(x, z) / q(z|x) is no ratio of densities: give both "
+                "the same support"
+            )
 
 
 def agree(a: Tensor, b: Tensor) -> bool:

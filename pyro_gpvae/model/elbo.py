@@ -45,6 +45,7 @@ from pyro_gpvae.core._programs import (
 )
 from pyro_gpvae.core._seeds import preserve_rng
 from pyro_gpvae.data.batch import Data, to_batch
+from pyro_gpvae.model._local import check_kinds
 from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model._points import check_points
 from pyro_gpvae.model.guide import check_program_data
@@ -324,6 +325,7 @@ def elbo_terms(
         plates = [data_plate(trace.nodes, len(batch[0])) for trace in traces]
         if len(batch[0]) != num_images:
             check_separable(guide, guide_trace.nodes, plates[0])
+        check_kinds(guide_trace.nodes, model_trace.nodes)
         check_points(guide, batch, guide_trace, model_trace, plates[0])
         for trace, plate, sign in zip(traces, plates, (-1.0, 1.0), strict=True):
             trace.compute_log_prob(lambda _, site: is_sampled(site))

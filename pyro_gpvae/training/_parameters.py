@@ -23,6 +23,7 @@ from pyro_gpvae.core._plates import (
 )
 from pyro_gpvae.core._programs import PyroProgram, autoguides_of, modules_of
 from pyro_gpvae.data.batch import Batch
+from pyro_gpvae.model._local import check_kinds
 from pyro_gpvae.model._pairing import pair
 from pyro_gpvae.model._points import check_points
 from pyro_gpvae.model.elbo import Block
@@ -57,6 +58,7 @@ def named_parameters(
         replayed = poutine.replay(pair(model, guide), trace=guide_trace)
         model_trace: Any = poutine.trace(replayed).get_trace(*batch)
         check_observes(model_trace.nodes)
+        check_kinds(guide_trace.nodes, model_trace.nodes)
         check_points(guide, batch, guide_trace, model_trace, plate)
         _check_sampled(guide_trace.nodes, model_trace.nodes)
     for auto in autoguides_of(guide):

@@ -76,6 +76,28 @@ def test_a_continuous_point_of_a_discrete_draw_is_refused(name):
         EVALUATORS[name](guide)
 
 
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_a_discrete_guide_of_a_continuous_site_is_refused(name):
+    """A probability over a density would give a number, which estimates nothing."""
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Poisson(torch.ones_like(x)))
+
+    with pytest.raises(ValueError, match=r"'z' from a discrete distribution.*continuous one"):
+        EVALUATORS[name](guide)
+
+
+def test_a_discrete_posterior_of_a_continuous_site_is_refused():
+    class Guide:
+        def posterior(self, x):
+            return dist.Poisson(torch.ones_like(x))
+
+    for evaluate in (EVALUATORS["log_evidence"], EVALUATORS["decompose"]):
+        with pytest.raises(ValueError, match=r"'z' from a discrete distribution"):
+            evaluate(Guide())
+
+
 def test_a_discrete_point_of_a_discrete_draw_has_the_exact_evidence():
     def counts(x):
         with pyro.plate("data", len(x)):
