@@ -56,8 +56,9 @@ def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:
 
     Raises:
         ValueError: If a site is in half precision; if there is no such plate, or several of other
-            names; if the plate subsamples, because its sites would be scaled twice; if no latent
-            site lies in it; or if an observed site lies in another plate at dimension -1.
+            names; if a plate around it may be the data plate; if the plate subsamples, because its
+            sites would be scaled twice; if no latent site lies in it; or if an observed site lies
+            in another plate at dimension -1.
     """
     sites = {name: site for name, site in nodes.items() if is_sampled(site)}
     for name, site in sites.items():
@@ -77,6 +78,8 @@ def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:
     found = [name for name, frame in last.items() if frame.size in (batch_size, -1)]
     if DATA_PLATE in found:
         found = [DATA_PLATE]
+    else:
+        _check_outer_plates(stacks, batch_size)
     if len(found) != 1:
         what = f"the plates {found}" if found else "no plate"
         raise ValueError(
@@ -99,6 +102,20 @@ def data_plate(nodes: Mapping[str, Any], batch_size: int) -> str:
                 f"member of the batch must be in plate({plate!r})"
             )
     return plate
+
+
+def _check_outer_plates(stacks: Sequence[Any], batch_size: int) -> None:
+    """Raises ValueError if a plate around the plate at dimension -1 may be the data plate."""
+    for stack in stacks:
+        dims = [frame.dim for frame in stack]  # from the outermost
+        around = stack[: dims.index(-1)] if -1 in dims else ()
+        for frame in filter(lambda frame: frame.vectorized and frame.dim != -1, stack):
+            if frame.name == DATA_PLATE or (frame in around and 1 < frame.size == batch_size):
+                raise ValueError(
+                    f"plate({frame.name!r}) with {frame.size} members is at dimension {frame.dim}: "
+                    f"the data plate must have dim=-1, and must be named {DATA_PLATE!r} if a plate "
+                    "around it has as many members as the batch"
+                )
 
 
 def hide_observations(guide: Any) -> Any:

@@ -37,10 +37,10 @@ from pyro_gpvae.model._local import (
     Structure,
     agree,
     check_kinds,
-    complete,
     is_point,
     is_real,
     name_of,
+    support_of,
     warn_of_loop,
 )
 from pyro_gpvae.model._points import FixedDraws, check_points
@@ -247,7 +247,7 @@ class Weights:
 
     def _size(self, site: Any, shape: tuple[int, ...]) -> int:
         """The number of unconstrained values of a site for one particle and member."""
-        support, size = complete(site["fn"]).support, site["value"].shape
+        support, size = support_of(site["fn"]), site["value"].shape
         if not support.is_discrete:
             size = biject_to(support).inverse_shape(size)
         local = in_plate(site, self.structure.plate) or in_plate(site, self.guide_structure.plate)
@@ -308,10 +308,11 @@ def _check_support(p: Any, q: Any) -> None:
     """Refuses draws that the prior cannot make, also where Pyro's validation is off."""
     check_kinds(q.nodes, p.nodes)
     for name, site in p.nodes.items():
-        if site["is_observed"] or is_real(complete(site["fn"]).support):
+        support = support_of(site["fn"])
+        if site["is_observed"] or is_real(support):
             continue
-        if not bool(site["fn"].support.check(site["value"]).all()):
+        if not bool(support.check(site["value"]).all()):
             raise _SupportError(
-                f"the guide's draws of {name!r} lie outside the support {site['fn'].support} of "
+                f"the guide's draws of {name!r} lie outside the support {support} of "
                 f"the model's {type(site['fn']).__name__}: give both the same support"
             )

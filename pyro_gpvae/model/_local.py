@@ -2,6 +2,7 @@ r"""The local sites of a Pyro program: those of each member of a batch, in the d
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,15 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro.contrib.zuko import ZukoToPyro
-from pyro.distributions import Delta
+from pyro.distributions import (
+    Delta,
+    ExpandedDistribution,
+    Independent,
+    MaskedDistribution,
+    MixtureSameFamily,
+    SineBivariateVonMises,
+    VonMises,
+)
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import constraints
@@ -98,6 +107,25 @@ def complete(fn: Any) -> Any:
     return _ZukoFlow(fn.dist) if type(fn) is ZukoToPyro else fn
 
 
+def support_of(fn: Any) -> Any:
+    """Returns the support of a distribution, with a bijection to the real numbers where one exists.
+
+    The densities of angles are periodic, and are densities of one turn, although their support is
+    called real. A mixture has the support of its components.
+    """
+    if isinstance(fn, VonMises):
+        return constraints.interval(-math.pi, math.pi)
+    if isinstance(fn, SineBivariateVonMises):
+        return constraints.independent(constraints.interval(-math.pi, math.pi), 1)
+    if isinstance(fn, MixtureSameFamily):
+        return support_of(fn.component_distribution)
+    if isinstance(fn, Independent):
+        return constraints.independent(support_of(fn.base_dist), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, MaskedDistribution | ExpandedDistribution):
+        return support_of(fn.base_dist)
+    return complete(fn).support
+
+
 def is_real(support: Any) -> bool:
     """Returns whether a support is the real numbers, or real vectors."""
     while isinstance(support, constraints.independent):
@@ -118,7 +146,7 @@ def check_kinds(guide_nodes: Mapping[str, Any], model_nodes: Mapping[str, Any]) 
         other = model_nodes.get(name)
         if not is_sampled(site) or other is None or is_point(site["fn"]):
             continue
-        drawn, prior = (complete(s["fn"]).support for s in (site, other))
+        drawn, prior = (support_of(s["fn"]) for s in (site, other))
         if drawn.is_discrete != prior.is_discrete:
             kinds = ["discrete" if s.is_discrete else "continuous" for s in (drawn, prior)]
             raise ValueError(

@@ -16,7 +16,7 @@ from torch.distributions import biject_to
 from pyro_gpvae.core._plates import hide_observations, in_plate, is_observation, is_sampled
 from pyro_gpvae.core._programs import PyroProgram
 from pyro_gpvae.data.batch import Batch
-from pyro_gpvae.model._local import complete, is_point, name_of
+from pyro_gpvae.model._local import is_point, name_of, support_of
 
 _MEMBERS = 4  # of the batch, at which the log densities are compared
 
@@ -63,8 +63,8 @@ def check_points(guide: PyroProgram, batch: Batch, q: Any, p: Any, plate: str) -
     if not points or not own or any(not in_plate(drawn[n], plate) for n in own if size > 1):
         return
     what = f"the sites {points} of the guide {name_of(guide)} are points"
-    supports = {n: complete(drawn[n]["fn"]).support for n in own}
-    supports |= {n: complete(p.nodes[n]["fn"]).support for n in points}
+    supports = {n: support_of(drawn[n]["fn"]) for n in own}
+    supports |= {n: support_of(p.nodes[n]["fn"]) for n in points}
     discrete = {name for name, support in supports.items() if support.is_discrete}
     if discrete:
         in_u, in_z = (

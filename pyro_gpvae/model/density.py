@@ -24,9 +24,9 @@ from pyro_gpvae.model._local import (
     PARTICLES,
     Structure,
     agree,
-    complete,
     is_real,
     name_of,
+    support_of,
     warn_of_loop,
 )
 
@@ -95,7 +95,7 @@ class JointDensity:
         for name, site in found.items():
             if site["is_observed"]:
                 continue
-            support = complete(site["fn"]).support
+            support = support_of(site["fn"])
             if support.is_discrete:
                 raise ValueError(
                     f"the latent site {name!r} of the model {name_of(model)} is discrete, and this "
@@ -270,7 +270,7 @@ class _Latents(Messenger):
             return
         if self._given is not None:
             part = place.read(self._given, self.density.structure.nesting)
-            msg["value"] = biject_to(complete(msg["fn"]).support)(part)
+            msg["value"] = biject_to(support_of(msg["fn"]))(part)
             self._parts[msg["name"]] = part
         elif self._values is not None:
             msg["value"] = self._values[msg["name"]]
@@ -279,11 +279,11 @@ class _Latents(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] not in self.density.sites:
             return
-        name, transform = msg["name"], biject_to(complete(msg["fn"]).support)
+        name, transform = msg["name"], biject_to(support_of(msg["fn"]))
         if name not in self._parts:
             self._parts[name] = transform.inv(msg["value"])
         msg["log_jacobian"] = None
-        if not is_real(complete(msg["fn"]).support):
+        if not is_real(support_of(msg["fn"])):
             msg["log_jacobian"] = transform.log_abs_det_jacobian(self._parts[name], msg["value"])
             self.log_jacobian = self.log_jacobian + self.density.structure.per_member(
                 msg["log_jacobian"], self.shape
@@ -342,7 +342,7 @@ def sample_posterior(q: Any, size: int, plate: str = "data", name: str = "z") ->
         value = dist.Delta(site["value"], log_density, event_dim=site["fn"].event_dim)
         with ExitStack() as stack:
             for frame in site["cond_indep_stack"]:
-                if frame.name == PARTICLES:
+                if frame.name == PARTICLES or not frame.vectorized:
                     continue
                 if frame.name not in plates:
                     plates[frame.name] = pyro.plate(frame.name, frame.size, dim=frame.dim)

@@ -47,6 +47,26 @@ def test_a_nested_plate_is_not_the_data_plate():
     assert find_data_plate(nested, (x,)) == "batch"
 
 
+@pytest.mark.parametrize("outer", ["data", "batch"])
+def test_a_data_plate_at_another_dimension_is_refused(outer):
+    """If the members have as many parts, the plate of the parts would be taken for it."""
+
+    def nested(x):
+        with pyro.plate(outer, 5, dim=-2), pyro.plate("parts", 5, dim=-1):
+            pyro.sample("u", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=rf"plate\('{outer}'\) .* dimension -2: .* dim=-1"):
+        find_data_plate(nested, (x,))
+
+
+def test_a_plate_of_particles_around_the_data_plate_may_have_any_size():
+    def nested(x):
+        with pyro.plate("particles", 5, dim=-2), pyro.plate("data", 5, dim=-1):
+            pyro.sample("u", dist.Normal(0.0, 1.0))
+
+    assert find_data_plate(nested, (x,)) == "data"
+
+
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [

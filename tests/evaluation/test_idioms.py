@@ -1,5 +1,6 @@
 """One linear-Gaussian model, written in six idioms of Pyro, has the same exact numbers in each."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pyro
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_gpvae import annealed_evidence, decompose, log_evidence
+from pyro_gpvae import annealed_evidence, decompose, log_evidence, reference_evidence
 from pyro_gpvae.evaluation.optimum import optimise_gaussian
 
 LOADINGS = torch.tensor([[1.0, 0.5], [-0.3, 0.8], [0.6, -1.2]]).double()
@@ -138,6 +139,85 @@ def wide(guide):
             pyro.sample("z", dist.Normal(q.mean, 1.0).to_event(1))
 
     return run
+
+
+ANGLES = torch.linspace(-math.pi, math.pi, 2001)[:-1].double()
+PRIORS = {
+    "mixture": (
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.tensor([0.3, 0.7]).double()),
+            dist.Normal(torch.tensor([-2.0, 2.0]).double(), 0.5),
+        ),
+        lambda z: z,
+        torch.linspace(-6.0, 6.0, 6001).double(),
+    ),
+    "mixture of positive": (
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.tensor([0.3, 0.7]).double()),
+            dist.Gamma(torch.tensor([2.0, 9.0]).double(), 3.0),
+        ),
+        torch.log,
+        torch.linspace(1e-6, 15.0, 30001).double(),
+    ),
+    "angle": (dist.VonMises(torch.tensor(1.0).double(), 2.0), torch.cos, ANGLES),
+}
+
+
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
+@pytest.mark.parametrize("name", PRIORS)
+def test_mixtures_and_angles_as_priors(name):
+    """The density of an angle is periodic, and only one turn of it is a density."""
+    prior, link, grid = PRIORS[name]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(link(z), 0.5), obs=x)
+
+    x = X[:, 0]
+    joint = prior.log_prob(grid) + dist.Normal(link(grid), 0.5).log_prob(x[:, None])
+    exact = joint.logsumexp(-1) + (grid[1] - grid[0]).log()
+    found = reference_evidence(model, x, num_samples=4000, num_chains=0)
+    error = (found.log_evidence - exact).abs()
+    assert bool((error < 4 * found.standard_error + 1e-3).all()), error
+    assert float(found.standard_error.max()) < 0.1
+
+
+def test_draws_of_an_angle_beyond_one_turn_are_refused():
+    prior = PRIORS["angle"][0]
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("x", dist.Normal(z.cos(), 0.5), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros_like(x), 10.0))
+
+    with pytest.raises(ValueError, match="lie outside the support Interval"):
+        log_evidence(model, guide, X[:, 0], 50)
+
+
+def test_the_gap_of_a_model_with_a_sequential_plate():
+    def program(sample):
+        def run(x):
+            with pyro.plate("data", len(x)):
+                for j in pyro.plate("columns", x.shape[1]):
+                    sample(j, x[:, j])
+
+        return run
+
+    def observe_one(j, x):
+        z = pyro.sample(f"z{j}", dist.Normal(torch.zeros_like(x), 1.0))
+        pyro.sample(f"x{j}", dist.Normal(z, 1.0), obs=x)
+
+    model = program(observe_one)
+    guide = program(lambda j, x: pyro.sample(f"z{j}", dist.Normal(x / 2, 0.5**0.5)))
+    gap = decompose(model, guide, X)
+    exact = dist.Normal(0.0, 2**0.5).log_prob(X).sum(-1)
+    for found in (gap.log_evidence, gap.elbo, gap.elbo_full, gap.elbo_diagonal):
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
