@@ -131,6 +131,26 @@ def link_notebook(app: Sphinx, doctree: nodes.document) -> None:
         title.parent.insert(title.parent.index(title) + 1, nodes.paragraph("", "", link))
 
 
+def shorten_warnings(app: Sphinx, doctree: nodes.document) -> None:
+    """Removes the temporary file and the line of code from warnings in the outputs of cells."""
+    for node in doctree.findall(nodes.literal_block):
+        if "stderr" in node["classes"]:
+            text = re.sub(r"^\S*/ipykernel_\S+ (.*)\n  .*$", r"\1", node.astext(), flags=re.M)
+            node.rawsource = text
+            node.children = [nodes.Text(text)]
+
+
+def break_names(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Lets long names in code break after their parts, and nowhere else (see page.css)."""
+    if "body" in context:
+        ends = re.compile(r"(?<=[/_,=(])(?=\w)|(?<=::)|(?<=\w\.)(?=[a-z_]{5})")
+        context["body"] = re.sub(
+            r'(?<=<span class="pre">)[^<]{20,}(?=</span>)',
+            lambda found: ends.sub("<wbr>", found[0]),
+            context["body"],
+        )
+
+
 def mark_plots(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Marks images with a background: dark pages invert them. Figures of images have none."""
     for node in doctree.findall(nodes.image):
@@ -182,6 +202,8 @@ def check_links(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     app.connect("source-read", use_small_budgets)
     app.connect("doctree-read", link_notebook, priority=100)  # before Sphinx collects downloads
+    app.connect("doctree-read", shorten_warnings)
     app.connect("doctree-resolved", mark_plots)
+    app.connect("html-page-context", break_names)
     app.connect("missing-reference", resolve_short_names)
     app.connect("build-finished", check_links, priority=900)  # after all files are copied

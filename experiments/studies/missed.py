@@ -61,6 +61,8 @@ def main(options: Options) -> None:
     encoder, best = gap.log_evidence - gap.elbo, gap.log_evidence - gap.elbo_full
     worst = encoder.argsort(descending=True)[: options.columns]
     decoded = decoded_means(model, guide, images[worst], encoder[worst], best[worst])
+    # the guide of this study is an encoder
+    decoded = {name.replace("guide", "encoder"): row for name, row in decoded.items()}
     caption = (
         f"The {options.columns} largest inference gaps of the first {options.images} test digits. "
         "Numbers are ELBO - log p(x) in nats. Embedded digits: a VAE with p = "

@@ -75,9 +75,14 @@ def missed_images(
         for axes, image, gap in zip(line, to_pixels(row), gaps, strict=True):
             show_pixels(axes, image)
             if gap is not None:
-                axes.set_xlabel(f"−{gap:.1f}" if gap > 0 else "0", fontsize=9, labelpad=2)
+                axes.set_xlabel(_loss(gap), fontsize=10, labelpad=2)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     return _style.on_any_page(_style.finish(figure, caption))
+
+
+def _loss(gap: Any) -> str:
+    """Returns minus a gap in nats, with a digit after the point if it is below 10."""
+    return f"{-max(float(gap), 0.0):z.{int(gap < 10)}f}".replace("-", "−")
 
 
 def uncertain_images(

@@ -51,8 +51,8 @@ def posterior_panels(
         )
     columns = min(columns, len(pixels))
     rows = -(-len(pixels) // columns)
-    ratios, height = (1, 3) * columns, 3.4 * rows + 0.9
-    figure, grid = panels(4.3 * columns, height, rows, 2 * columns, width_ratios=ratios)
+    ratios, height = (1, 3) * columns, 2.9 * rows + 0.9
+    figure, grid = panels(3.4 * columns, height, rows, 2 * columns, width_ratios=ratios)
     for index, (picture, axes) in enumerate(grid.reshape(-1, 2)):
         if index >= len(pixels):
             picture.set_axis_off()

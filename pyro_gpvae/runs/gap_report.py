@@ -300,6 +300,6 @@ def _doubts(table: pd.DataFrame) -> list[str]:
     for text, which in doubts.items():
         counts = table.loc[which, "label"].value_counts(sort=False)
         if len(counts):
-            images = ", ".join(f"{n} images of `{label}`" for label, n in counts.items())
-            lines.append(f"{text}{images}.")
+            images = [f"{n} image{'s' * (n != 1)} of `{label}`" for label, n in counts.items()]
+            lines.append(f"{text}{', '.join(images)}.")
     return lines

@@ -167,7 +167,7 @@ def configuration(runs: Mapping[str, Run]) -> Section:
         commit = record.get("commit") or "–"
         values |= {
             "commit": commit[:10] + "+" * commit.endswith("+"),
-            "computed on": f"{record.get('device')}, {record.get('threads')} threads",
+            "computed on": f"{record.get('device')}, threads: {record.get('threads')}",
             **{f"{name} (version)": v for name, v in record.get("versions", {}).items()},
             "SHA-256 of the weights": run.weights_sha256[:16],
         }

@@ -145,7 +145,7 @@ def _figures(
         order, count = scores.argsort(kind="stable").tolist(), min(3, len(table) // 2)
         chosen = [*order[:count], *order[::-1][:count]]
         panels = [
-            f"uncertainty {row.uncertainty:.3g}, gap {row.gap:.3g} nats"
+            f"uncertainty {row.uncertainty:.2g}\ngap {row.gap:.3g} nats"
             for row in table.iloc[chosen].itertuples()
         ]
         text = (

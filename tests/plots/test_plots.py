@@ -59,6 +59,13 @@ def test_reconstructions_are_below_their_images():
     np.testing.assert_allclose(shown(axes)[:8, :8], IMAGES[0, 0] / 255)
 
 
+def test_missed_images_give_the_nats_in_digits_that_are_known():
+    gaps = [1021.73, 12.34, 9.87, 0.04, -0.3]
+    figure = plots.missed_images(IMAGES[:5], {"VAE": (IMAGES[:5], gaps)})
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels == [""] * 5 + ["−1022", "−12", "−9.9", "0.0", "0.0"]
+
+
 def test_figures_of_images_suit_light_and_dark_pages():
     decoded = {"VAE": (IMAGES, np.ones(10))}
     for figure in (
