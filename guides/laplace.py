@@ -9,6 +9,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from guides.gaussian import GaussianGuide
+from guides.refinement import RefinementELBO, sample_refined
 from pyro_gpvae.core._errors import check_at_least, check_finite
 from pyro_gpvae.core._programs import BorrowedModules
 from pyro_gpvae.model.curvature import (
@@ -17,6 +18,7 @@ from pyro_gpvae.model.curvature import (
     line_search,
     linearize,
 )
+from pyro_gpvae.model.elbo import Objective
 from pyro_gpvae.model.image_model import ImageModel
 
 __all__ = ["LaplaceGuide", "LaplacePosterior"]
@@ -39,6 +41,11 @@ class LaplaceGuide(GaussianGuide):
     generalised Gauss-Newton step, with :math:`\Lambda = J^\top \mathrm{diag}(\pi (1 - \pi)) J + I`.
     Gradients flow through the steps and Λ to the encoder and the decoder. The encoder's s(x) is not
     used, so that T = 0 is not the VAE: its covariance is Λ⁻¹ at m(x).
+
+    A whole Gauss-Newton step ends at the same point wherever it starts, so that it has no gradient
+    for the encoder. With the line search the guide is therefore trained by
+    :class:`guides.refinement.RefinementELBO`, which moves the starts towards the ends. The damped
+    steps keep at least half of the gradient, and are trained by the ELBO, as published.
 
     Jacobians are exact for any decoder without batch statistics, by forward-mode differentiation:
     p products share one forward pass (:func:`pyro_gpvae.model.curvature.decoder_jacobian`). They
@@ -97,9 +104,23 @@ class LaplaceGuide(GaussianGuide):
 
     def posterior(self, x: Tensor) -> LaplacePosterior:
         """Returns N(μ_T, Λ⁻¹): batch shape (B,), event shape (p,)."""
+        return self._refine(x)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sample_refined(*self._refine(x))
+
+    def elbo(self) -> Objective:
+        """Returns the objective of the line search, or that of damped steps or of none."""
+        refines = self.num_steps > 0 and self.step == "line_search"
+        return RefinementELBO() if refines else super().elbo()
+
+    def _refine(self, x: Tensor) -> tuple[LaplacePosterior, list[Tensor]]:
+        """Returns q(z|x), and the points μ_0, ..., μ_{T-1}."""
         (model,) = self._model
         _, loc, _ = self.encode(x)
+        starts = []
         for t in range(self.num_steps):
+            starts.append(loc)
             gradient, precision = linearize(model, x, loc)
             factor, _ = inverse_cholesky(precision)
             direction = (factor @ (factor.mT @ gradient.unsqueeze(-1))).squeeze(-1)
@@ -110,7 +131,7 @@ class LaplaceGuide(GaussianGuide):
         factor, jitter = inverse_cholesky(precision)
         q = LaplacePosterior(loc, scale_tril=factor.to(loc.dtype))
         q.jitter = jitter
-        return q
+        return q, starts
 
 
 class LaplacePosterior(dist.MultivariateNormal):

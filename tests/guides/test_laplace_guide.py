@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 from toy import SHAPE, exact_evidence, exact_posterior, images, linear_encoder, linear_model
 
 from guides import GaussianGuide, LaplaceGuide
-from pyro_gpvae import ImageModel, log_evidence
+from pyro_gpvae import ImageModel, fit, log_evidence
 from pyro_gpvae.model.curvature import STEP_SIZES, line_search, linearize
 
 P = 3
@@ -50,6 +51,20 @@ def test_it_is_exact_for_a_linear_decoder():
     start = damped.encode(x)[1]
     # 1/2, then 1/4 of the rest of the way
     close(damped.posterior(x).mean, exact.mean + 0.5 * 0.75 * (start - exact.mean))
+
+
+def test_the_encoder_learns_although_a_whole_step_ends_at_the_same_point():
+    model, x = linear_model(P), images(8)
+    exact = exact_posterior(model, x).mean
+    guide = build(model, 1)
+    (gradient,) = torch.autograd.grad(guide.posterior(x).mean.sum(), guide.head.weight)
+    assert float(gradient.abs().max()) < 1e-8
+    before = (guide.encode(x)[1] - exact).norm()
+    model.requires_grad_(False)
+    fit(model, guide, x, epochs=300, learning_rate=1e-2, progress=False)
+    assert bool((guide.encode(x)[1] - exact).norm() < 0.2 * before)
+    assert isinstance(build(model, 0).elbo(), TraceMeanField_ELBO)
+    assert isinstance(build(model, 1, step="damped").elbo(), TraceMeanField_ELBO)
 
 
 @torch.no_grad()

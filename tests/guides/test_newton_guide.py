@@ -11,7 +11,7 @@ from torch import nn
 from toy import SHAPE, exact_posterior, images, linear_encoder, linear_model
 
 from guides import FullCovarianceGuide, GaussianGuide, NewtonGuide
-from guides.newton import RefinementELBO
+from guides.refinement import RefinementELBO
 from pyro_gpvae import (
     ImageModel,
     NonFiniteError,
@@ -273,7 +273,7 @@ def test_bad_arguments_of_its_objective_are_named():
         RefinementELBO(-1)
     model = linear_model()
     vae = GaussianGuide(model, linear_encoder()).double()
-    with pytest.raises(ValueError, match="the guide's site 'z' is not refined by a NewtonGuide"):
+    with pytest.raises(ValueError, match="the guide's site 'z' was not drawn by sample_refined"):
         RefinementELBO().differentiable_loss(model, vae, images(2))
 
 
