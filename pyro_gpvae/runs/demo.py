@@ -35,7 +35,7 @@ _TEXT = (
     "Nats per image, of the first {images} test images; log p(x) is the most reliable of several "
     "estimates. What inference loses is log p(x) - ELBO. The best Gaussian of each image would "
     "lose only its column, so that the rest is the encoder's fault: the amortisation gap. All "
-    "three methods continue the same VAE for as many epochs; their times, in seconds, include its."
+    "three methods continue the same VAE for as many epochs; the seconds include its training."
 )
 
 
