@@ -15,7 +15,9 @@ from pyro_gpvae.model.density import JointDensity, LatentPosterior
 from pyro_gpvae.model.image_model import ImageModel
 
 _STEPS, _TOLERANCE = 20, 0.5
-_PRIOR_DRAWS = 64
+#: The likeliest draw of each group is a start. (With two latents, the mode near the encoder may be
+#: hundreds of nats below the highest one.)
+_GROUPS, _PRIOR_DRAWS = 2, 256
 # far from the mode of an exponential function of u, the Newton step is much too long
 _SHORT_STEPS = (0.03, 0.01, 3e-3, 1e-3, 1e-4)
 
@@ -30,8 +32,8 @@ def laplace_start(
     for _ in range(1, num_starts):
         shift = torch.randn(density.dim, generator=generator, dtype=torch.float64, device="cpu") / 2
         starts.append(origin + shift.to(origin))
-    if num_starts > 1 and not isinstance(density.model, ImageModel):
-        starts.append(_likeliest(density).to(origin))
+    if num_starts > 1:
+        starts += [u.to(origin) for u in _likeliest(density)]
     best: list[Tensor] = []
     for u in starts:
         mode, precision = _mode(density, u)
@@ -106,12 +108,12 @@ def _origin(density: JointDensity, guide: Any) -> Tensor:
 
 
 def _likeliest(density: JointDensity) -> Tensor:
-    """The draw of highest log p(x, u) of 64 from the prior, (B, n)."""
+    """The draws of highest log p(x, u) in groups of draws from the prior, (groups, B, n)."""
     found = []
     for n in range(len(density)):
         part = density[n : n + 1]
         with seeded(0, part.batch[0].device):  # the same draws for every image, in any batch
-            u = part.sample_prior(_PRIOR_DRAWS)
-        value = part.log_prob(u).nan_to_num(-torch.inf)
-        found.append(u[value[:, 0].argmax()])
-    return torch.cat(found)
+            u = part.sample_prior(_GROUPS * _PRIOR_DRAWS).unflatten(0, (_GROUPS, _PRIOR_DRAWS))
+        value = part.log_prob(u.flatten(0, 1)).nan_to_num(-torch.inf).reshape(_GROUPS, -1)
+        found.append(u[torch.arange(_GROUPS), value.argmax(-1), 0])
+    return torch.stack(found, 1)

@@ -117,9 +117,9 @@ def optimise_gaussian(
         tolerance: The tolerance of the ELBO of an image, in nats.
         max_steps: The largest number of steps.
         num_starts: The number of starting points of the search for a mode: the start, and others
-            at a distance of about 0.5 in each dimension; if there are others, a model that is no
-            ImageModel also starts from the likeliest of 64 draws from its prior. The mode of
-            highest Laplace evidence is taken.
+            at a distance of about 0.5 in each dimension; if there are others, the likeliest of 256
+            draws from the prior is a start too, twice. The mode of highest Laplace evidence is
+            taken.
         chunk_size, vectorized: See :func:`pyro_gpvae.log_weights`. They do not change the result.
 
     Raises:

@@ -189,11 +189,11 @@ class JointDensity:
         """Runs the model with these latents; the local sites are in ``latents.trace``."""
         local = poutine.block(self.model, hide_fn=self.structure.is_global)
         # only draws need a plate; it would collide where a guide calls this within its particles
-        particles = self.structure.particles(latents.count if latents.draws else None)
+        count = latents.count if latents.draws else None
         # validation would refuse the infinities of a step that is about to be rejected
         with (
-            poutine.block(), pyro.validation_enabled(False), suppress(_AllDrawn), particles,
-            poutine.trace() as tracer, latents,
+            poutine.block(), pyro.validation_enabled(False), suppress(_AllDrawn),
+            self.structure.particles(count), poutine.trace() as tracer, latents,
         ):  # fmt: skip
             local(*self.batch)
         latents.trace = tracer.trace

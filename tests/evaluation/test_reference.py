@@ -10,8 +10,10 @@ from guides import GaussianGuide
 from pyro_gpvae import ImageModel
 from pyro_gpvae.evaluation._common import Settings
 from pyro_gpvae.evaluation.annealing import bidirectional
+from pyro_gpvae.evaluation.optimum import optimise_gaussian
 from pyro_gpvae.evaluation.reference import _Part, reference_evidence
 from pyro_gpvae.evaluation.reference import choose as choose_of
+from pyro_gpvae.model._precomputed import PrecomputedPosterior
 from pyro_gpvae.testing import linear_gaussian
 
 SHAPE = (1, 4, 4)
@@ -258,3 +260,31 @@ def test_bad_input(toy, options, message):
     model, guide, x = toy
     with pytest.raises(ValueError, match=message):
         reference_evidence(**({"model": model, "data": x, "guide": guide} | options))
+
+
+class Waves(nn.Module):
+    """Decodes one latent to 16 sines of it, so that log p(x, z) has many local modes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequency", torch.linspace(1.0, 9.0, 16))
+
+    def forward(self, z):
+        return torch.sin(self.frequency * z).unflatten(-1, (1, 4, 4))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
+def test_the_highest_mode_is_found_far_from_the_guide():
+    """A lower mode near the guide's mean would give a log p(x) that is trusted and far too low."""
+    model = ImageModel((1, 4, 4), 1, Waves(), sigma=0.2).double()
+    z = torch.tensor([[1.7], [-0.9], [0.4]]).double()
+    x = model.decoder(z).detach()
+    far = PrecomputedPosterior(dist.Normal(-z, 0.1).to_event(1))
+    optimum = optimise_gaussian(model, x, start=far)
+    torch.testing.assert_close(optimum.posterior.mean, z, rtol=0, atol=0.01)
+    grid = torch.linspace(-6, 6, 20_001).double()
+    with torch.no_grad():
+        joint = model.log_joint(x, grid[:, None, None].expand(-1, 3, 1))
+    exact = joint.logsumexp(0) + (grid[1] - grid[0]).log()
+    found = reference_evidence(model, x, num_samples=2000, num_chains=0)
+    assert bool(((found.log_evidence - exact).abs() < 4 * found.standard_error + 1e-3).all())
