@@ -101,7 +101,8 @@ def _panel(axes: Axes, record: Mapping[str, Floats]) -> None:
     axes.set_xlabel("z₁ (prior standard deviations)", fontsize=8)
     axes.set_ylabel("z₂ (prior standard deviations)", fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.locator_params(nbins=5)
+    axes.locator_params("x", nbins=3)
+    axes.locator_params("y", nbins=5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
