@@ -32,7 +32,7 @@ def publish(
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     if not options.render:
-        places = ("out", "root", "render")  # where and how, not what is measured
+        places = ("out", "root", "render", "only_finished")  # where and how, not what is measured
         chosen = {k: v for k, v in vars(options).items() if k not in places}
         chosen = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items()}
         write_json(out / f"{name}.json", chosen | environment(torch.device("cpu")) | measure())

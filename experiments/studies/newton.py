@@ -83,6 +83,7 @@ class Options:
         num_samples: Importance samples K per image.
         sigma_learning_rate: That of σ while the VAE is trained.
         guides: Only these guides on the frozen decoder; none is all.
+        only_finished: Leave out guides that have no result, instead of training them.
         end_to_end: Seeds of the training from scratch, from 0.
         out: Folder of the results.
         render: Only make page and picture from the record.
@@ -100,6 +101,7 @@ class Options:
     num_samples: int = 100
     sigma_learning_rate: float = 5e-4
     guides: tuple[str, ...] = ()
+    only_finished: bool = False
     end_to_end: int = 0
     out: Path = Path("runs/newton")
     render: bool = False
@@ -155,6 +157,8 @@ class _Study:
         start = self.cell("start", partial(self.scores, model, encoder))
         rows = [{"guide": _START} | start]
         for name in self.options.chosen:
+            if self.options.only_finished and not self.path(name).exists():
+                continue
             cell = self.cell(name, partial(self.guide, name, model, encoder))
             rows.append({"guide": name} | cell)
         passes = self.cell("passes", partial(self.passes, model, encoder))
@@ -276,9 +280,13 @@ class _Study:
                 kept.append(time.process_time() - start)
         return {name: min(times[name]) / min(times["decoder"]) for name in guides}
 
+    def path(self, name: str) -> Path:
+        """Returns the file of a cell."""
+        return self.folder / f"{name.replace(':', '-').replace('=', '-')}.json"
+
     def cell(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns what a computation returned when it was first made."""
-        path = self.folder / f"{name.replace(':', '-').replace('=', '-')}.json"
+        path = self.path(name)
         if not path.exists():
             print(f"seed {self.seed}: {name}", flush=True)
             write_json(path, compute())

@@ -146,7 +146,10 @@ def check_kinds(guide_nodes: Mapping[str, Any], model_nodes: Mapping[str, Any]) 
         other = model_nodes.get(name)
         if not is_sampled(site) or other is None or is_point(site["fn"]):
             continue
-        drawn, prior = (support_of(s["fn"]) for s in (site, other))
+        try:
+            drawn, prior = (support_of(s["fn"]) for s in (site, other))
+        except NotImplementedError:  # a distribution of the user, without a support
+            continue
         if drawn.is_discrete != prior.is_discrete:
             kinds = ["discrete" if s.is_discrete else "continuous" for s in (drawn, prior)]
             raise ValueError(

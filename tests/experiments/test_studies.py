@@ -46,9 +46,11 @@ def test_newton(tmp_path, monkeypatch):
     options |= {"guide_epochs": 2, "augment": True}
     for _ in range(2):  # the second call finds all cells
         newton.main(newton.Options(**options, out=tmp_path))
+    (tmp_path / "newton_mnist5k_p2" / "seed-1" / "sa-1.json").unlink()
+    newton.main(newton.Options(**options, only_finished=True, out=tmp_path))
     rows = read_json(tmp_path / "newton_mnist5k_p2.json")["rows"]
     shares = {(row["seed"], row["guide"]): row.get("share") for row in rows}
-    assert len(shares) == len({(row["seed"], row["guide"]) for row in rows}) == 10
+    assert len(shares) == len({(row["seed"], row["guide"]) for row in rows}) == 9
     assert shares[0, "encoder of the VAE"] == 0
     text = (tmp_path / "newton_mnist5k_p2.md").read_text()
     assert "| `newton:1` (2) |" in text

@@ -16,6 +16,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
 from toy import SHAPE, images, linear_encoder
 
+from guides.refinement import RefinementELBO
 from pyro_gpvae import ImageModel, PerImage, available_guides, make_guide, pair
 from pyro_gpvae.core._seeds import seeded
 from pyro_gpvae.model._precomputed import PrecomputedPosterior
@@ -127,9 +128,9 @@ def blocks_of(spec, model, guide, x):
         return [Block(Trace_ELBO(), everything, guide=PrecomputedPosterior(guide.posterior(x)))]
     if hasattr(guide, "blocks"):
         return guide.blocks(model)
-    # newton's own objective has another gradient on purpose: see tests/guides/test_newton_guide.py
-    newton = spec.startswith("newton")
-    return [Block(TraceMeanField_ELBO() if newton else guide.elbo(), everything)]
+    # RefinementELBO has another gradient on purpose: see tests/guides/test_newton_guide.py
+    refines = isinstance(guide.elbo(), RefinementELBO)
+    return [Block(TraceMeanField_ELBO() if refines else guide.elbo(), everything)]
 
 
 @pytest.mark.slow
