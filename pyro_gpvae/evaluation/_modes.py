@@ -110,10 +110,13 @@ def _origin(density: JointDensity, guide: Any) -> Tensor:
 def _likeliest(density: JointDensity) -> Tensor:
     """The draws of highest log p(x, u) in groups of draws from the prior, (groups, B, n)."""
     found = []
+    size = _PRIOR_DRAWS if density.vectorized else _PRIOR_DRAWS // 8  # else each is a run
     for n in range(len(density)):
         part = density[n : n + 1]
         with seeded(0, part.batch[0].device):  # the same draws for every image, in any batch
-            u = part.sample_prior(_GROUPS * _PRIOR_DRAWS).unflatten(0, (_GROUPS, _PRIOR_DRAWS))
-        value = part.log_prob(u.flatten(0, 1)).nan_to_num(-torch.inf).reshape(_GROUPS, -1)
+            u = part.sample_prior(_GROUPS * size).unflatten(0, (_GROUPS, size))
+        # a few at a time: this is not bounded by chunk_size
+        value = torch.cat([part.log_prob(some) for some in u.flatten(0, 1).split(64)])
+        value = value.nan_to_num(-torch.inf).reshape(_GROUPS, -1)
         found.append(u[torch.arange(_GROUPS), value.argmax(-1), 0])
     return torch.stack(found, 1)
