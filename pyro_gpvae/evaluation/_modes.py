@@ -110,13 +110,23 @@ def _origin(density: JointDensity, guide: Any) -> Tensor:
 def _likeliest(density: JointDensity) -> Tensor:
     """The draws of highest log p(x, u) in groups of draws from the prior, (groups, B, n)."""
     found = []
-    size = _PRIOR_DRAWS if density.vectorized else _PRIOR_DRAWS // 8  # else each is a run
     for n in range(len(density)):
         part = density[n : n + 1]
-        with seeded(0, part.batch[0].device):  # the same draws for every image, in any batch
-            u = part.sample_prior(_GROUPS * size).unflatten(0, (_GROUPS, size))
+        u = _prior_draws(part)
         # a few at a time: this is not bounded by chunk_size
-        value = torch.cat([part.log_prob(some) for some in u.flatten(0, 1).split(64)])
-        value = value.nan_to_num(-torch.inf).reshape(_GROUPS, -1)
-        found.append(u[torch.arange(_GROUPS), value.argmax(-1), 0])
+        value = torch.cat([part.log_prob(some) for some in u.split(64)])
+        best = value.nan_to_num(-torch.inf).reshape(_GROUPS, -1).argmax(-1).tolist()
+        size = len(u) // _GROUPS
+        found.append(torch.stack([u[size * k + index, 0] for k, index in enumerate(best)]))
     return torch.stack(found, 1)
+
+
+def _prior_draws(density: JointDensity) -> Tensor:
+    """The same draws from the prior, (K, 1, n), for a member of any batch."""
+    origin, count = density.origin, _GROUPS * _PRIOR_DRAWS
+    if isinstance(density.model, ImageModel):  # N(0, I), without a plate in a guide's particles
+        generator = torch.Generator("cpu").manual_seed(0)
+        shape = (count, 1, density.dim)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(origin)
+    with seeded(0, origin.device):
+        return density.sample_prior(count if density.vectorized else count // 8)  # else in a loop
