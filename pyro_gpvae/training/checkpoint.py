@@ -128,6 +128,8 @@ class Checkpoints:
         for path in self._files():
             try:
                 content = _read(path)
+            except FileNotFoundError:
+                continue  # a running training has moved it meanwhile
             except ValueError as error:
                 problems.append(str(error))
                 self._newest_is_damaged = path == self.path
@@ -168,6 +170,8 @@ def _read(path: Path) -> Any:
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} differs")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # zipfile, pickle and torch each have their own
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"the checkpoint {path} is damaged: {reason}") from error

@@ -430,3 +430,14 @@ def test_checkpoints_by_steps_and_by_minutes(tmp_path, monkeypatch):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         Checkpoints("folder", **options)
+
+
+def test_a_checkpoint_that_a_running_training_moves_is_not_called_damaged(tmp_path, monkeypatch):
+    train(tmp_path, every=2)
+    checkpoints = Checkpoints(tmp_path)
+    newest, before = checkpoints._files()
+    monkeypatch.setattr(checkpoints, "_files", lambda: [tmp_path / "moved.pt", before])
+    assert checkpoints.latest() is not None
+    monkeypatch.setattr(checkpoints, "_files", lambda: [tmp_path / "moved.pt"])
+    assert checkpoints.latest() is None
+    assert newest.exists()
