@@ -110,7 +110,7 @@ class LaplaceGuide(GaussianGuide):
         return sample_refined(*self._refine(x))
 
     def elbo(self) -> Objective:
-        """Returns the objective of the line search, or that of damped steps or of none."""
+        """Returns RefinementELBO for steps with the line search, else the ELBO of Gaussians."""
         refines = self.num_steps > 0 and self.step == "line_search"
         return RefinementELBO() if refines else super().elbo()
 

@@ -117,9 +117,9 @@ def optimise_gaussian(
         tolerance: The tolerance of the ELBO of an image, in nats.
         max_steps: The largest number of steps.
         num_starts: The number of starting points of the search for a mode: the start, and others
-            at a distance of about 0.5 in each dimension; if there are others, the likeliest of 256
-            draws from the prior (32, if the model runs in a loop) is a start too, twice. The mode
-            of highest Laplace evidence is taken.
+            at a distance of about 0.5 in each dimension. If there are others, the likeliest draw of
+            each of two groups of 256 from the prior (32, if the model runs in a loop) is a start
+            too. The mode of highest Laplace evidence is taken.
         chunk_size, vectorized: See :func:`pyro_gpvae.log_weights`. They do not change the result.
 
     Raises:
