@@ -183,6 +183,26 @@ def test_mixtures_and_angles_as_priors(name):
     assert float(found.standard_error.max()) < 0.1
 
 
+@pytest.mark.filterwarnings("ignore::pyro_gpvae.evaluation.importance.ParetoWarning")
+def test_a_pair_of_angles_as_prior():
+    loc, concentration = torch.tensor([0.5, -0.5]).double(), torch.tensor([3.0, 2.0]).double()
+    prior = dist.SineBivariateVonMises(*loc, *concentration, correlation=torch.tensor(1.0).double())
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior.expand([len(x)]))
+            pyro.sample("x", dist.Normal(z.cos(), 0.5).to_event(1), obs=x)
+
+    x = torch.tensor([[0.3, -0.2], [0.9, 0.5]]).double()
+    grid = torch.cartesian_prod(ANGLES[::5], ANGLES[::5])
+    likelihood = dist.Normal(grid.cos(), 0.5).log_prob(x[:, None]).sum(-1)
+    exact = (prior.log_prob(grid) + likelihood).logsumexp(-1) + math.log((2 * math.pi / 400) ** 2)
+    found = reference_evidence(model, x, num_samples=4000, num_chains=0)
+    error = (found.log_evidence - exact).abs()
+    assert bool((error < 4 * found.standard_error).all()), error
+    assert float(found.standard_error.max()) < 0.1
+
+
 def test_draws_of_an_angle_beyond_one_turn_are_refused():
     prior = PRIORS["angle"][0]
 
